@@ -1,0 +1,91 @@
+"""A Dask cluster of long-lived agents whose workers are swapped in place.
+
+This module owns the public names. Each is imported when it is first asked for: an agent's host needs no asyncssh, a
+client no GPU stack, and the first line of a launched agent must not wait for ``distributed``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agentcluster.agent import Agent
+    from agentcluster.cluster import AgentCluster
+    from agentcluster.errors import (
+        AgentClusterError,
+        ConfigError,
+        LaunchError,
+        LaunchTimeout,
+        ModeRefused,
+        NodeExists,
+        NodeNotFound,
+        PreflightError,
+        SchedulerUnfit,
+        SwapError,
+        WorkerStartError,
+    )
+    from agentcluster.launch import Host
+    from agentcluster.model import Mode
+    from agentcluster.plugin import dask_setup
+
+    __version__: str
+
+__all__ = [
+    "Agent",
+    "AgentCluster",
+    "AgentClusterError",
+    "ConfigError",
+    "Host",
+    "LaunchError",
+    "LaunchTimeout",
+    "Mode",
+    "ModeRefused",
+    "NodeExists",
+    "NodeNotFound",
+    "PreflightError",
+    "SchedulerUnfit",
+    "SwapError",
+    "WorkerStartError",
+    "__version__",
+    "dask_setup",
+]
+
+#: Public name -> its module; every other name of ``__all__`` but the version is an error.
+_HOMES = {
+    "Agent": "agentcluster.agent",
+    "AgentCluster": "agentcluster.cluster",
+    "Host": "agentcluster.launch",
+    "Mode": "agentcluster.model",
+    "dask_setup": "agentcluster.plugin",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in __all__:
+        value = getattr(importlib.import_module(_HOMES.get(name, "agentcluster.errors")), name)
+    else:
+        raise AttributeError(f"module 'agentcluster' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    """Return the version of the installed package, or of the checkout that this file is in."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("agentcluster")
+    except metadata.PackageNotFoundError:
+        import configparser
+        from pathlib import Path
+
+        setup = configparser.ConfigParser()
+        setup.read(Path(__file__).parents[1] / "setup.cfg")
+        return setup.get("metadata", "version", fallback="0+unknown")

@@ -1,0 +1,1 @@
+"""The command lines: ``dask-agent``, ``agentcluster``, and what launchers start."""

@@ -1,0 +1,232 @@
+"""``dask-agent``, also ``dask agent``: one host's agent, started by hand or by anything that starts ``dask worker``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from typing import Any
+
+import click
+import yaml
+from dask.config import get as dask_config
+from distributed.cli.dask_worker import main as dask_worker
+from distributed.comm.addressing import get_address_host_port
+from distributed.compatibility import asyncio_run
+from distributed.config import get_loop_factory
+from distributed.proctitle import enable_proctitle_on_children, enable_proctitle_on_current
+from distributed.utils import json_load_robust
+
+from agentcluster.agent import Agent
+from agentcluster.config import log_to_stderr
+from agentcluster.errors import AgentClusterError, ConfigError, suggest
+from agentcluster.model import Mode
+from agentcluster.modes import names, parse
+
+#: Options of ``dask worker`` that mean the same here; they are taken from its own command.
+SAME_AS_DASK_WORKER = (
+    "scheduler",
+    "tls_ca_file",
+    "tls_cert",
+    "tls_key",
+    "host",
+    "interface",
+    "protocol",
+    "nthreads",
+    "n_workers",
+    "name",
+    "memory_limit",
+    "local_directory",
+    "resources",
+    "scheduler_file",
+    "death_timeout",
+)
+SHAPE = {"n_workers": "nworkers", "nthreads": "nthreads", "memory_limit": "memory_limit"}
+
+
+def _from_dask_worker() -> list[click.Parameter]:
+    by_name = {parameter.name: parameter for parameter in dask_worker.params}
+    return [by_name[name] for name in SAME_AS_DASK_WORKER]
+
+
+@click.command(
+    name="agent",
+    params=_from_dask_worker(),
+    epilog="Without --mode, --spec or --spec-file it starts what `dask worker` would: one worker with all threads.",
+)
+@click.option("--mode", default=None, help="What runs here first, one of: auto-cpu, auto-gpu, auto, mixed, …")
+@click.option("--config", "mode_config", default=None, help="Options of the mode, as JSON.")
+@click.option("--spec", default=None, help="Workers as `dask spec` takes them, as JSON; implies --mode spec.")
+@click.option("--spec-file", default=None, type=click.Path(dir_okay=False), help="The same, from a YAML or JSON file.")
+@click.option(
+    "--standby", is_flag=True, help="Join no scheduler: wait to be adopted by AgentCluster(hosts=['tcp://…'])."
+)
+@click.option("--listen-address", default=None, help="Where the agent itself listens, such as tcp://0.0.0.0:8790.")
+@click.version_option(package_name="agentcluster")
+@click.pass_context
+def main(context: click.Context, /, **options: Any) -> None:
+    """Run this host's agent.
+
+    It joins the scheduler at SCHEDULER (an address such as tcp://10.0.0.1:8786), starts the workers of its first mode,
+    and changes them when a client asks the scheduler to.
+    """
+    log_to_stderr()
+    enable_proctitle_on_current()
+    enable_proctitle_on_children()
+    try:
+        agent = _arguments(options, lambda name: _given(context, name))
+        asyncio_run(_run(agent), loop_factory=get_loop_factory())
+    except (ConfigError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+    except (AgentClusterError, OSError, TimeoutError) as error:
+        click.echo(f"dask-agent: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+        sys.exit(1)
+
+
+def _given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+
+def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
+    """Return the keyword arguments of :class:`Agent` that the options mean."""
+    scheduler = _scheduler(options)
+    mode = _mode(options, given)
+    security = {
+        key: options[option]
+        for key, option in (
+            ("tls_ca_file", "tls_ca_file"),
+            ("tls_worker_cert", "tls_cert"),
+            ("tls_worker_key", "tls_key"),
+        )
+        if options[option] is not None
+    }
+    arguments = {
+        "scheduler": scheduler,
+        "name": options["name"],
+        "mode": mode,
+        "security": security,
+        "death_timeout": options["death_timeout"],
+        "host": options["host"],
+        "interface": options["interface"],
+        "protocol": options["protocol"],
+        "local_directory": options["local_directory"],
+        "resources": parse("auto-cpu", {"resources": options["resources"]}).config["resources"]
+        if options["resources"]
+        else None,
+    }
+    if options["listen_address"]:
+        arguments.update(_listen(options["listen_address"], options))
+    return {key: value for key, value in arguments.items() if value is not None}
+
+
+def _scheduler(options: dict[str, Any]) -> str | None:
+    scheduler = options["scheduler"]
+    if scheduler is None and options["scheduler_file"]:
+        found = json_load_robust(options["scheduler_file"], timeout=options["death_timeout"])
+        scheduler = found["address"]
+    if options["standby"]:
+        if scheduler is not None:
+            raise ConfigError(f"--standby joins no scheduler, so {scheduler!r} cannot be given with it")
+        return None
+    scheduler = scheduler or dask_config("scheduler-address", None)
+    if scheduler is None:
+        raise ConfigError("no scheduler: give its address (dask-agent tcp://HOST:8786), --scheduler-file, or --standby")
+    return str(scheduler)
+
+
+def _listen(address: str, options: dict[str, Any]) -> dict[str, Any]:
+    if options["host"] or options["interface"]:
+        raise ConfigError("--listen-address cannot go with --host or --interface: both say where to listen")
+    protocol, _, rest = address.rpartition("://")
+    if rest.startswith(":"):
+        rest = f"0.0.0.0{rest}"
+    try:
+        host, port = get_address_host_port(f"{protocol or 'tcp'}://{rest}", strict=True)
+    except ValueError as error:
+        raise ConfigError(f"--listen-address {address!r}: {error}; such as tcp://0.0.0.0:8790") from None
+    # host and protocol are those of the workers as well, but 0.0.0.0 is no address for a worker to be reached at
+    return {"listen_host": host, "port": port, "protocol": protocol or None}
+
+
+def _mode(options: dict[str, Any], given: Any) -> Mode | None:
+    """Return the first mode; None leaves it to whoever adopts this agent."""
+    name, spec = options["mode"], _spec(options)
+    if name is not None and name not in names():
+        raise ConfigError(f"--mode {name!r}: unknown mode; {suggest(name, names())}")
+    config = _json("--config", options["mode_config"]) if options["mode_config"] else {}
+    shape = {key: options[option] for option, key in SHAPE.items() if given(option)}
+    if spec is not None:
+        if name not in (None, "spec"):
+            raise ConfigError(f"--spec says what runs, so --mode {name!r} cannot be given with it")
+        name, config = "spec", {"spec": spec, **config}
+    if options["standby"] and name is None and not shape:
+        return None
+    if name is None:
+        # What `dask worker` does: one worker, all threads.
+        name, shape = "auto-cpu", {"nworkers": 1, **shape}
+    if shape.get("nworkers") == "auto" and "nthreads" not in shape:
+        shape.pop("nworkers")
+    return parse(name, {**config, **{key: _number(value) for key, value in shape.items()}})
+
+
+def _number(value: Any) -> Any:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def _spec(options: dict[str, Any]) -> Any:
+    if options["spec"] and options["spec_file"]:
+        raise ConfigError("--spec and --spec-file cannot be given together")
+    if options["spec_file"]:
+        try:
+            with open(options["spec_file"]) as file:
+                return yaml.safe_load(file)
+        except (OSError, yaml.YAMLError) as error:
+            text = " ".join(str(error).split())
+            raise ConfigError(f"--spec-file {options['spec_file']!r} cannot be read: {text}") from error
+    return _json("--spec", options["spec"]) if options["spec"] else None
+
+
+def _json(option: str, text: str) -> Any:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{option}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{option}: expected a JSON object, got {text!r}")
+    return found
+
+
+async def _run(arguments: dict[str, Any]) -> None:
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    agent = Agent(**arguments)
+    work = asyncio.ensure_future(_live(agent))
+    end = asyncio.ensure_future(ended.wait())
+    try:
+        await asyncio.wait([work, end], return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            work.result()
+    finally:
+        for task in (work, end):
+            task.cancel()
+        await asyncio.gather(work, end, return_exceptions=True)
+        await agent.close(reason="signal" if ended.is_set() else "end")
+
+
+async def _live(agent: Agent) -> None:
+    await agent
+    if agent.scheduler_address is None:
+        click.echo(f"Standing by at {agent.address}", err=True)
+    else:
+        await agent.provisioned()
+    await agent.finished()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The process that a launcher starts on a host: an agent, or a scheduler.
+
+``python -m agentcluster.cli.launched`` reads one :class:`~agentcluster.launch.protocol.Settings` line from stdin, says
+one :class:`~agentcluster.launch.protocol.Ready` line on stdout, logs to stderr, and lives until stdin ends or SIGTERM
+comes; then it stops its workers and exits with 0. When it cannot start it says why in one line and exits with 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from agentcluster.launch.protocol import Ready, Settings
+
+
+def main() -> None:
+    """Run the process; see the module."""
+    # Nothing heavy is imported before the forkserver runs: its imports go on beside ours. And stdin is read from the
+    # start, so that a launcher that dies while we import is noticed.
+    line = sys.stdin.readline()
+    if not line:
+        sys.exit(0)
+    from agentcluster import forkserver
+    from agentcluster.errors import AgentClusterError
+    from agentcluster.launch.protocol import Settings
+
+    try:
+        settings = Settings.decode(line)
+        os.environ.update(settings.environ)
+        if settings.role == "agent":
+            forkserver.warm(forkserver.pre_spawn_environ(settings.pre_spawn))
+        lifeline = threading.Event()
+        threading.Thread(target=_watch_stdin, args=(lifeline,), daemon=True, name="lifeline").start()
+        _run(settings, lifeline)
+    except (AgentClusterError, OSError, TimeoutError, ValueError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(text, file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def _watch_stdin(lifeline: threading.Event) -> None:
+    while sys.stdin.readline():
+        pass
+    lifeline.set()
+    for callback in _at_end:
+        callback()
+
+
+_at_end: list[Any] = []
+
+
+def _run(settings: Settings, lifeline: threading.Event) -> None:
+    import dask.config
+    from distributed.compatibility import asyncio_run
+    from distributed.config import get_loop_factory
+
+    from agentcluster.config import log_to_stderr
+    from agentcluster.model import unpickled
+
+    log_to_stderr()
+    dask.config.set(unpickled(settings.config))
+    asyncio_run(_serve(settings, lifeline), loop_factory=get_loop_factory())
+
+
+async def _serve(settings: Settings, lifeline: threading.Event) -> None:
+    import asyncio
+    import signal
+
+    from distributed.security import Security
+
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    _at_end.append(lambda: loop.call_soon_threadsafe(ended.set))
+    if lifeline.is_set():
+        return
+    server = _server(settings, Security(**settings.security))
+    starting = asyncio.ensure_future(server)
+    try:
+        if not await _first(ended, starting):
+            await starting
+            sys.stdout.write(_introduce(settings, server).encode() + "\n")
+            sys.stdout.flush()
+            await _first(ended, asyncio.ensure_future(server.finished()))
+    finally:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await server.close()
+
+
+async def _first(ended: asyncio.Event, other: asyncio.Future[Any]) -> bool:
+    """Wait for either; return whether it is the end."""
+    import asyncio
+
+    end = asyncio.ensure_future(ended.wait())
+    await asyncio.wait([end, other], return_when=asyncio.FIRST_COMPLETED)
+    end.cancel()
+    return ended.is_set()
+
+
+def _server(settings: Settings, security: Any) -> Any:
+    from agentcluster.model import unpickled
+
+    if settings.role == "agent":
+        from agentcluster.agent import Agent
+
+        return Agent(settings.scheduler, name=settings.name, security=security, **unpickled(settings.options))
+    from agentcluster.plugin import scheduler_with_plugin
+
+    return scheduler_with_plugin(security=security, **unpickled(settings.options))
+
+
+def _introduce(settings: Settings, server: Any) -> Ready:
+    from agentcluster.launch.protocol import Ready
+
+    if settings.role == "scheduler":
+        return Ready(address=server.address, pid=os.getpid())
+    return Ready(address=server.address, pid=os.getpid(), versions=server.hardware.versions, hardware=server.hardware)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""The package's configuration: its defaults in dask's config system, and the checked values that code reads.
+
+Importing this module adds ``agentcluster.yaml`` to :mod:`dask.config` as defaults. :meth:`Config.load` reads the key
+``agentcluster`` once; nothing else in the package asks :mod:`dask.config` for one of its options.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import dask.config
+import yaml
+from dask.utils import parse_timedelta
+
+from agentcluster.errors import ConfigError, suggest
+
+__all__ = ["Config", "log_to_stderr", "overrides"]
+
+ROOT = "agentcluster"
+
+with Path(__file__).with_name("agentcluster.yaml").open() as file:
+    defaults: dict[str, Any] = yaml.safe_load(file)
+
+dask.config.update_defaults(defaults)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option of the package, checked; times are seconds.
+
+    The attributes are named like the options below ``agentcluster`` in :mod:`dask.config`, with ``_`` for ``.`` and
+    ``-``.
+
+    Attributes
+    ----------
+    launch_timeout
+        Seconds from the launch of an agent to its Ready line.
+    start_timeout
+        Seconds from the start of a swap's new workers until they have joined.
+    stop_timeout
+        Seconds for a worker to end by itself.
+    retire_timeout
+        Seconds for moving data off the workers that go.
+    node_name
+        Name of the node that an agent joins as; ``None`` for its hostname.
+    node_heartbeat_interval
+        Seconds between an agent's reports.
+    node_ttl
+        Seconds of silence after which a node is lost.
+    worker_restart_limit
+        Crashes within the window after which a worker is not started again.
+    worker_restart_window
+        Seconds in which crashes are counted.
+    worker_restart_backoff, worker_restart_backoff_max
+        Seconds before the first restart, and at most before any.
+    forkserver_preload
+        Names of the modules that a warm forkserver imports.
+    log_lines
+        Last lines of output kept for each node.
+    ssh_keepalive_interval
+        Seconds between the questions whether a host is still there.
+    ssh_keepalive_count
+        Unanswered questions after which a connection is lost.
+    """
+
+    launch_timeout: float
+    start_timeout: float
+    stop_timeout: float
+    retire_timeout: float
+    node_name: str | None
+    node_heartbeat_interval: float
+    node_ttl: float
+    worker_restart_limit: int
+    worker_restart_window: float
+    worker_restart_backoff: float
+    worker_restart_backoff_max: float
+    forkserver_preload: tuple[str, ...]
+    log_lines: int
+    ssh_keepalive_interval: float
+    ssh_keepalive_count: int
+
+    @classmethod
+    def load(cls) -> Config:
+        """Read the configuration that is in force now.
+
+        Returns
+        -------
+        Config
+            The checked values; later changes of :mod:`dask.config` do not reach them.
+
+        Raises
+        ------
+        ConfigError
+            When there is an option that the package does not have, or a value that it cannot use. The message and
+            the error's `key` have the option's full name, such as ``agentcluster.node.ttl``.
+        """
+        found = dict(_options(dask.config.get(ROOT, {}), defaults[ROOT], ROOT))
+        config = cls(**{_attribute(key): _READERS[key](key, value) for key, value in found.items()})
+        config._check_pairs(found)
+        return config
+
+    def _check_pairs(self, found: Mapping[str, Any]) -> None:
+        ttl, interval = f"{ROOT}.node.ttl", f"{ROOT}.node.heartbeat-interval"
+        if self.node_ttl <= self.node_heartbeat_interval:
+            raise _wrong(ttl, found[ttl], f"a time longer than {interval} ({found[interval]!r})")
+        most, first = f"{ROOT}.worker.restart.backoff-max", f"{ROOT}.worker.restart.backoff"
+        if self.worker_restart_backoff_max < self.worker_restart_backoff:
+            raise _wrong(most, found[most], f"a time not shorter than {first} ({found[first]!r})")
+
+
+def _attribute(key: str) -> str:
+    return key.removeprefix(f"{ROOT}.").replace(".", "_").replace("-", "_")
+
+
+def _options(given: Any, known: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+    """Yield the full name and the value of each option below `where`; refuse names that `known` does not have."""
+    if not isinstance(given, Mapping):
+        raise _wrong(where, given, f"a mapping of {', '.join(sorted(known))}")
+    # dask.config takes "-" and "_" in a name for the same, and environment variables can only have "_".
+    named = {str(name).replace("_", "-"): (name, value) for name, value in given.items()}
+    for name, (written, _) in named.items():
+        if name not in known:
+            key = f"{where}.{written}"
+            raise ConfigError(f"there is no option {key!r}: {suggest(name, known)}", key=key)
+    for name, default in known.items():
+        key = f"{where}.{name}"
+        _, value = named.get(name, (name, default))
+        if isinstance(default, Mapping):
+            yield from _options(value, default, key)
+        else:
+            yield key, value
+
+
+def _wrong(key: str, value: Any, allowed: str) -> ConfigError:
+    return ConfigError(f"{key} is {value!r}, but must be {allowed}", key=key)
+
+
+def _seconds(key: str, value: Any) -> float:
+    try:
+        if isinstance(value, bool) or not isinstance(value, str | int | float | timedelta):
+            raise TypeError(value)
+        seconds = float(parse_timedelta(value))
+    except (ValueError, KeyError, TypeError, IndexError):
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise _wrong(key, value, "a time of more than 0, such as '500ms', '30s', '5 minutes' or a number of seconds")
+    return seconds
+
+
+def _integer(least: int) -> Callable[[str, Any], int]:
+    def read(key: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise _wrong(key, value, f"a whole number, {least} or more")
+        return value
+
+    return read
+
+
+def _name(key: str, value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or not value.strip()):
+        raise _wrong(key, value, "a name, or null for the hostname")
+    return value
+
+
+def _modules(key: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, list | tuple) and all(
+        isinstance(name, str) and all(part.isidentifier() for part in name.split(".")) for name in value
+    ):
+        return tuple(value)
+    raise _wrong(key, value, "a list of module names")
+
+
+#: Full name of an option -> what checks and converts its value.
+_READERS: Mapping[str, Callable[[str, Any], Any]] = {
+    f"{ROOT}.launch-timeout": _seconds,
+    f"{ROOT}.start-timeout": _seconds,
+    f"{ROOT}.stop-timeout": _seconds,
+    f"{ROOT}.retire-timeout": _seconds,
+    f"{ROOT}.node.name": _name,
+    f"{ROOT}.node.heartbeat-interval": _seconds,
+    f"{ROOT}.node.ttl": _seconds,
+    f"{ROOT}.worker.restart.limit": _integer(0),
+    f"{ROOT}.worker.restart.window": _seconds,
+    f"{ROOT}.worker.restart.backoff": _seconds,
+    f"{ROOT}.worker.restart.backoff-max": _seconds,
+    f"{ROOT}.forkserver.preload": _modules,
+    f"{ROOT}.log.lines": _integer(1),
+    f"{ROOT}.ssh.keepalive-interval": _seconds,
+    f"{ROOT}.ssh.keepalive-count": _integer(1),
+}
+
+
+def overrides() -> dict[str, Any]:
+    """Return the part of dask's configuration in force that differs from every library's defaults, nested."""
+    known: dict[str, Any] = {}
+    for layer in dask.config.defaults:
+        dask.config.update(known, layer)
+    return _difference(dask.config.config, known)
+
+
+def _difference(values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, value in values.items():
+        default = known.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            if inner := _difference(value, default):
+                found[key] = inner
+        elif key not in known or value != default:
+            found[key] = value
+    return found
+
+
+def log_to_stderr() -> None:
+    """Send the package's INFO lines to stderr, in the form that dask's configuration has for its own."""
+    logger = logging.getLogger("agentcluster")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(dask.config.get("distributed.admin.log-format", None)))
+    logger.addHandler(handler)

@@ -1,0 +1,234 @@
+"""Checks of single option values, and the words of the errors about them.
+
+A check takes the place of a value and the value, and returns it as plain data, or raises :class:`ConfigError` naming
+the option, the value and what is allowed. Checking twice gives the same: a mode that came over the wire is checked
+again. Nothing here knows a node; what a value means on one is decided in :mod:`agentcluster.modes.shapes`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import numbers
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dask.utils import parse_bytes
+
+from agentcluster.errors import ConfigError
+from agentcluster.model import plain
+
+SHOWN = 200
+
+_JOINS = "workers join the scheduler that their agent joined"
+
+#: Keywords of worker classes that are agentcluster's to set -> why, and the remedy.
+RESERVED: Mapping[str, str] = {
+    "scheduler": _JOINS,
+    "scheduler_ip": _JOINS,
+    "scheduler_port": _JOINS,
+    "scheduler_file": _JOINS,
+    "name": "worker names are given by the node (node-0, node-1, …)",
+    "nanny": "the agent ties each worker to its nanny",
+    "security": "workers use their agent's credentials; set them with AgentCluster(security=…) or dask-agent --tls-*",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was given: the mode and the option, as the user typed them."""
+
+    mode: str
+    path: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str | None:
+        return ".".join(self.path) or None
+
+    def __str__(self) -> str:
+        return f"mode {self.mode!r}, option {self.key!r}" if self.path else f"mode {self.mode!r}"
+
+    def at(self, key: str) -> Place:
+        return Place(self.mode, (*self.path, key))
+
+    def error(self, problem: str) -> ConfigError:
+        return ConfigError(f"{self}: {problem}", key=self.key)
+
+    def wrong(self, value: object, allowed: str) -> ConfigError:
+        return self.error(f"{shown(value)} is not allowed; give {allowed}")
+
+    def unknown(self, key: str, own: Collection[str], keywords: Collection[str] = (), cls: str = "") -> ConfigError:
+        """Say that there is no such key: the closest one, what is allowed, and whose keywords are too."""
+        close = difflib.get_close_matches(key, sorted({*own, *keywords}), n=1)
+        listed = ", ".join(sorted(own)) or "none"
+        more = f" and any keyword of {cls}" if cls else ""
+        hint = f"did you mean {close[0]!r}? Allowed" if close else "allowed"
+        return ConfigError(f"{self}: unknown option {key!r}; {hint}: {listed}{more}", key=self.at(key).key)
+
+
+Check = Callable[[Place, Any], Any]
+
+
+def shown(value: object) -> str:
+    """Return a value's repr, cut where it is too long for a message."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+
+
+def is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Return whether `value` is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def positive(place: Place, value: Any) -> int:
+    """Check a whole number of at least 1."""
+    if not is_whole(value) or value < 1:
+        raise place.wrong(value, "a whole number of at least 1")
+    return int(value)
+
+
+def worker_count(place: Place, value: Any) -> int | str:
+    """Check a number of workers as ``dask worker --nworkers`` has it: also ``"auto"``, or below 0 from the cores."""
+    if isinstance(value, str) and value == "auto":
+        return value
+    if not is_whole(value) or value == 0:
+        raise place.wrong(value, "a whole number of at least 1, 'auto', or a negative one (cores + 1 + nworkers)")
+    return int(value)
+
+
+def memory_amount(value: Any) -> float | int | None:
+    """Read a memory limit as :func:`distributed.worker_memory.parse_memory_limit` does, less what needs a machine.
+
+    Returns
+    -------
+    float | int | None
+        A float is a fraction of the node's memory, an int bytes (0: no limit), ``None`` the default share.
+
+    Raises
+    ------
+    ValueError
+        When `value` is none of them.
+    """
+    if value is None:
+        return 0
+    if isinstance(value, str):
+        if value == "auto":
+            return None
+        try:
+            value = float(value)
+        except ValueError:
+            if not value.strip():
+                raise
+            value = parse_bytes(value)
+            if value < 0:
+                raise ValueError(value) from None
+            return int(value)
+    if not is_number(value) or value < 0:
+        raise ValueError(value)
+    # As in dask, 1 is all of the node and not one byte.
+    return float(value) if 0 < value <= 1 else int(value)
+
+
+def memory_limit(place: Place, value: Any) -> int | float | str:
+    """Check a memory limit; it stays as the user wrote it, since a fraction means other bytes on every node."""
+    try:
+        memory_amount(value)
+    except ValueError:
+        allowed = "bytes, text such as '4GiB', a fraction of the node's memory up to 1.0, 'auto', or 0 for no limit"
+        raise place.wrong(value, allowed) from None
+    if value is None:
+        return 0
+    if isinstance(value, str):
+        return value
+    return int(value) if is_whole(value) else float(value)
+
+
+def resources(place: Place, value: Any) -> dict[str, float]:
+    """Check abstract resources: amounts by name, or the command line's ``"GPU=2 MEM=10e9"``."""
+    allowed = "amounts by name, such as {'GPU': 2}, or text such as 'GPU=2 MEM=10e9'"
+    pairs = value
+    if isinstance(value, str):
+        split = [pair.partition("=") for pair in value.replace(",", " ").split()]
+        try:
+            pairs = {name: float(amount) for name, _, amount in split}
+        except ValueError:
+            raise place.wrong(value, allowed) from None
+    if not isinstance(pairs, Mapping):
+        raise place.wrong(value, allowed)
+    for name, amount in pairs.items():
+        if not isinstance(name, str) or not name or not is_number(amount) or amount < 0:
+            raise place.wrong({name: amount}, allowed)
+    return {name: float(amount) for name, amount in pairs.items()}
+
+
+def env(place: Place, value: Any) -> dict[str, str]:
+    """Check environment variables: text or numbers by name."""
+    allowed = "text or numbers by variable name, such as {'OMP_NUM_THREADS': 1}"
+    if not isinstance(value, Mapping):
+        raise place.wrong(value, allowed)
+    for name, text in value.items():
+        if not isinstance(name, str) or not name or "=" in name or "\0" in name:
+            raise place.wrong(name, allowed)
+        if not (isinstance(text, str) and "\0" not in text) and not is_number(text):
+            raise place.at(name).wrong(text, "text or a number")
+    return {name: str(text) for name, text in value.items()}
+
+
+def devices(place: Place, value: Any) -> list[str]:
+    """Check a choice of GPUs: a list, or comma-separated text, of what ``CUDA_VISIBLE_DEVICES`` calls them."""
+    allowed = "a list of different GPUs, or comma-separated text, by index or UUID, such as [0, 1] or '0,1'"
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not items:
+        raise place.wrong(value, allowed)
+    if not all(isinstance(item, str) or (is_whole(item) and item >= 0) for item in items):
+        raise place.wrong(value, allowed)
+    ids = [str(item).strip() for item in items]
+    if "" in ids or len(set(ids)) < len(ids):
+        raise place.wrong(value, allowed)
+    return ids
+
+
+def as_plain(place: Place, value: Any) -> Any:
+    """Let any value pass, as plain data; what is not plain is pickled."""
+    try:
+        return plain(value)
+    except Exception as error:  # cloudpickle lets pass whatever the object's own __reduce__ raises
+        raise place.error(f"{shown(value)} cannot be sent to the nodes: {error}") from error
+
+
+def mapping(place: Place, value: Any, allowed: str) -> dict[str, Any]:
+    """Check that a value is a mapping; its keys become text, as on the wire."""
+    if not isinstance(value, Mapping):
+        raise place.wrong(value, allowed)
+    texts = {str(key): item for key, item in value.items()}
+    if len(texts) < len(value):
+        raise place.wrong(value, "keys that differ as text")
+    return texts
+
+
+def from_json(place: Place, text: str) -> Any:
+    """Read JSON text.
+
+    Raises
+    ------
+    ConfigError
+        When it is none; with line and column.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise place.error(f"the text is not JSON, {where}: {error.msg}; got {shown(text)}") from None
+    except RecursionError:
+        raise place.error("the text is JSON nested too deeply") from None

@@ -1,0 +1,522 @@
+"""The scheduler's side: the registry of nodes, the calls that change what they run, and their carrying out.
+
+One :class:`AgentPlugin` lives in a scheduler, however many agents ask for it. It decides (which workers a mode means on
+a node, in which order a change goes) with the pure modules below it, and acts through two others: the agents, by RPC,
+and :mod:`agentcluster.evacuation`, on the scheduler's own state. One change runs at a time; a second waits its turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
+
+from distributed import Scheduler, Status
+from distributed.comm.core import Comm, CommClosedError
+from distributed.core import error_message
+from distributed.diagnostics.plugin import SchedulerPlugin
+
+from agentcluster import allocate, modes
+from agentcluster.config import Config
+from agentcluster.errors import AgentClusterError, ConfigError, ModeRefused, PreflightError, SwapError
+from agentcluster.evacuation import actors, held
+from agentcluster.model import Hardware, HostMetrics, Mode, WorkerSpec, WorkerState, from_wire, to_wire
+from agentcluster.registry import SETTLED, Node, Registry
+from agentcluster.swap import Swap
+
+logger = logging.getLogger(__name__)
+
+NAME = "agentcluster"
+T = TypeVar("T")
+
+
+def _answer(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T | Any]]:
+    """Send our own errors to the caller without a traceback in the scheduler's log: they are answers, not faults."""
+
+    @functools.wraps(method)
+    async def handler(self: AgentPlugin, *args: Any, **kwargs: Any) -> T | Any:
+        try:
+            return await method(self, *args, **kwargs)
+        except (AgentClusterError, TimeoutError) as error:
+            return error_message(error, status="uncaught-error")
+
+    return handler
+
+
+class AgentPlugin(SchedulerPlugin):
+    """Registry of nodes, and the calls ``register_node``, ``reprovision_nodes``, ``get_nodes`` … on a scheduler.
+
+    Parameters
+    ----------
+    mode
+        The mode that a joining node gets, unless its agent has one of its own.
+    """
+
+    name = NAME
+    idempotent = True
+
+    def __init__(self, mode: Mode | None = None) -> None:
+        self.registry = Registry(mode)
+        self._mode = mode
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._mode,)
+
+    async def start(self, scheduler: Scheduler) -> None:
+        """Take up work on a scheduler; a second plugin on the same one does nothing."""
+        # No await before the extension is set: many agents may be registering the plugin at once.
+        if NAME in scheduler.extensions:
+            return
+        scheduler.extensions[NAME] = self
+        self.scheduler = scheduler
+        self.config = Config.load()
+        self._turn = asyncio.Lock()
+        self._moved = asyncio.Condition()
+        self._errors: dict[str, AgentClusterError] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        scheduler.handlers.update(
+            {
+                "register_node": self.register_node,
+                "unregister_node": self.unregister_node,
+                "get_nodes": self.get_nodes,
+                "await_nodes": self.await_nodes,
+                "get_provision_mode": self.get_provision_mode,
+                "set_provision_mode": self.set_provision_mode,
+                "reprovision_nodes": self.reprovision_nodes,
+                "scale_nodes": self.scale_nodes,
+                "retire_node": self.retire_node,
+                "retire_node_workers": self.retire_node_workers,
+                "get_node_logs": self.get_node_logs,
+            }
+        )
+        self._spawn(self._expire(), "expire nodes")
+
+    async def before_close(self) -> None:
+        """End what the plugin started; called when the scheduler closes."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    async def register_node(
+        self,
+        comm: Comm,
+        name: str,
+        address: str,
+        hardware: Mapping[str, Any],
+        mode: Mapping[str, Any] | None = None,
+        exact: bool = True,
+        stream: bool = False,
+    ) -> Any:
+        """Take an agent's node in, and give it its workers.
+
+        Parameters
+        ----------
+        name
+            The node's name; with ``exact=False`` a free one close to it.
+        address
+            Where the agent listens.
+        hardware
+            A :class:`~agentcluster.model.Hardware` as plain data.
+        mode
+            A :class:`~agentcluster.model.Mode` as plain data, when the agent was given its own.
+        stream
+            Keep the connection open: its messages are the agent's heartbeats, its end is the agent's.
+
+        Returns
+        -------
+        dict
+            ``{"name": …}``, the name that the node got.
+        """
+        try:
+            node = self.registry.register(
+                name,
+                address,
+                from_wire(Hardware, hardware, "hardware"),
+                now=time.monotonic(),
+                own_mode=None if mode is None else from_wire(Mode, mode, "mode"),
+                exact=exact,
+            )
+        except AgentClusterError as error:
+            return error_message(error, status="uncaught-error")
+        logger.info("Node %s joined: %s", node.name, _describe(node.hardware))
+        self._spawn(self._provision(node), f"provision {node.name}")
+        if not stream:
+            return {"name": node.name}
+        await comm.write({"status": "OK", "name": node.name})
+        await self._listen(node, comm)
+        return Status.dont_reply
+
+    @_answer
+    async def unregister_node(self, name: str) -> None:
+        """Forget a node; its workers are its agent's to stop."""
+        self.registry.unregister(name)
+        logger.info("Node %s left", name)
+        await self._notify()
+
+    @_answer
+    async def get_nodes(self) -> dict[str, dict[str, Any]]:
+        """Return node name -> what is known of it (see :meth:`agentcluster.registry.Node.snapshot`)."""
+        return {name: node.snapshot() for name, node in self.registry.nodes.items()}
+
+    @_answer
+    async def await_nodes(self, names: Sequence[str], timeout: float) -> dict[str, dict[str, Any]]:
+        """Wait until nodes have what they are meant to have, or said why not.
+
+        Raises
+        ------
+        ModeRefused, WorkerStartError
+            What the first of them said.
+        TimeoutError
+            Naming the nodes that were late.
+        """
+
+        def settled(name: str) -> bool:
+            node = self.registry.nodes.get(name)
+            return node is not None and node.state in SETTLED
+
+        try:
+            async with asyncio.timeout(timeout), self._moved:
+                await self._moved.wait_for(lambda: all(map(settled, names)))
+        except TimeoutError:
+            late = [name for name in names if not settled(name)]
+            raise TimeoutError(f"nodes {', '.join(late)} had no workers after {timeout:g} s") from None
+        for name in names:
+            if name in self._errors:
+                raise self._errors[name]
+        return {name: self.registry.get(name).snapshot() for name in names}
+
+    @_answer
+    async def get_provision_mode(self) -> dict[str, Any]:
+        """Return the default mode and its options, and the mode of each node."""
+        nodes = {name: node.plan.mode.name for name, node in self.registry.nodes.items()}
+        default = self.registry.default
+        return {"mode": default.name, "config": to_wire(default.config), "nodes": nodes}
+
+    @_answer
+    async def set_provision_mode(
+        self,
+        mode: str,
+        config: Mapping[str, Any] | None = None,
+        nodes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Set the mode that nodes get when they join.
+
+        Parameters
+        ----------
+        mode, config
+            For all that have none of their own.
+        nodes
+            Node name -> a :class:`~agentcluster.model.Mode` as plain data, for nodes that are yet to join.
+        """
+        self.registry.default = modes.parse(mode, config)
+        for name, own in (nodes or {}).items():
+            self.registry.wanted[name] = from_wire(Mode, own, f"mode of node {name}")
+
+    @_answer
+    async def reprovision_nodes(
+        self,
+        mode: str,
+        config: Mapping[str, Any] | str | None = None,
+        nodes: Sequence[str] | str | None = None,
+        remove_existing: bool = True,
+        timeout: float | None = None,
+        dry_run: bool = False,
+    ) -> dict[str, Any]:
+        """Give nodes the workers that a mode means on them, in place of those that they have.
+
+        Parameters
+        ----------
+        mode, config
+            The mode and its options.
+        nodes
+            Names of nodes; None for all, and for those that join later.
+        remove_existing
+            False keeps the workers that run and adds the mode's beside them.
+        timeout
+            Seconds for starting, and again for moving data; None for the configured ones.
+        dry_run
+            Plan and check only.
+
+        Returns
+        -------
+        dict
+            ``{"mode": …, "nodes": {name: NodeReport as plain data}, "seconds": float, "dry_run": bool}``.
+
+        Raises
+        ------
+        ConfigError, PreflightError, NodeNotFound
+            Before anything is touched.
+        SwapError
+            When a step failed; it says what is true now.
+        """
+        wanted = modes.parse(mode, config)
+        async with self._turn:
+            chosen = self._present(nodes)
+            changes = {}
+            refusals = {}
+            for node in chosen:
+                try:
+                    specs = modes.plan(wanted, node.hardware, node=node.name)
+                    changes[node.name] = (
+                        allocate.difference(node.plan.workers, specs)
+                        if remove_existing
+                        else allocate.Change(node.plan.workers, (), specs)
+                    )
+                except ConfigError as error:
+                    refusals[node.name] = error.reason if isinstance(error, ModeRefused) else str(error)
+            if refusals:
+                raise PreflightError(wanted.name, refusals)
+            report = await self._change(wanted, changes, timeout=timeout, dry_run=dry_run)
+            if nodes is None and not dry_run:
+                self.registry.default = wanted
+                self.registry.wanted.clear()
+            return report
+
+    @_answer
+    async def scale_nodes(
+        self, n: int, nodes: Sequence[str] | str | None = None, timeout: float | None = None
+    ) -> dict[str, Any]:
+        """Bring the number of workers on nodes to `n`, as far as their modes have room; data is moved first.
+
+        Returns
+        -------
+        dict
+            As :meth:`reprovision_nodes`, with ``"workers"``, the number that there is now.
+        """
+        if not isinstance(n, int) or n < 0:
+            raise ConfigError(f"scale({n!r}): the number of workers must be 0 or more")
+        async with self._turn:
+            chosen = self._present(nodes)
+            full = {node.name: modes.plan(self._mode_of(node), node.hardware, node=node.name) for node in chosen}
+            nbytes = held(self.scheduler, [worker for node in chosen for worker in node.plan.workers])
+            current = {node.name: {w: nbytes.get(w, 0) for w in node.plan.workers} for node in chosen}
+            go, come = allocate.scaled(current, {name: len(specs) for name, specs in full.items()}, n)
+            changes = {}
+            for node in chosen:
+                keep = {name: spec for name, spec in node.plan.workers.items() if name not in go}
+                room = allocate.difference(node.plan.workers, full[node.name]).come
+                leaving = tuple(name for name in node.plan.workers if name in go)
+                changes[node.name] = allocate.Change(keep, leaving, room[: come[node.name]])
+            return await self._change(None, changes, timeout=timeout) | {
+                "workers": sum(len(node.plan.workers) for node in chosen)
+            }
+
+    @_answer
+    async def retire_node(self, name: str, timeout: float | None = None) -> dict[str, Any]:
+        """Move a node's data to others and stop its workers; the node stays, in standby."""
+        async with self._turn:
+            node = self.registry.get(name)
+            change = allocate.Change({}, tuple(node.plan.workers), ())
+            return await self._change(Mode("none"), {name: change}, timeout=timeout)
+
+    @_answer
+    async def retire_node_workers(self, names: Sequence[str], timeout: float | None = None) -> dict[str, Any]:
+        """Move the data of the named workers to others and stop them; unknown names are gone already."""
+        leaving = {str(name) for name in names}
+        async with self._turn:
+            changes = {}
+            for node in self.registry.nodes.values():
+                go = tuple(worker for worker in node.plan.workers if worker in leaving)
+                if go:
+                    keep = {w: s for w, s in node.plan.workers.items() if w not in leaving}
+                    changes[node.name] = allocate.Change(keep, go, ())
+            return await self._change(None, changes, timeout=timeout)
+
+    @_answer
+    async def get_node_logs(self, nodes: Sequence[str] | None = None) -> dict[str, list[str]]:
+        """Return node name -> the last lines that its agent logged."""
+        chosen = [node for node in self._present(nodes) if node.state != "lost"]
+        lines = await asyncio.gather(*(self._agent(node.name).agent_logs() for node in chosen))
+        return {node.name: list(log) for node, log in zip(chosen, lines, strict=True)}
+
+    # -- deciding ------------------------------------------------------------------------------------------------------
+
+    def _present(self, names: Sequence[str] | str | None) -> list[Node]:
+        chosen = self.registry.select(names)
+        for node in chosen:
+            if node.state == "lost":
+                raise ConfigError(f"node {node.name!r} is lost ({node.problem}); name the others with nodes=")
+        return chosen
+
+    def _mode_of(self, node: Node) -> Mode:
+        return node.plan.mode if node.plan.revision else self.registry.mode_for(node)
+
+    async def _provision(self, node: Node) -> None:
+        """Give a node that joined the workers that it is meant to have."""
+        async with self._turn:
+            if self.registry.nodes.get(node.name) is not node or node.state != "joining":
+                return
+            mode = self.registry.mode_for(node)
+            self._errors.pop(node.name, None)
+            try:
+                specs = modes.plan(mode, node.hardware, node=node.name)
+                await self._change(mode, {node.name: allocate.Change({}, (), specs)})
+            except (AgentClusterError, OSError) as error:
+                self._refuse(node, error)
+        await self._notify()
+
+    def _refuse(self, node: Node, error: Exception) -> None:
+        if isinstance(error, SwapError) and isinstance(error.__cause__, AgentClusterError):
+            error = error.__cause__
+        if isinstance(error, PreflightError):
+            error = ModeRefused(node.name, error.mode, error.refusals[node.name])
+        self._errors[node.name] = error if isinstance(error, AgentClusterError) else SwapError(str(error), "no workers")
+        node.problem = str(error)
+        if node.state in ("joining", "swapping"):
+            node.to("refused")
+        elif node.state in ("ready", "standby"):
+            node.to("swap")
+            node.to("refused")
+        node.problem = str(error)
+        logger.warning("Node %s has no workers: %s", node.name, error)
+
+    async def _change(
+        self,
+        mode: Mode | None,
+        changes: Mapping[str, allocate.Change],
+        *,
+        timeout: float | None = None,
+        dry_run: bool = False,
+    ) -> dict[str, Any]:
+        """Check a change with the agents, carry it out, and report; `mode` None keeps each node's own."""
+        began = time.perf_counter()
+        nodes = {name: self.registry.get(name) for name in changes}
+        named = {
+            name: dict(zip(nodes[name].take_names(len(c.come)), c.come, strict=True)) for name, c in changes.items()
+        }
+        modes_now = {name: mode or self._mode_of(node) for name, node in nodes.items()}
+        await self._preflight(modes_now, changes, named)
+        swap = Swap(
+            scheduler=self.scheduler,
+            nodes=nodes,
+            changes=changes,
+            named=named,
+            modes=modes_now,
+            start_timeout=timeout or self.config.start_timeout,
+            retire_timeout=timeout or self.config.retire_timeout,
+            stop_timeout=self.config.stop_timeout,
+        )
+        if not dry_run:
+            try:
+                await swap.run()
+            finally:
+                await self._notify()
+        reports = {name: to_wire(swap.report(name)) for name in changes}
+        label = mode.name if mode else ", ".join(sorted({m.name for m in modes_now.values()}))
+        return {"mode": label, "nodes": reports, "seconds": time.perf_counter() - began, "dry_run": dry_run}
+
+    async def _preflight(
+        self,
+        modes_now: Mapping[str, Mode],
+        changes: Mapping[str, allocate.Change],
+        named: Mapping[str, Mapping[str, WorkerSpec]],
+    ) -> None:
+        """Collect every reason why the change cannot be; raise them as one."""
+        refusals = {}
+        for name, change in changes.items():
+            stuck = actors(self.scheduler, change.go)
+            if stuck:
+                worker, keys = next(iter(stuck.items()))
+                refusals[name] = f"worker {worker} holds actors, which cannot be moved: {', '.join(keys)}"
+
+        async def ask(name: str) -> None:
+            try:
+                async with asyncio.timeout(self.config.start_timeout):
+                    answer = await self._agent(name).check_workers(specs=to_wire(named[name]))
+                if answer:
+                    refusals[name] = next(iter(answer.values()))
+            except (OSError, TimeoutError) as error:
+                refusals[name] = f"its agent does not answer: {error or type(error).__name__}"
+
+        await asyncio.gather(*(ask(name) for name, specs in named.items() if specs and name not in refusals))
+        if refusals:
+            mode = next(modes_now[name].name for name in refusals)
+            raise PreflightError(mode, refusals)
+
+    # -- hearing -------------------------------------------------------------------------------------------------------
+
+    async def _listen(self, node: Node, comm: Comm) -> None:
+        """Take an agent's messages until its connection ends, and the node with it."""
+        with contextlib.suppress(CommClosedError, OSError):
+            while True:
+                message = await comm.read()
+                if message == "leaving":
+                    break
+                node.heard = time.monotonic()
+                if "metrics" in message:
+                    node.metrics = from_wire(HostMetrics, message["metrics"])
+                for each in message.get("workers", ()):
+                    self._worker_changed(node, from_wire(WorkerState, each))
+        with contextlib.suppress(CommClosedError, OSError):
+            await comm.close()
+        if self.registry.nodes.get(node.name) is node:
+            self._lose(node, "its agent's connection ended")
+            await self._notify()
+
+    def _worker_changed(self, node: Node, state: WorkerState) -> None:
+        if state.state in ("retired", "failed") and state.name not in node.leaving:
+            logger.info("Worker %s of node %s %s", state.name, node.name, state.problem or "was retired")
+            node.drop(state.name)
+            node.problem = f"worker {state.name} {state.problem}" if state.problem else node.problem
+        elif state.name in node.plan.workers:
+            node.workers[state.name] = state
+
+    def _lose(self, node: Node, why: str) -> None:
+        if node.state != "lost":
+            logger.info("Node %s is lost: %s", node.name, why)
+            node.to("lost")
+            node.problem = why
+            node.workers.clear()
+            node.plan = type(node.plan)(node.plan.revision, node.plan.mode)
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.node_ttl / 4)
+            for node in self.registry.stale(time.monotonic(), self.config.node_ttl):
+                self._lose(node, f"its agent was not heard for {self.config.node_ttl:g} s")
+                await self._notify()
+
+    # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _agent(self, name: str) -> Any:
+        return self.scheduler.rpc(self.registry.get(name).address)
+
+    async def _notify(self) -> None:
+        async with self._moved:
+            self._moved.notify_all()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, Any], name: str) -> None:
+        task = asyncio.create_task(coroutine, name=f"agentcluster: {name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _describe(hardware: Hardware) -> str:
+    gpus = f", {len(hardware.gpus)} GPUs" if hardware.gpus else ""
+    return f"{hardware.cpus} cores, {hardware.memory / 2**30:.1f} GiB{gpus}"
+
+
+async def dask_setup(scheduler: Scheduler) -> None:
+    """Register the plugin; called by ``dask scheduler --preload agentcluster``."""
+    await scheduler.register_scheduler_plugin(AgentPlugin(), name=NAME, idempotent=True)
+
+
+async def scheduler_with_plugin(mode: Mode | None = None, **options: Any) -> Scheduler:
+    """Return a running scheduler that has the plugin from its first moment on.
+
+    Parameters
+    ----------
+    mode
+        The mode that a joining node gets.
+    **options
+        Keyword arguments of :class:`distributed.Scheduler`.
+    """
+    scheduler: Scheduler = await Scheduler(**options)
+    await scheduler.register_scheduler_plugin(AgentPlugin(mode), name=NAME, idempotent=True)
+    return scheduler

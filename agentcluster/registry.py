@@ -1,0 +1,237 @@
+"""What the scheduler side knows of its nodes: their state, hardware, plan, history and wanted mode.
+
+Pure: the clock is passed in, nothing is awaited, nothing is sent. The states and what moves a node between them are the
+table :data:`TRANSITIONS`; an event that the table does not have for a state is a programming error and raises.
+
+::
+
+    joining ──planned──▶ ready / standby ──swap──▶ swapping ──planned──▶ ready / standby
+       │                      ▲                        │
+       └──refused──▶ refused ─┴──────────swap──────────┴──kept──▶ ready / standby
+    any ──lost──▶ lost ──registered──▶ joining
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from agentcluster.errors import NodeExists, NodeNotFound
+from agentcluster.model import Hardware, HostMetrics, Mode, NodePlan, WorkerSpec, WorkerState, to_wire
+
+State = Literal["joining", "ready", "standby", "swapping", "refused", "lost"]
+Event = Literal["registered", "planned", "emptied", "swap", "refused", "lost"]
+
+TRANSITIONS: Mapping[tuple[State, Event], State] = {
+    ("joining", "planned"): "ready",
+    ("joining", "emptied"): "standby",
+    ("joining", "refused"): "refused",
+    ("joining", "swap"): "swapping",
+    ("joining", "lost"): "lost",
+    ("ready", "swap"): "swapping",
+    ("ready", "planned"): "ready",
+    ("ready", "emptied"): "standby",
+    ("ready", "lost"): "lost",
+    ("standby", "swap"): "swapping",
+    ("standby", "emptied"): "standby",
+    ("standby", "planned"): "ready",
+    ("standby", "lost"): "lost",
+    ("swapping", "planned"): "ready",
+    ("swapping", "emptied"): "standby",
+    ("swapping", "refused"): "refused",
+    ("swapping", "lost"): "lost",
+    ("refused", "swap"): "swapping",
+    ("refused", "lost"): "lost",
+    ("lost", "registered"): "joining",
+    ("lost", "lost"): "lost",
+}
+
+#: States in which a node has the plan that it is meant to have, or said why not.
+SETTLED: frozenset[State] = frozenset({"ready", "standby", "refused", "lost"})
+
+EMPTY = NodePlan(revision=0, mode=Mode("none"))
+
+
+@dataclass
+class Node:
+    """One node.
+
+    Attributes
+    ----------
+    name, address, hardware
+        As its agent registered them.
+    own_mode
+        The mode that the agent was given itself, which wins over the cluster's default until a reprovisioning.
+    state
+        See the table.
+    plan
+        The workers wanted now.
+    history
+        Earlier plans, oldest first.
+    workers
+        Last known state of each worker, by name.
+    metrics
+        The host's last reported load.
+    heard
+        When the agent was last heard, in the registry's clock.
+    problem
+        Why the node is refused or lost, or what its last failed worker said.
+    leaving
+        Workers that a change under way takes away: their end is no news.
+    """
+
+    name: str
+    address: str
+    hardware: Hardware
+    own_mode: Mode | None = None
+    state: State = "joining"
+    plan: NodePlan = EMPTY
+    history: list[NodePlan] = field(default_factory=list)
+    workers: dict[str, WorkerState] = field(default_factory=dict)
+    metrics: HostMetrics = field(default_factory=HostMetrics)
+    heard: float = 0.0
+    problem: str | None = None
+    leaving: frozenset[str] = frozenset()
+    numbers: Iterator[int] = field(default_factory=itertools.count, repr=False)
+
+    def to(self, event: Event) -> None:
+        """Move along the table."""
+        try:
+            self.state = TRANSITIONS[self.state, event]
+        except KeyError:
+            raise RuntimeError(f"node {self.name!r} got {event!r} while {self.state!r}") from None
+
+    def take_names(self, count: int) -> list[str]:
+        """Return names for `count` new workers; a number is never given twice."""
+        return [f"{self.name}-{number}" for number in itertools.islice(self.numbers, count)]
+
+    def adopt(self, mode: Mode, workers: Mapping[str, WorkerSpec]) -> None:
+        """Make `workers` the node's plan, and settle its state."""
+        if self.plan.revision:
+            self.history.append(self.plan)
+        self.plan = NodePlan(self.plan.revision + 1, mode, dict(workers))
+        self.workers = {name: state for name, state in self.workers.items() if name in workers}
+        self.settle()
+
+    def settle(self) -> None:
+        """Leave a swap, or joining, with the plan that the node has."""
+        self.to("planned" if self.plan.workers else "emptied")
+        self.problem = None
+
+    def drop(self, worker: str) -> None:
+        """Take a worker that was closed on purpose, or given up, out of the plan."""
+        if worker in self.plan.workers:
+            rest = {name: spec for name, spec in self.plan.workers.items() if name != worker}
+            self.plan = NodePlan(self.plan.revision + 1, self.plan.mode, rest)
+            self.workers.pop(worker, None)
+            if self.state in ("ready", "standby"):
+                self.to("planned" if rest else "emptied")
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what is known of the node as plain data (the form of ``get_nodes``)."""
+        return {
+            "name": self.name,
+            "address": self.address,
+            "state": self.state,
+            "mode": self.plan.mode.name,
+            "config": to_wire(self.plan.mode.config),
+            "revision": self.plan.revision,
+            "hardware": to_wire(self.hardware),
+            "plan": to_wire(self.plan.workers),
+            "workers": to_wire(self.workers),
+            "metrics": to_wire(self.metrics),
+            "problem": self.problem,
+        }
+
+
+class Registry:
+    """The nodes of one scheduler, and the mode that a node gets when it joins.
+
+    Parameters
+    ----------
+    mode
+        Mode of nodes that were given none.
+    """
+
+    def __init__(self, mode: Mode | None = None) -> None:
+        self.nodes: dict[str, Node] = {}
+        self.default = mode or Mode("auto-cpu")
+        self.wanted: dict[str, Mode] = {}
+
+    def register(
+        self,
+        name: str,
+        address: str,
+        hardware: Hardware,
+        *,
+        now: float,
+        own_mode: Mode | None = None,
+        exact: bool = True,
+    ) -> Node:
+        """Take a node in.
+
+        Parameters
+        ----------
+        name
+            The wanted name.
+        exact
+            Whether a taken name is an error; otherwise ``.2``, ``.3`` … is appended.
+
+        Returns
+        -------
+        Node
+            The new node, or the one of that name that was lost and is back.
+
+        Raises
+        ------
+        NodeExists
+            When another agent holds the name.
+        """
+        if not exact:
+            name = self._free(name)
+        before = self.nodes.get(name)
+        if before is not None and before.state != "lost":
+            raise NodeExists(name, before.address)
+        node = Node(name, address, hardware, own_mode, heard=now)
+        if before is not None:
+            # The new agent has no workers yet, but a name that was used stays used.
+            node.numbers, node.history = before.numbers, before.history
+        self.nodes[name] = node
+        return node
+
+    def _free(self, name: str) -> str:
+        candidates = itertools.chain([name], (f"{name}.{i}" for i in itertools.count(2)))
+        return next(c for c in candidates if c not in self.nodes or self.nodes[c].state == "lost")
+
+    def unregister(self, name: str) -> None:
+        """Forget a node; unknown names are those that left already."""
+        self.nodes.pop(name, None)
+        self.wanted.pop(name, None)
+
+    def get(self, name: str) -> Node:
+        """Return the node of that name, or raise :class:`NodeNotFound`."""
+        try:
+            return self.nodes[name]
+        except KeyError:
+            raise NodeNotFound(name, self.nodes) from None
+
+    def select(self, names: Iterable[str] | str | None) -> list[Node]:
+        """Return the named nodes, or all that are not lost."""
+        if names is None:
+            return [node for node in self.nodes.values() if node.state != "lost"]
+        chosen = [names] if isinstance(names, str) else list(names)
+        return [self.get(name) for name in dict.fromkeys(chosen)]
+
+    def mode_for(self, node: Node) -> Mode:
+        """Return the mode that a joining node gets: asked for by name, else its own, else the default."""
+        return self.wanted.get(node.name) or node.own_mode or self.default
+
+    def stale(self, now: float, ttl: float) -> list[Node]:
+        """Return the nodes that were not heard for `ttl` seconds."""
+        return [n for n in self.nodes.values() if n.state != "lost" and now - n.heard > ttl]
+
+    def owner(self, worker: str) -> Node | None:
+        """Return the node whose plan has a worker of that name."""
+        return next((n for n in self.nodes.values() if worker in n.plan.workers), None)

@@ -1,0 +1,167 @@
+"""What people see of nodes and changes: tables as text and as HTML.
+
+Pure rendering; the values come from :mod:`agentcluster.model` and from ``get_nodes``.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dask.utils import format_bytes
+
+from agentcluster.model import NodeReport
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return an aligned table."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return an HTML table."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag} style='text-align:left'>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def _workers(names: Sequence[str]) -> str:
+    """Say names briefly: ``gpu-1-0 … gpu-1-3``."""
+    if len(names) <= 2:
+        return " ".join(names) or "-"
+    return f"{names[0]} … {names[-1]} ({len(names)})"
+
+
+def _shape(plan: Mapping[str, Mapping[str, Any]], workers: Mapping[str, Any]) -> str:
+    """Say what workers run: ``2 x 4 threads, 8.00 GiB``."""
+    shapes: dict[str, int] = {}
+    for spec in plan.values():
+        threads = spec.get("nthreads")
+        memory = spec.get("memory_limit")
+        parts = [f"{threads} thread{'s' if threads != 1 else ''}" if threads else str(spec.get("cls", ""))]
+        if memory is not None:
+            parts.append(format_bytes(memory) if memory else "no memory limit")
+        if spec.get("kind") == "gpu":
+            parts.append("1 GPU")
+        shape = ", ".join(parts)
+        shapes[shape] = shapes.get(shape, 0) + 1
+    return "; ".join(f"{count} x {shape}" for shape, count in shapes.items()) or "-"
+
+
+class Nodes(Mapping[str, Mapping[str, Any]]):
+    """Node name -> what is known of the node, with a table as its repr.
+
+    Parameters
+    ----------
+    snapshots
+        As the call ``get_nodes`` returns them.
+    """
+
+    HEADER = ("node", "state", "mode", "workers", "cores", "memory", "GPUs")
+
+    def __init__(self, snapshots: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        self._snapshots = dict(snapshots or {})
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        return self._snapshots[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._snapshots)
+
+    def __len__(self) -> int:
+        return len(self._snapshots)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return one row of text per node."""
+        return [
+            (
+                name,
+                node["state"],
+                node["mode"],
+                _shape(node["plan"], node["workers"]),
+                str(node["hardware"]["cpus"]),
+                format_bytes(node["hardware"]["memory"]),
+                str(len(node["hardware"]["gpus"])),
+            )
+            for name, node in self._snapshots.items()
+        ]
+
+    def __repr__(self) -> str:
+        problems = [f"{name}: {node['problem']}" for name, node in self._snapshots.items() if node["problem"]]
+        return "\n".join([text_table(self.HEADER, self.rows()), *problems])
+
+    def _repr_html_(self) -> str:
+        return html_table(self.HEADER, self.rows())
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What a change of workers did.
+
+    Attributes
+    ----------
+    mode
+        The mode that was asked for.
+    nodes
+        Node name -> what was done there.
+    seconds
+        How long all of it took.
+    dry_run
+        Whether it was only planned.
+    """
+
+    mode: str
+    nodes: Mapping[str, NodeReport]
+    seconds: float
+    dry_run: bool = False
+
+    HEADER = ("node", "mode", "went", "came", "stayed", "keys moved", "bytes moved", "start", "retire", "stop")
+
+    @property
+    def keys(self) -> int:
+        """Keys that were moved, over all nodes."""
+        return sum(node.keys for node in self.nodes.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that were moved, over all nodes."""
+        return sum(node.nbytes for node in self.nodes.values())
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return one row of text per node."""
+        return [
+            (
+                node.node,
+                node.mode,
+                _workers(node.old),
+                _workers(node.new),
+                _workers(node.kept),
+                str(node.keys),
+                format_bytes(node.nbytes),
+                f"{node.start:.2f} s",
+                f"{node.retire:.2f} s",
+                f"{node.stop:.2f} s",
+            )
+            for node in self.nodes.values()
+        ]
+
+    def summary(self) -> str:
+        """Return the change in one line."""
+        if self.dry_run:
+            return f"{self.mode}: planned only, nothing was changed"
+        moved = f"{self.keys} keys ({format_bytes(self.nbytes)}) moved"
+        return f"{self.mode}: {len(self.nodes)} nodes, {moved}, {self.seconds:.2f} s"
+
+    def __repr__(self) -> str:
+        return f"{self.summary()}\n{text_table(self.HEADER, self.rows())}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(self.summary())}</p>{html_table(self.HEADER, self.rows())}"

@@ -1,0 +1,435 @@
+"""The workers of one host: started, watched, restarted and stopped under dask's own nannies.
+
+:class:`Supervisor` is told what to run and makes it so; it decides nothing but when a crashed worker is started again.
+It owns every nanny it made until that nanny is closed, and reports each change of a worker's state to a callback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import dask
+from distributed import Nanny, Status
+from distributed.security import Security
+from distributed.utils import import_term
+
+from agentcluster import forkserver, modes
+from agentcluster.errors import ConfigError, WorkerStartError, suggest
+from agentcluster.model import WorkerSpec, WorkerState, unpickled
+
+logger = logging.getLogger(__name__)
+
+CUDA_WORKER = "dask_cuda.CUDAWorker"
+
+
+@dataclass(frozen=True)
+class RestartPolicy:
+    """When a crashed worker is started again.
+
+    Attributes
+    ----------
+    limit
+        Crashes within `window` after which the worker is given up.
+    window
+        Seconds.
+    backoff, backoff_max
+        Seconds before the second restart within `window`, doubled for each further one, and their most. The first
+        restart is immediate.
+    """
+
+    limit: int = 5
+    window: float = 60.0
+    backoff: float = 1.0
+    backoff_max: float = 30.0
+
+    def delay(self, crashes: list[float], now: float) -> float | None:
+        """Return the seconds to wait before the next start, or None to give up.
+
+        Parameters
+        ----------
+        crashes
+            Times of the crashes so far, this one included, in the clock of `now`.
+        now
+            The present time, seconds.
+        """
+        recent = sum(1 for at in crashes if now - at < self.window)
+        if recent > self.limit:
+            return None
+        if recent <= 1:
+            return 0.0
+        return float(min(self.backoff * 2 ** (recent - 2), self.backoff_max))
+
+
+class _Supervised:
+    """What the supervisor adds to a nanny: its own environment at process start, and restarts that back off."""
+
+    policy: RestartPolicy
+    crashes: list[float]
+    problem: str | None
+    changed: Callable[[], None]
+
+    async def instantiate(self) -> Any:
+        # Called at the first start, after a crash and by Client.restart alike.
+        with forkserver.starting(self.env):  # type: ignore[attr-defined]
+            result = await super().instantiate()  # type: ignore[misc]
+        self.changed()
+        return result
+
+    async def _on_worker_exit(self, exitcode: int) -> None:
+        crashed = self.status is Status.running  # type: ignore[attr-defined]
+        if crashed:
+            now = time.monotonic()
+            self.crashes.append(now)
+            delay = self.policy.delay(self.crashes, now)
+            if delay is None:
+                self.problem = (
+                    f"crashed {self.policy.limit + 1} times within {self.policy.window:g} s, "
+                    f"last with exit code {exitcode}; not restarted"
+                )
+                logger.error("Worker %s %s", self.name, self.problem)  # type: ignore[attr-defined]
+                await self._unregister()  # type: ignore[attr-defined]
+                await self.close(reason="crash-loop")  # type: ignore[attr-defined]
+                return
+            self.changed()
+            if delay:
+                # The scheduler must know at once, so that the tasks go elsewhere while this worker waits.
+                await self._unregister()  # type: ignore[attr-defined]
+                logger.warning("Worker %s crashed; restart in %.1f s", self.name, delay)  # type: ignore[attr-defined]
+                await asyncio.sleep(delay)
+        await super()._on_worker_exit(exitcode)  # type: ignore[misc]
+
+
+@functools.cache
+def _supervised(cls: Any) -> type:
+    return type(cls.__name__, (_Supervised, cls), {"__module__": cls.__module__})
+
+
+@dataclass
+class _Worker:
+    """One worker that the supervisor answers for; `server` is a nanny, or whatever class the spec named."""
+
+    name: str
+    spec: WorkerSpec
+    server: Any
+    stopping: bool = False
+    ready: bool = False
+    ended: asyncio.Task[None] | None = None
+    problem: str | None = None
+    address: str | None = None
+
+    def state(self) -> WorkerState:
+        server = self.server
+        crashes = len(getattr(server, "crashes", ()))
+        process = getattr(server, "process", None)
+        running = process is None or process.status is Status.running
+        status: Any = "running" if running else "restarting"
+        if not self.ready:
+            status = "starting"
+        if server.status in (Status.closed, Status.failed):
+            status = "failed" if self.problem else "retired"
+        if self.stopping:
+            status = "stopping"
+        address = getattr(server, "worker_address", None) or self.address
+        return WorkerState(self.name, status, address, getattr(server, "pid", None), crashes, self.problem)
+
+
+@dataclass
+class Supervisor:
+    """Starts, watches and stops the workers of one host.
+
+    Parameters
+    ----------
+    scheduler
+        Address of the scheduler that the workers join.
+    security
+        Credentials of the workers.
+    host_options
+        Keyword arguments for every worker on this host whatever its mode (``interface``, ``host``, ``protocol``,
+        ``local_directory``, ``resources``, …).
+    policy
+        When crashed workers are started again.
+    on_change
+        Called with a worker's new state.
+    """
+
+    scheduler: str
+    security: Security | None = None
+    host_options: Mapping[str, Any] = field(default_factory=dict)
+    policy: RestartPolicy = field(default_factory=RestartPolicy)
+    on_change: Callable[[WorkerState], None] = lambda state: None
+
+    def __post_init__(self) -> None:
+        self._workers: dict[str, _Worker] = {}
+
+    def states(self) -> tuple[WorkerState, ...]:
+        """Return the state of every worker, in the order they were started."""
+        return tuple(worker.state() for worker in self._workers.values())
+
+    def check(self, specs: Mapping[str, WorkerSpec]) -> dict[str, str]:
+        """Return, for each worker that could not be started here, why; touches nothing.
+
+        Parameters
+        ----------
+        specs
+            Worker name -> its settings.
+        """
+        refused = {}
+        for name, spec in specs.items():
+            try:
+                cls = resolve(spec.cls)
+                allowed = modes.worker_keywords(cls)
+                unknown = sorted(set(spec.options) - allowed) if allowed is not None else []
+                if unknown:
+                    raise ConfigError(
+                        f"{cls.__name__} has no option {unknown[0]!r}; {suggest(unknown[0], allowed or ())}"
+                    )
+            except ConfigError as error:
+                refused[name] = str(error)
+        return refused
+
+    async def start(self, specs: Mapping[str, WorkerSpec], timeout: float) -> tuple[WorkerState, ...]:
+        """Start workers and wait until each has joined the scheduler; all of them, or none.
+
+        Parameters
+        ----------
+        specs
+            Worker name -> its settings. No name may be in use.
+        timeout
+            Seconds for the whole call.
+
+        Raises
+        ------
+        WorkerStartError
+            When one fails or is late. Those that did start are stopped again before it is raised.
+        """
+        taken = sorted(set(specs) & set(self._workers))
+        if taken:
+            raise ConfigError(f"worker {taken[0]!r} already runs here")
+        failures: dict[str, str] = {}
+        servers = self._build(specs, failures)
+        batch = {name: _Worker(name, specs[name], server) for name, server in servers.items()}
+        self._workers.update(batch)
+        try:
+            if not failures:
+                failures = await self._start_all(batch, timeout)
+        except BaseException:
+            await self._discard(batch.values())
+            raise
+        if failures:
+            await self._discard(batch.values())
+            raise WorkerStartError("", failures)
+        for worker in batch.values():
+            worker.ready = True
+            worker.ended = asyncio.create_task(self._watch(worker), name=f"watch {worker.name}")
+            logger.info("Worker %s started at %s", worker.name, worker.state().address)
+        return tuple(worker.state() for worker in batch.values())
+
+    async def stop(self, names: Iterable[str], timeout: float) -> None:
+        """Stop workers; returns when their processes have ended. Unknown names are those that ended already."""
+        workers = [self._workers[name] for name in names if name in self._workers]
+        for worker in workers:
+            worker.stopping = True
+        await asyncio.gather(*(self._close(worker, timeout) for worker in workers))
+
+    async def close(self, timeout: float) -> None:
+        """Stop every worker."""
+        await self.stop(list(self._workers), timeout)
+
+    def _build(self, specs: Mapping[str, WorkerSpec], failures: dict[str, str]) -> dict[str, Any]:
+        servers: dict[str, Any] = {}
+        gpus = {name: spec for name, spec in specs.items() if spec.cls == CUDA_WORKER}
+        for name, spec in specs.items():
+            if name not in gpus:
+                try:
+                    servers[name] = self._instance(name, spec)
+                except Exception as error:  # a user's class may raise anything from its constructor
+                    failures[name] = _words(error)
+        if gpus:
+            try:
+                servers.update(self._cuda_nannies(gpus))
+            except Exception as error:  # as above: CUDAWorker passes on what NVML and RMM raise
+                failures.update(dict.fromkeys(gpus, _words(error)))
+        return servers
+
+    def _arguments(self, name: str, spec: WorkerSpec, **more: Any) -> dict[str, Any]:
+        arguments = {**self.host_options, **unpickled(spec.options), **more, "name": name}
+        if spec.nthreads is not None:
+            arguments["nthreads"] = spec.nthreads
+        if spec.memory_limit is not None:
+            arguments["memory_limit"] = spec.memory_limit
+        resources = {**(self.host_options.get("resources") or {}), **spec.resources}
+        if resources:
+            arguments["resources"] = resources
+        if spec.env:
+            arguments["env"] = dict(spec.env)
+        if self.security is not None:
+            arguments["security"] = self.security
+        return arguments
+
+    def _instance(self, name: str, spec: WorkerSpec) -> Any:
+        cls = resolve(spec.cls)
+        arguments = self._arguments(name, spec)
+        allowed = modes.worker_keywords(cls)
+        if allowed is not None:
+            # Host options are for dask's workers; another class gets those of them that it knows.
+            arguments = {k: v for k, v in arguments.items() if k in allowed or k not in self.host_options}
+        if issubclass(cls, Nanny):
+            cls = _supervised(cls)  # type: ignore[arg-type]
+            arguments["config"] = {**_plain_method(), **(arguments.get("config") or {})}
+        return self._adopt(cls(self.scheduler, **arguments))
+
+    def _cuda_nannies(self, specs: Mapping[str, WorkerSpec]) -> dict[str, Any]:
+        """Build dask-cuda's nannies, one per wanted device.
+
+        CUDAWorker builds the nannies of all of a host's devices at once, unstarted; those of other devices are
+        dropped, they hold nothing yet. It reads the devices from the environment and takes resources as text.
+        """
+        from dask_cuda import CUDAWorker
+
+        servers = {}
+        for name, spec in specs.items():
+            if spec.device is None:
+                raise ConfigError(f"worker {name!r}: a GPU worker needs a device")
+            arguments = self._arguments(name, spec)
+            resources = arguments.pop("resources", {})
+            env = arguments.pop("env", {})
+            arguments["resources"] = " ".join(f"{key}={value!r}" for key, value in resources.items()) or None
+            with _visible_devices(spec.devices):
+                nanny = CUDAWorker(self.scheduler, **arguments).nannies[spec.device]
+            # CUDAWorker takes neither a nanny class, nor environment variables, nor single names.
+            nanny.__class__ = _supervised(type(nanny))
+            nanny.name = name
+            nanny.env = {**nanny.env, "RAPIDS_NO_INITIALIZE": "True", **env}
+            nanny.config = {**nanny.config, **_plain_method()}
+            servers[name] = self._adopt(nanny)
+        return servers
+
+    def _adopt(self, server: Any) -> Any:
+        if isinstance(server, _Supervised):
+            server.policy = self.policy
+            server.crashes = []
+            server.problem = None
+            server.changed = lambda: self._report(server.name)  # type: ignore[attr-defined]
+        return server
+
+    async def _start_all(self, batch: Mapping[str, _Worker], timeout: float) -> dict[str, str]:
+        starts = {name: asyncio.ensure_future(_ready(worker.server)) for name, worker in batch.items()}
+        if not starts:
+            return {}
+        _, late = await asyncio.wait(starts.values(), timeout=timeout)
+        for start in late:
+            start.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        failures = {}
+        for name, start in starts.items():
+            if start in late:
+                failures[name] = f"had not joined {self.scheduler} after {timeout:g} s"
+            elif error := start.exception():
+                failures[name] = _words(error)
+        return failures
+
+    async def _watch(self, worker: _Worker) -> None:
+        await worker.server.finished()
+        worker.problem = getattr(worker.server, "problem", None)
+        if not worker.stopping:
+            # Closed by the scheduler (Client.retire_workers, adaptive) or given up: not ours to start again.
+            self._report(worker.name)
+            self._workers.pop(worker.name, None)
+
+    async def _close(self, worker: _Worker, timeout: float) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            # A nanny kills its process itself, and at the latest after 1.8 times its timeout.
+            await asyncio.wait_for(worker.server.close(timeout=timeout / 2), timeout)
+        if worker.ended is not None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(worker.ended, timeout)
+        self._workers.pop(worker.name, None)
+
+    async def _discard(self, workers: Iterable[_Worker]) -> None:
+        for worker in workers:
+            worker.stopping = True
+        await asyncio.gather(*(self._close(worker, 10.0) for worker in workers))
+
+    def _report(self, name: str) -> None:
+        worker = self._workers.get(name)
+        if worker is not None:
+            self.on_change(worker.state())
+
+
+async def _ready(server: Any) -> None:
+    await server
+
+
+def resolve(cls: str | Mapping[str, str]) -> Any:
+    """Return the class that a worker spec names.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be imported or is no class.
+    """
+    try:
+        found = import_term(cls) if isinstance(cls, str) else unpickled(cls)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"cannot import worker class {cls!r} here: {_words(error)}", key="cls") from error
+    if not isinstance(found, type):
+        raise ConfigError(f"{cls!r} is no class but {type(found).__name__}", key="cls")
+    return found
+
+
+def _words(error: BaseException) -> str:
+    """Say an error in one line, with the root of its causes."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _plain_method() -> dict[str, str]:
+    """Keep our start method out of the workers' own configuration: their processes do not know it."""
+    return {"distributed.worker.multiprocessing-method": "spawn"}
+
+
+@contextlib.contextmanager
+def _visible_devices(devices: tuple[str, ...]) -> Iterator[None]:
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+class StartMethod:
+    """Holds agentcluster's start method in dask's configuration while at least one agent lives in this process."""
+
+    _users = 0
+    _set: Any = None
+
+    @classmethod
+    def acquire(cls) -> None:
+        """Install the start method and warm the forkserver, unless that was done."""
+        cls._users += 1
+        if cls._users == 1 and (method := forkserver.install()):
+            cls._set = dask.config.set({"distributed.worker.multiprocessing-method": method})
+            configured = dask.config.get("distributed.nanny.pre-spawn-environ")
+            forkserver.warm(forkserver.pre_spawn_environ(configured))
+
+    @classmethod
+    def release(cls) -> None:
+        """Undo one :meth:`acquire`; the last one puts dask's configuration back. The forkserver stays warm."""
+        cls._users -= 1
+        if cls._users == 0 and cls._set is not None:
+            cls._set.__exit__(None, None, None)
+            cls._set = None
