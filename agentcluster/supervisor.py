@@ -108,7 +108,7 @@ class _Supervised:
 
 
 @functools.cache
-def _supervised(cls: Any) -> type:
+def _supervised(cls: Any) -> Any:
     return type(cls.__name__, (_Supervised, cls), {"__module__": cls.__module__})
 
 
@@ -282,7 +282,7 @@ class Supervisor:
             # Host options are for dask's workers; another class gets those of them that it knows.
             arguments = {k: v for k, v in arguments.items() if k in allowed or k not in self.host_options}
         if issubclass(cls, Nanny):
-            cls = _supervised(cls)  # type: ignore[arg-type]
+            cls = _supervised(cls)
             arguments["config"] = {**_plain_method(), **(arguments.get("config") or {})}
         return self._adopt(cls(self.scheduler, **arguments))
 
@@ -305,7 +305,7 @@ class Supervisor:
             with _visible_devices(spec.devices):
                 nanny = CUDAWorker(self.scheduler, **arguments).nannies[spec.device]
             # CUDAWorker takes neither a nanny class, nor environment variables, nor single names.
-            nanny.__class__ = _supervised(type(nanny))
+            nanny.__class__ = _supervised(type(nanny))  # type: ignore[arg-type]
             nanny.name = name
             nanny.env = {**nanny.env, "RAPIDS_NO_INITIALIZE": "True", **env}
             nanny.config = {**nanny.config, **_plain_method()}

@@ -26,7 +26,7 @@ from ssh_servers import SSHServer
 from agentcluster.errors import ConfigError, LaunchError, LaunchTimeout
 from agentcluster.launch import Host, launchers_for
 from agentcluster.launch.local import LocalLauncher
-from agentcluster.launch.protocol import MAX_LINE, PROTOCOL, Launched, Launcher, LogTail, Ready, Settings, drain
+from agentcluster.launch.protocol import MAX_LINE, PROTOCOL, Launcher, LogTail, Ready, Settings, drain
 from agentcluster.model import Gpu, Hardware
 
 #: Seconds that no launch of these tests may come near.
@@ -561,7 +561,8 @@ async def test_an_agent_runs_until_it_is_closed(
     assert ready.versions["distributed"] == distributed.__version__
     tree = await _tree(ready.pid, scheduler)
     assert tree[0].cmdline() == [sys.executable, "-m", "agentcluster.cli.launched"]
-    assert not any("secret" in " ".join(process.cmdline()) for process in psutil.process_iter())
+    commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not any("secret" in word for command in commands for word in command)
 
     waiting = asyncio.create_task(launched.wait())
     first = asyncio.create_task(launched.close(PLENTY))
@@ -618,7 +619,7 @@ async def test_environment_reaches_the_workers(server: SSHServer, scheduler: dis
     try:
         await wait_until(lambda: scheduler.workers)
         async with distributed.Client(scheduler.address, asynchronous=True) as client:
-            values = await client.run(os.environ.get, "AGENTCLUSTER_TEST_VALUE")
+            values = await client.run(os.getenv, "AGENTCLUSTER_TEST_VALUE")
             assert set(values.values()) == {"of the host"}
     finally:
         await launched.close(PLENTY)

@@ -1,4 +1,4 @@
-"""``agentcluster``: the operator's command. Its one subcommand so far, ``demo``, shows on this machine what this is for."""
+"""``agentcluster``: the operator's command, so far with ``demo``, which shows on this machine what this is for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 from distributed import Client, Future, wait
 
 from agentcluster.cluster import AgentCluster
-from agentcluster.errors import AgentClusterError
+from agentcluster.errors import AgentClusterError, SwapError
 
 KEYS = 200
 
@@ -39,43 +39,69 @@ def _demo(hosts: int) -> int:
     with AgentCluster(hosts=["local"] * hosts) as cluster, Client(cluster) as client:
         click.echo(f"{_count(hosts, 'local agent')} up in {time.perf_counter() - began:.2f} s\n\n{cluster.nodes!r}")
         futures = _remember(client)
-        click.echo(f"\nIn memory now: {KEYS} scattered keys and {KEYS} computed ones.")
         lost = 0
-        for mode, config, nodes in _tour(cluster):
-            where = f", nodes={nodes!r}" if nodes else ""
-            click.echo(f"\n>>> cluster.reprovision({mode!r}{f', {config!r}' if config else ''}{where})")
-            click.echo(f"{cluster.reprovision(mode, config, nodes=nodes)!r}\n\n{cluster.nodes!r}")
-            lost = _lost(client, futures)
-            click.echo(f"Keys lost: {lost}")
+        for mode, config in (
+            ("uniform", {"nthreads": 1, "nworkers": 1}),
+            ("spec", {"spec": {"cls": "distributed.Nanny", "options": {"nthreads": 3}}, "nworkers": 2}),
+        ):
+            _swap(cluster, mode, config)
+            lost += _lost(client, futures)
+        if hosts == 1:
+            lost += _to_none_and_back(cluster, client, futures)
+        else:
+            # With other nodes there, the data has somewhere to go.
+            last = list(cluster.nodes)[-1]
+            for mode in ("none", "auto-cpu"):
+                _swap(cluster, mode, nodes=[last])
+                lost += _lost(client, futures)
+            _swap(cluster, "auto-cpu")
+            lost += _lost(client, futures)
         began = time.perf_counter()
-    click.echo(f"\nClosed in {time.perf_counter() - began:.2f} s. Keys lost in all: {lost} of {2 * KEYS}.")
+    click.echo(f"\nClosed in {time.perf_counter() - began:.2f} s. Keys lost in all: {lost}.")
     return lost
 
 
-def _remember(client: Client) -> list[Future]:
+def _to_none_and_back(cluster: AgentCluster, client: Client, futures: list[Future[Any]]) -> int:
+    """Show that the only node keeps its workers as long as they hold data, and lets them go when they hold none."""
+    try:
+        _swap(cluster, "none")
+    except SwapError as error:
+        click.echo(f"refused: {error}")
+    lost = _lost(client, futures)
+    click.echo("\nThe results are fetched and released, so the workers can go.")
+    client.cancel(futures)
+    futures.clear()
+    _swap(cluster, "none")
+    _swap(cluster, "auto-cpu")
+    return lost + _lost(client, _remember(client))
+
+
+def _swap(
+    cluster: AgentCluster, mode: str, config: dict[str, Any] | None = None, nodes: list[str] | None = None
+) -> None:
+    more = f", {config!r}" if config else ""
+    more += f", nodes={nodes!r}" if nodes else ""
+    click.echo(f"\n>>> cluster.reprovision({mode!r}{more})")
+    click.echo(f"{cluster.reprovision(mode, config, nodes=nodes)!r}\n\n{cluster.nodes!r}")
+
+
+def _remember(client: Client) -> list[Future[Any]]:
     """Put results in memory: data that only this client can give again, and data that tasks made."""
     scattered = client.scatter([bytes([i]) * 10_000 for i in range(KEYS)], hash=False)
     computed = client.map(pow, range(KEYS), [2] * KEYS, pure=False)
     wait([*scattered, *computed], timeout=60)
+    click.echo(f"\nIn memory now: {KEYS} scattered keys and {KEYS} computed ones.")
     return [*scattered, *computed]
 
 
-def _tour(cluster: AgentCluster) -> list[tuple[str, dict[str, Any] | None, list[str] | None]]:
-    """Return the swaps to show: mode, options, nodes.
-
-    A single node cannot go to ``none`` while it holds data, there is nowhere to move it to; one that could is the last.
-    """
-    last = list(cluster.nodes)[-1]
-    return [
-        ("uniform", {"nthreads": 1, "nworkers": 1}, None),
-        ("spec", {"spec": {"cls": "distributed.Nanny", "options": {"nthreads": 3}}, "nworkers": 2}, None),
-        ("none", None, [last]),
-        ("auto-cpu", None, None),
-    ]
-
-
-def _lost(client: Client, futures: Sequence[Future]) -> int:
+def _lost(client: Client, futures: Sequence[Future[Any]]) -> int:
     """Count the keys whose value is gone or wrong."""
+    wrong = _wrong(client, futures)
+    click.echo(f"Keys lost: {wrong}")
+    return wrong
+
+
+def _wrong(client: Client, futures: Sequence[Future[Any]]) -> int:
     expected = [*(bytes([i]) * 10_000 for i in range(KEYS)), *(i**2 for i in range(KEYS))]
     found = client.gather(futures, errors="skip")
     if len(found) < len(futures):
@@ -85,3 +111,7 @@ def _lost(client: Client, futures: Sequence[Future]) -> int:
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'s' if number > 1 else ''}"
+
+
+if __name__ == "__main__":
+    main()
