@@ -78,7 +78,8 @@ count_tests() {
     local name=$1 rc=$2 line=$3 failed=0 number
     case $name in tests | sshd | gpu) ;; *) return 0 ;; esac
     number=$(grep -oE '[0-9]+ passed' <<<"$line" || true)
-    PASSED_TESTS=$((PASSED_TESTS + ${number% passed}))
+    number=${number% passed}
+    PASSED_TESTS=$((PASSED_TESTS + ${number:-0}))
     while read -r number _; do
         failed=$((failed + number))
     done < <(grep -oE '[0-9]+ (failed|errors?)' <<<"$line" || true)

@@ -13,11 +13,17 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, Self
 
 from dask.utils import parse_timedelta
-from distributed.comm.addressing import address_from_user_args, get_address_host, unparse_host_port
+from distributed.comm.addressing import (
+    address_from_user_args,
+    get_address_host,
+    get_address_host_port,
+    parse_address,
+    unparse_host_port,
+)
 from distributed.comm.core import Comm, CommClosedError, connect
 from distributed.core import Server, Status, clean_exception, coerce_to_address, error_message, rpc
 from distributed.protocol import pickle
@@ -33,10 +39,15 @@ from agentcluster.supervisor import RestartPolicy, StartMethod, Supervisor
 
 logger = logging.getLogger(__name__)
 
+#: Seconds that a call waits for this agent's registration to be complete.
+JOIN_GRACE = 2.0
+
 NO_PLUGIN = (
     "it has no agentcluster plugin and cannot import one: install agentcluster where the scheduler runs "
     "(pip install agentcluster, same version), or start it with: dask scheduler --preload agentcluster"
 )
+
+IS_IT_THERE = "is one running there, and does it speak this protocol (tcp://, tls://)?"
 
 
 class Agent(Server):
@@ -94,8 +105,8 @@ class Agent(Server):
     ) -> None:
         self.settings = Config.load()
         self.security = security if isinstance(security, Security) else Security(**(security or {}))
-        self.scheduler_address = None if scheduler is None else coerce_to_address(scheduler)
-        self.death_timeout = parse_timedelta(death_timeout, "s") if death_timeout is not None else None
+        self.scheduler_address = None if scheduler is None else _address(scheduler)
+        self.death_timeout = None if death_timeout is None else seconds("death_timeout", death_timeout)
         self.own_mode = None if mode is None else modes.parse(mode, config)
         self.given_name = name if name is not None else self.settings.node_name
         self.node_name = str(self.given_name if self.given_name is not None else socket.gethostname())
@@ -107,6 +118,7 @@ class Agent(Server):
         self._supervisor: Supervisor | None = None
         self._stream: Comm | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._joined = asyncio.Event()
         self._closing: asyncio.Task[str] | None = None
         self._log: deque[str] = deque(maxlen=self.settings.log_lines)
         self._handler = _Keep(self._log)
@@ -119,7 +131,7 @@ class Agent(Server):
                 "adopt": self.adopt,
                 "terminate": self.close,
             },
-            connection_args=self.security.get_connection_args("worker"),
+            connection_args=_credentials(self.security, self.scheduler_address),
         )
 
     def __repr__(self) -> str:
@@ -132,6 +144,24 @@ class Agent(Server):
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
+    def __await__(self) -> Generator[Any, Any, Self]:
+        return self._started().__await__()
+
+    async def _started(self) -> Self:
+        try:
+            await self.start()
+        except TimeoutError:
+            if self.scheduler_address is None:
+                raise
+            raise TimeoutError(
+                f"scheduler at {self.scheduler_address} did not take this agent within {self.death_timeout:g} s; "
+                f"{IS_IT_THERE}"
+            ) from None
+        except RuntimeError as error:
+            # A server hides the reason in "Agent failed to start".
+            raise (error.__cause__ or error) from None
+        return self
+
     async def start_unsafe(self) -> Agent:
         """Listen, detect the hardware, and join the scheduler if there is one to join."""
         logging.getLogger("agentcluster").addHandler(self._handler)
@@ -139,24 +169,37 @@ class Agent(Server):
         self._held = True
         await super().start_unsafe()
         self.hardware = await asyncio.to_thread(hardware.detect)
-        await self.listen(self._wanted_address(), **self.security.get_listen_args("worker"))
+        await self._listen()
         if self.scheduler_address is not None:
             await self.join(self.scheduler_address, self.security, self.own_mode)
         return self
 
+    async def _listen(self) -> None:
+        where = "any address"
+        try:
+            where = self._wanted_address()
+            _credentials(self.security, where)
+            await self.listen(where, **self.security.get_listen_args("worker"))
+        except ConfigError:
+            raise
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else " ".join(map(str, error.args))
+            raise ConfigError(
+                f"cannot listen at {where}: {why}; check host, interface, protocol and port (--listen-address)"
+            ) from error
+
     def _wanted_address(self) -> str:
         host, interface, protocol = (self._where[key] for key in ("host", "interface", "protocol"))
-        if self.scheduler_address is not None:
+        if self._listen_host:
+            host, interface = self._listen_host, None
+            protocol = None if "://" in host else protocol
+        elif self.scheduler_address is not None:
             protocol = protocol or self.scheduler_address.split("://")[0]
-            if not host and not interface and not self._listen_host:
+            if not host and not interface:
                 host = unparse_host_port(get_ip(get_address_host(self.scheduler_address)))
         return str(
             address_from_user_args(
-                host=self._listen_host or host,
-                port=self._port,
-                interface=interface,
-                protocol=protocol,
-                security=self.security,
+                host=host, port=self._port, interface=interface, protocol=protocol, security=self.security
             )
         )
 
@@ -170,8 +213,8 @@ class Agent(Server):
         OSError
             When it cannot be reached.
         """
-        connection = security.get_connection_args("worker")
-        comm = await connect(scheduler, timeout=self.death_timeout, **connection)
+        connection = _credentials(security, scheduler)
+        comm = await self._reach(scheduler, connection)
         try:
             answer = await self._register(comm, mode)
             if answer is None:
@@ -197,6 +240,7 @@ class Agent(Server):
             ),
             on_change=self._report,
         )
+        self._joined.set()
         self._tasks = [
             asyncio.create_task(self._beat(comm), name="agent heartbeat"),
             asyncio.create_task(self._follow(comm), name="agent follows scheduler"),
@@ -219,6 +263,13 @@ class Agent(Server):
         ) as scheduler:
             await scheduler.await_nodes(names=[self.node_name], timeout=timeout)
 
+    async def _reach(self, scheduler: str, connection: Mapping[str, Any]) -> Comm:
+        try:
+            comm: Comm = await connect(scheduler, timeout=self.death_timeout, **connection)
+        except OSError as error:
+            raise OSError(f"scheduler at {scheduler} cannot be reached: {error}; {IS_IT_THERE}") from error
+        return comm
+
     async def _register(self, comm: Comm, mode: Mode | None) -> Any:
         await comm.write(
             {
@@ -234,7 +285,7 @@ class Agent(Server):
         return await comm.read()  # None where the scheduler does not know the call
 
     async def _bring_plugin(self, scheduler: str, connection: Mapping[str, Any]) -> None:
-        comm = await connect(scheduler, timeout=self.death_timeout, **connection)
+        comm = await self._reach(scheduler, connection)
         try:
             await comm.write(
                 {
@@ -252,18 +303,20 @@ class Agent(Server):
 
     async def leave(self) -> None:
         """Stop the workers and take this node from the scheduler; the agent stays."""
+        self._joined.clear()
         stream, self._stream = self._stream, None
         supervisor, self._supervisor = self._supervisor, None
+        if stream is not None and not stream.closed():
+            # First, so that no more orders come; and before the reading task is cancelled, which aborts the stream.
+            with contextlib.suppress(CommClosedError, OSError):
+                await stream.write("leaving")
+            await stream.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
         if supervisor is not None:
             await supervisor.close(self.settings.stop_timeout)
-        if stream is not None and not stream.closed():
-            with contextlib.suppress(CommClosedError, OSError):
-                await stream.write("leaving")
-            await stream.close()
 
     async def close(self, timeout: float | None = None, reason: str = "agent-close") -> str:  # type: ignore[override]
         """Stop the workers, leave the scheduler, and end; every caller waits for the same end."""
@@ -275,7 +328,8 @@ class Agent(Server):
         if self.status == Status.closed:
             return "OK"
         self.status = Status.closing
-        logger.info("Closing agent of node %s. Reason: %s", self.node_name, reason)
+        if not reason.startswith("failure-to-start"):  # that error is the caller's to show
+            logger.info("Closing agent of node %s. Reason: %s", self.node_name, reason)
         await self.leave()
         await super().close()
         if getattr(self, "_held", False):
@@ -326,7 +380,7 @@ class Agent(Server):
     async def check_workers(self, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         """Return, for each worker that could not be started here, why; touches nothing."""
         parsed = {name: from_wire(WorkerSpec, spec, f"worker {name}") for name, spec in specs.items()}
-        return self._serving().check(parsed)
+        return (await self._serving()).check(parsed)
 
     async def start_workers(self, specs: Mapping[str, Mapping[str, Any]], timeout: float) -> Any:
         """Start workers; all of them, or none.
@@ -339,13 +393,13 @@ class Agent(Server):
         """
         parsed = {name: from_wire(WorkerSpec, spec, f"worker {name}") for name, spec in specs.items()}
         try:
-            return {"states": to_wire(await self._serving().start(parsed, timeout))}
+            return {"states": to_wire(await (await self._serving()).start(parsed, timeout))}
         except WorkerStartError as error:
             return {"failures": error.failures}
 
     async def stop_workers(self, names: Sequence[str], timeout: float) -> None:
         """Stop workers; returns when their processes have ended."""
-        await self._serving().stop(names, timeout)
+        await (await self._serving()).stop(names, timeout)
 
     async def agent_logs(self) -> list[str]:
         """Return the last lines that this agent logged."""
@@ -402,10 +456,62 @@ class Agent(Server):
             "hardware": to_wire(self.hardware),
         }
 
-    def _serving(self) -> Supervisor:
+    async def _serving(self) -> Supervisor:
+        # The scheduler may call as soon as it has this node, before its answer has come back here.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(JOIN_GRACE):
+                await self._joined.wait()
         if self._supervisor is None:
             raise ConfigError(f"agent of node {self.node_name!r} is in standby: it belongs to no cluster")
         return self._supervisor
+
+
+def _address(scheduler: str) -> str:
+    """Return the address of a scheduler in full, or raise :class:`ConfigError`."""
+    address = str(coerce_to_address(scheduler))
+    try:
+        if not address.startswith("inproc://"):
+            get_address_host_port(address, strict=True)
+    except ValueError as error:
+        raise ConfigError(f"scheduler {scheduler!r} is no address: {error}; give one such as tcp://HOST:8786") from None
+    return address
+
+
+def seconds(key: str, value: str | float) -> float:
+    """Return a time in seconds, or raise :class:`ConfigError` that names `key`."""
+    try:
+        number = float(parse_timedelta(value, "s"))
+    except (ValueError, KeyError, TypeError):
+        number = -1.0
+    if number <= 0:
+        raise ConfigError(f"{key} {value!r} must be a time above 0, such as 30 (seconds) or '1 minute'", key=key)
+    return number
+
+
+def _credentials(security: Security, address: str | None) -> dict[str, Any]:
+    """Return the connection arguments of an agent, or raise :class:`ConfigError` where `address` needs others."""
+    try:
+        arguments: dict[str, Any] = security.get_connection_args("worker")
+    except OSError as error:
+        fields = ("tls_ca_file", "tls_worker_cert", "tls_worker_key")
+        files = ", ".join(value for field in fields if _is_path(value := getattr(security, field, None)))
+        raise ConfigError(
+            f"TLS credentials {files or 'in memory'} cannot be loaded: {error}", key="security"
+        ) from error
+    scheme = None if address is None else parse_address(address)[0]
+    if scheme == "tcp" and security.require_encryption:
+        raise ConfigError(f"{address} is not encrypted, and encryption is required here; use tls://", key="security")
+    if scheme == "tls" and arguments.get("ssl_context") is None:
+        raise ConfigError(
+            f"{address} speaks TLS, which needs credentials: give --tls-ca-file, --tls-cert and --tls-key "
+            f"(security=Security(tls_ca_file=…, tls_worker_cert=…, tls_worker_key=…))",
+            key="security",
+        )
+    return arguments
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and "\n" not in value
 
 
 async def _until_end(comm: Comm, released: asyncio.Event) -> None:

@@ -29,7 +29,7 @@ from agentcluster.errors import AgentClusterError, ConfigError, NodeNotFound, Sc
 from agentcluster.launch import Host, launchers_for
 from agentcluster.launch.protocol import Launcher, Settings
 from agentcluster.model import Mode, NodeReport, from_wire, plain, to_wire
-from agentcluster.plugin import NAME, AgentPlugin
+from agentcluster.plugin import NAME, AgentPlugin, dask_setup
 from agentcluster.report import Nodes, Report
 
 logger = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ class AgentCluster(SpecCluster):
 
     async def _have_plugin(self) -> None:
         if isinstance(self.scheduler, Scheduler):
-            await self.scheduler.register_scheduler_plugin(AgentPlugin(), name=NAME, idempotent=True)
+            await dask_setup(self.scheduler)
         elif await self.scheduler_comm.get_provision_mode() is None:
             try:
                 await self.scheduler_comm.register_scheduler_plugin(

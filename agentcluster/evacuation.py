@@ -2,18 +2,25 @@
 
 The only place that touches the scheduler's own state. ``Scheduler.retire_workers`` does the moving; what it returns,
 not what it was asked, says which workers are free of data. It has no deadline and does not take its policies back
-when it is cancelled, and it can leave workers in ``closing_gracefully``, so both are put right here.
+when it is cancelled, it can leave workers in ``closing_gracefully``, and it removes one worker while another is stuck,
+so all of this is put right here.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from distributed import Scheduler, Status
+from distributed.active_memory_manager import RetireWorker
 from distributed.metrics import time
+
+#: Seconds between two looks at workers that got new data while they were emptied.
+POLL = 0.05
+
+STIMULUS = "agentcluster-evacuate"
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,15 @@ def held(scheduler: Scheduler, names: Iterable[str]) -> dict[str, int]:
     return {str(ws.name): ws.nbytes for ws in _states(scheduler, names)}
 
 
+def stranded(scheduler: Scheduler, names: Iterable[str]) -> dict[str, int]:
+    """Return worker name -> keys that would be lost if the named workers went and none came; {} when others stay."""
+    leaving = _states(scheduler, names)
+    if scheduler.running - set(leaving):
+        return {}
+    keys, _ = _only_copies(leaving)
+    return {name: count for name, count in keys.items() if count}
+
+
 async def evacuate(scheduler: Scheduler, names: Sequence[str], timeout: float) -> Evacuation:
     """Move data off workers and remove them from the scheduler; all of them, or none.
 
@@ -60,39 +76,52 @@ async def evacuate(scheduler: Scheduler, names: Sequence[str], timeout: float) -
     Evacuation
         With a `problem` when not all could leave: then those that are still there take tasks again.
     """
-    leaving = _states(scheduler, names)
-    keys, nbytes = _only_copies(leaving)
-    addresses = [ws.address for ws in leaving]
+    keys, nbytes = _only_copies(_states(scheduler, names))
+    paused: set[str] = set()
+    problem: str | None = None
     try:
         async with asyncio.timeout(timeout):
-            # First only the data: as long as no worker is removed, everything can still be taken back.
-            emptied = await scheduler.retire_workers(workers=addresses, close_workers=False, remove=False)
-            stuck = _stuck(scheduler, addresses, emptied)
-            if not stuck:
-                # What ended in between is moved too; a worker is removed in the step that finds it empty.
-                removed = await scheduler.retire_workers(workers=addresses, close_workers=False, remove=True)
-                stuck = _stuck(scheduler, addresses, removed)
+            # A worker that crashes in between comes back under another address: the end is when no name is left.
+            while problem is None and (leaving := _states(scheduler, names)):
+                paused |= {ws.address for ws in leaving if ws.status is Status.paused}
+                addresses = [ws.address for ws in leaving]
+                # Only the data moves here: as long as no worker is removed, everything can still be taken back.
+                emptied = await scheduler.retire_workers(workers=addresses, close_workers=False, remove=False)
+                if stuck := [ws for ws in _states(scheduler, names) if ws in leaving and ws.address not in emptied]:
+                    problem = f"data could not be moved to another worker: {_describe(stuck)}"
+                elif not await _remove(scheduler, names):
+                    await asyncio.sleep(POLL)
     except TimeoutError:
-        problem = f"data could not be moved within {timeout:g} s: {_describe(_present(scheduler, addresses))}"
-    else:
-        if not stuck:
-            return Evacuation(keys, nbytes)
-        problem = f"data could not be moved to another worker: {_describe(stuck)}"
-    _reinstate(scheduler, addresses)
+        if left := _states(scheduler, names):
+            problem = f"data could not be moved within {timeout:g} s: {_describe(left)}"
+    finally:
+        _reinstate(scheduler, _states(scheduler, names), paused)
     return Evacuation(keys, nbytes, problem)
+
+
+async def _remove(scheduler: Scheduler, names: Sequence[str]) -> bool:
+    """Remove workers from the scheduler, all in one step of the event loop, unless one holds a key that none else has.
+
+    `remove_worker` forgets the worker before it first awaits, and what `gather` starts takes its first step without
+    anything in between: what the first of them finds is true for all.
+    """
+    leaving = _states(scheduler, names)
+    free: list[bool] = []
+
+    async def remove(ws: Any) -> None:
+        if not free:
+            known = all(other in leaving for other in _states(scheduler, names))
+            free.append(known and not any(_only_copies(leaving)[0].values()))
+        if free[0]:
+            await scheduler.remove_worker(ws.address, expected=True, close=False, stimulus_id=f"{STIMULUS}-{time()}")
+
+    await asyncio.gather(*map(remove, leaving))
+    return all(free)
 
 
 def _states(scheduler: Scheduler, names: Iterable[str]) -> list[Any]:
     wanted = set(names)
     return [ws for ws in scheduler.workers.values() if str(ws.name) in wanted]
-
-
-def _present(scheduler: Scheduler, addresses: Iterable[str]) -> list[Any]:
-    return [scheduler.workers[address] for address in addresses if address in scheduler.workers]
-
-
-def _stuck(scheduler: Scheduler, addresses: Iterable[str], confirmed: dict[str, Any]) -> list[Any]:
-    return [ws for ws in _present(scheduler, addresses) if ws.address not in confirmed]
 
 
 def _only_copies(leaving: Sequence[Any]) -> tuple[dict[str, int], dict[str, int]]:
@@ -110,27 +139,30 @@ def _only_copies(leaving: Sequence[Any]) -> tuple[dict[str, int], dict[str, int]
     return keys, nbytes
 
 
-def _describe(stuck: Iterable[Any]) -> str:
+def _describe(stuck: Sequence[Any]) -> str:
+    gone = set(stuck)
     parts = []
     for ws in stuck:
-        some = sorted(str(ts.key) for ts in ws.has_what)
-        listed = ", ".join(some[:3]) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
-        parts.append(f"worker {ws.name} keeps {listed}" if some else f"worker {ws.name} did not answer")
-    return "; ".join(parts)
+        some = sorted(str(ts.key) for ts in ws.has_what if ts.who_has <= gone)
+        if some:
+            listed = ", ".join(some[:3]) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
+            parts.append(f"worker {ws.name} keeps {listed}")
+    return "; ".join(parts) or f"{', '.join(str(ws.name) for ws in stuck)} could not leave"
 
 
-def _reinstate(scheduler: Scheduler, addresses: Iterable[str]) -> None:
+def _reinstate(scheduler: Scheduler, staying: Sequence[Any], paused: Collection[str]) -> None:
     """Let workers that were to leave take tasks again."""
+    addresses = {ws.address for ws in staying}
     amm: Any = scheduler.extensions.get("amm")
     for policy in list(amm.policies) if amm is not None else []:
-        if getattr(policy, "address", None) in set(addresses):
+        if isinstance(policy, RetireWorker) and policy.address in addresses:
+            # Whoever else waits for this policy would take its absence for success.
+            policy.no_recipients = True
             amm.policies.discard(policy)
-    for ws in _present(scheduler, addresses):
+    for ws in staying:
         if ws.status is Status.closing_gracefully:
-            scheduler.stream_comms[ws.address].send(
-                {
-                    "op": "worker-status-change",
-                    "status": Status.running.name,
-                    "stimulus_id": f"agentcluster-reinstate-{time()}",
-                }
+            status = Status.paused if ws.address in paused else Status.running
+            scheduler.worker_send(
+                ws.address,
+                {"op": "worker-status-change", "status": status.name, "stimulus_id": f"{STIMULUS}-{time()}"},
             )

@@ -44,7 +44,7 @@ _START_TIME_PREFIXES = (
 )
 
 _own_environ: ContextVar[Mapping[str, str] | None] = ContextVar("own_environ", default=None)
-_environ_lock = threading.Lock()
+_environ_lock = threading.RLock()
 _server_environ: dict[str, str] | None = None
 
 
@@ -78,10 +78,12 @@ def warm(environ: Mapping[str, str], preload: Sequence[str] = PRELOAD) -> None:
         return
     from multiprocessing import forkserver
 
+    if forkserver._forkserver._forkserver_pid is not None:  # type: ignore[attr-defined]
+        return  # somebody else's: nobody knows its environment, so workers are spawned
     forkserver.set_forkserver_preload(list(preload))
     with environment(environ):
         forkserver.ensure_running()
-    _server_environ = start_time_variables({**os.environ, **environ})
+        _server_environ = start_time_variables(os.environ)
 
 
 def pre_spawn_environ(configured: Mapping[str, Any]) -> dict[str, str]:
@@ -133,6 +135,14 @@ def starting(environ: Mapping[str, str]) -> Iterator[None]:
         _own_environ.reset(token)
 
 
+def _revive() -> None:
+    """Start the server again with its environment if it died; multiprocessing would do it with that of the moment."""
+    from multiprocessing import forkserver
+
+    with environment(_server_environ or {}):
+        forkserver.ensure_running()
+
+
 if available():
 
     class Process(multiprocessing.context.ForkServerProcess):
@@ -146,6 +156,7 @@ if available():
         @staticmethod
         def _Popen(process_obj: Any) -> Any:
             if process_obj.own_environ is None:
+                _revive()
                 return multiprocessing.context.ForkServerProcess._Popen(process_obj)
             with environment(process_obj.own_environ):
                 return multiprocessing.context.SpawnProcess._Popen(process_obj)

@@ -22,8 +22,15 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 
 from agentcluster import allocate, modes
 from agentcluster.config import Config
-from agentcluster.errors import AgentClusterError, ConfigError, ModeRefused, PreflightError, SwapError
-from agentcluster.evacuation import actors, held
+from agentcluster.errors import (
+    AgentClusterError,
+    ConfigError,
+    LaunchError,
+    ModeRefused,
+    PreflightError,
+    SwapError,
+)
+from agentcluster.evacuation import actors, held, stranded
 from agentcluster.model import Hardware, HostMetrics, Mode, WorkerSpec, WorkerState, from_wire, to_wire
 from agentcluster.registry import SETTLED, Node, Registry
 from agentcluster.swap import Swap
@@ -145,10 +152,11 @@ class AgentPlugin(SchedulerPlugin):
         except AgentClusterError as error:
             return error_message(error, status="uncaught-error")
         logger.info("Node %s joined: %s", node.name, _describe(node.hardware))
+        if stream:
+            await comm.write({"status": "OK", "name": node.name})
         self._spawn(self._provision(node), f"provision {node.name}")
         if not stream:
             return {"name": node.name}
-        await comm.write({"status": "OK", "name": node.name})
         await self._listen(node, comm)
         return Status.dont_reply
 
@@ -189,6 +197,8 @@ class AgentPlugin(SchedulerPlugin):
         for name in names:
             if name in self._errors:
                 raise self._errors[name]
+            if self.registry.get(name).state == "lost":
+                raise LaunchError(name, f"node {name!r} is lost: {self.registry.get(name).problem}")
         return {name: self.registry.get(name).snapshot() for name in names}
 
     @_answer
@@ -312,8 +322,8 @@ class AgentPlugin(SchedulerPlugin):
         """Move a node's data to others and stop its workers; the node stays, in standby."""
         async with self._turn:
             node = self.registry.get(name)
-            change = allocate.Change({}, tuple(node.plan.workers), ())
-            return await self._change(Mode("none"), {name: change}, timeout=timeout)
+            changes = {} if node.state == "lost" else {name: allocate.Change({}, tuple(node.plan.workers), ())}
+            return await self._change(Mode("none"), changes, timeout=timeout)
 
     @_answer
     async def retire_node_workers(self, names: Sequence[str], timeout: float | None = None) -> dict[str, Any]:
@@ -357,7 +367,10 @@ class AgentPlugin(SchedulerPlugin):
             try:
                 specs = modes.plan(mode, node.hardware, node=node.name)
                 await self._change(mode, {node.name: allocate.Change({}, (), specs)})
-            except (AgentClusterError, OSError) as error:
+            except AgentClusterError as error:
+                self._refuse(node, error)
+            except Exception as error:  # the node's creator waits for an answer, whatever went wrong
+                logger.exception("Node %s could not be given its workers", node.name)
                 self._refuse(node, error)
         await self._notify()
 
@@ -392,6 +405,9 @@ class AgentPlugin(SchedulerPlugin):
         }
         modes_now = {name: mode or self._mode_of(node) for name, node in nodes.items()}
         await self._preflight(modes_now, changes, named)
+        for name, node in nodes.items():
+            if node.state == "lost":
+                raise PreflightError(modes_now[name].name, {name: f"it was lost meanwhile: {node.problem}"})
         swap = Swap(
             scheduler=self.scheduler,
             nodes=nodes,
@@ -405,6 +421,8 @@ class AgentPlugin(SchedulerPlugin):
         if not dry_run:
             try:
                 await swap.run()
+                for name in changes:
+                    self._errors.pop(name, None)
             finally:
                 await self._notify()
         reports = {name: to_wire(swap.report(name)) for name in changes}
@@ -424,6 +442,15 @@ class AgentPlugin(SchedulerPlugin):
             if stuck:
                 worker, keys = next(iter(stuck.items()))
                 refusals[name] = f"worker {worker} holds actors, which cannot be moved: {', '.join(keys)}"
+        if not any(named.values()):
+            stuck_keys = stranded(self.scheduler, [worker for change in changes.values() for worker in change.go])
+            for name, change in changes.items():
+                count = sum(stuck_keys.get(worker, 0) for worker in change.go)
+                if count and name not in refusals:
+                    refusals[name] = (
+                        f"its workers hold the only copies of {count} keys and no other worker could take them; "
+                        f"keep a worker on some node, or release those results first"
+                    )
 
         async def ask(name: str) -> None:
             try:
@@ -447,6 +474,8 @@ class AgentPlugin(SchedulerPlugin):
             while True:
                 message = await comm.read()
                 if message == "leaving":
+                    self.registry.unregister(node.name)
+                    logger.info("Node %s left", node.name)
                     break
                 node.heard = time.monotonic()
                 if "metrics" in message:
@@ -505,18 +534,3 @@ def _describe(hardware: Hardware) -> str:
 async def dask_setup(scheduler: Scheduler) -> None:
     """Register the plugin; called by ``dask scheduler --preload agentcluster``."""
     await scheduler.register_scheduler_plugin(AgentPlugin(), name=NAME, idempotent=True)
-
-
-async def scheduler_with_plugin(mode: Mode | None = None, **options: Any) -> Scheduler:
-    """Return a running scheduler that has the plugin from its first moment on.
-
-    Parameters
-    ----------
-    mode
-        The mode that a joining node gets.
-    **options
-        Keyword arguments of :class:`distributed.Scheduler`.
-    """
-    scheduler: Scheduler = await Scheduler(**options)
-    await scheduler.register_scheduler_plugin(AgentPlugin(mode), name=NAME, idempotent=True)
-    return scheduler

@@ -5,10 +5,12 @@ table :data:`TRANSITIONS`; an event that the table does not have for a state is 
 
 ::
 
-    joining ──planned──▶ ready / standby ──swap──▶ swapping ──planned──▶ ready / standby
-       │                      ▲                        │
-       └──refused──▶ refused ─┴──────────swap──────────┴──kept──▶ ready / standby
-    any ──lost──▶ lost ──registered──▶ joining
+    joining, ready, standby, refused ──swap──▶ swapping
+    joining, swapping, ready, standby ──planned──▶ ready
+    joining, swapping, ready, standby ──emptied──▶ standby
+    joining, swapping ──refused──▶ refused
+    joining, swapping, ready, standby, refused, lost ──lost──▶ lost
+    lost ──registered──▶ joining
 """
 
 from __future__ import annotations
@@ -80,6 +82,8 @@ class Node:
         Why the node is refused or lost, or what its last failed worker said.
     leaving
         Workers that a change under way takes away: their end is no news.
+    ended
+        Workers that ended while a change is under way; whatever its end, no plan has them.
     """
 
     name: str
@@ -94,6 +98,7 @@ class Node:
     heard: float = 0.0
     problem: str | None = None
     leaving: frozenset[str] = frozenset()
+    ended: set[str] = field(default_factory=set)
     numbers: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
     def to(self, event: Event) -> None:
@@ -111,23 +116,32 @@ class Node:
         """Make `workers` the node's plan, and settle its state."""
         if self.plan.revision:
             self.history.append(self.plan)
-        self.plan = NodePlan(self.plan.revision + 1, mode, dict(workers))
-        self.workers = {name: state for name, state in self.workers.items() if name in workers}
+        self.plan = NodePlan(self.plan.revision + 1, mode, {n: s for n, s in workers.items() if n not in self.ended})
         self.settle()
 
     def settle(self) -> None:
         """Leave a swap, or joining, with the plan that the node has."""
+        for worker in self.ended:
+            self._without(worker)
+        self.ended.clear()
+        self.workers = {name: state for name, state in self.workers.items() if name in self.plan.workers}
         self.to("planned" if self.plan.workers else "emptied")
         self.problem = None
 
     def drop(self, worker: str) -> None:
-        """Take a worker that was closed on purpose, or given up, out of the plan."""
+        """Take a worker that was closed on purpose, or given up, out of the plan; during a swap, when that ends."""
+        if self.state == "swapping":
+            self.ended.add(worker)
+        elif worker in self.plan.workers:
+            self._without(worker)
+            if self.state in ("ready", "standby"):
+                self.to("planned" if self.plan.workers else "emptied")
+
+    def _without(self, worker: str) -> None:
         if worker in self.plan.workers:
             rest = {name: spec for name, spec in self.plan.workers.items() if name != worker}
             self.plan = NodePlan(self.plan.revision + 1, self.plan.mode, rest)
             self.workers.pop(worker, None)
-            if self.state in ("ready", "standby"):
-                self.to("planned" if rest else "emptied")
 
     def snapshot(self) -> dict[str, Any]:
         """Return what is known of the node as plain data (the form of ``get_nodes``)."""
@@ -159,6 +173,7 @@ class Registry:
         self.nodes: dict[str, Node] = {}
         self.default = mode or Mode("auto-cpu")
         self.wanted: dict[str, Mode] = {}
+        self._numbers: dict[str, Iterator[int]] = {}
 
     def register(
         self,
@@ -194,10 +209,11 @@ class Registry:
         before = self.nodes.get(name)
         if before is not None and before.state != "lost":
             raise NodeExists(name, before.address)
-        node = Node(name, address, hardware, own_mode, heard=now)
+        # The new agent has no workers yet, but a worker's name that was used stays used.
+        numbers = self._numbers.setdefault(name, itertools.count())
+        node = Node(name, address, hardware, own_mode, heard=now, numbers=numbers)
         if before is not None:
-            # The new agent has no workers yet, but a name that was used stays used.
-            node.numbers, node.history = before.numbers, before.history
+            node.history = before.history
         self.nodes[name] = node
         return node
 

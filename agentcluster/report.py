@@ -33,6 +33,11 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
 
+def _count(number: int, what: str) -> str:
+    """Say a number of things: ``1 node``, ``2 nodes``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def _workers(names: Sequence[str]) -> str:
     """Say names briefly: ``gpu-1-0 … gpu-1-3``."""
     if len(names) <= 2:
@@ -46,7 +51,8 @@ def _shape(plan: Mapping[str, Mapping[str, Any]], workers: Mapping[str, Any]) ->
     for spec in plan.values():
         threads = spec.get("nthreads")
         memory = spec.get("memory_limit")
-        parts = [f"{threads} thread{'s' if threads != 1 else ''}" if threads else str(spec.get("cls", ""))]
+        cls = spec.get("cls", "")
+        parts = [_count(threads, "thread") if threads else cls if isinstance(cls, str) else "a class of the user's"]
         if memory is not None:
             parts.append(format_bytes(memory) if memory else "no memory limit")
         if spec.get("kind") == "gpu":
@@ -94,12 +100,15 @@ class Nodes(Mapping[str, Mapping[str, Any]]):
             for name, node in self._snapshots.items()
         ]
 
+    def _problems(self) -> list[str]:
+        return [f"{name}: {node['problem']}" for name, node in self._snapshots.items() if node["problem"]]
+
     def __repr__(self) -> str:
-        problems = [f"{name}: {node['problem']}" for name, node in self._snapshots.items() if node["problem"]]
-        return "\n".join([text_table(self.HEADER, self.rows()), *problems])
+        return "\n".join([text_table(self.HEADER, self.rows()), *self._problems()])
 
     def _repr_html_(self) -> str:
-        return html_table(self.HEADER, self.rows())
+        problems = "".join(f"<p>{html.escape(problem)}</p>" for problem in self._problems())
+        return html_table(self.HEADER, self.rows()) + problems
 
 
 @dataclass(frozen=True, repr=False)
@@ -157,8 +166,8 @@ class Report:
         """Return the change in one line."""
         if self.dry_run:
             return f"{self.mode}: planned only, nothing was changed"
-        moved = f"{self.keys} keys ({format_bytes(self.nbytes)}) moved"
-        return f"{self.mode}: {len(self.nodes)} nodes, {moved}, {self.seconds:.2f} s"
+        moved = f"{_count(self.keys, 'key')} ({format_bytes(self.nbytes)}) moved"
+        return f"{self.mode}: {_count(len(self.nodes), 'node')}, {moved}, {self.seconds:.2f} s"
 
     def __repr__(self) -> str:
         return f"{self.summary()}\n{text_table(self.HEADER, self.rows())}"

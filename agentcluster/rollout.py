@@ -138,7 +138,17 @@ Step = tuple[Rollout, Sequence[Command]]
 
 
 def begin(changes: Sequence[NodeChange]) -> Step:
-    """Return a new rollout and its first commands."""
+    """Return a new rollout and its first commands.
+
+    Raises
+    ------
+    ValueError
+        When a node has more than one change, or a worker would both go and come.
+    """
+    nodes = [change.node for change in changes]
+    workers = [worker for change in changes for worker in (*change.go, *change.come)]
+    if len(set(nodes)) != len(nodes) or len(set(workers)) != len(workers):
+        raise ValueError(f"a node or a worker is in more than one change: {list(changes)}")
     coming = [change for change in changes if change.come]
     rollout = Rollout(tuple(changes), waiting=frozenset(change.node for change in coming))
     if not coming:

@@ -10,24 +10,25 @@ import asyncio
 import contextlib
 import functools
 import logging
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import dask
 from distributed import Nanny, Status
 from distributed.security import Security
-from distributed.utils import import_term
+from distributed.utils import import_term, parse_ports
 
 from agentcluster import forkserver, modes
+from agentcluster.config import Config
 from agentcluster.errors import ConfigError, WorkerStartError, suggest
 from agentcluster.model import WorkerSpec, WorkerState, unpickled
 
 logger = logging.getLogger(__name__)
 
 CUDA_WORKER = "dask_cuda.CUDAWorker"
+NO_DEVICE = "CUDAWorker is several workers, one per GPU; use mode 'auto-gpu', which starts each of them with its device"
 
 
 @dataclass(frozen=True)
@@ -75,36 +76,56 @@ class _Supervised:
     crashes: list[float]
     problem: str | None
     changed: Callable[[], None]
+    killed: bool = False
 
     async def instantiate(self) -> Any:
         # Called at the first start, after a crash and by Client.restart alike.
-        with forkserver.starting(self.env):  # type: ignore[attr-defined]
-            result = await super().instantiate()  # type: ignore[misc]
+        try:
+            with forkserver.starting(self.env):  # type: ignore[attr-defined]
+                result = await super().instantiate()  # type: ignore[misc]
+        except Exception as error:
+            # By now the nanny has closed itself, which must not read as "retired on purpose".
+            self.problem = f"could not be started: {_words(error)}"
+            raise
         self.changed()
         return result
 
+    async def kill(self, timeout: float = 5, reason: str = "nanny-kill") -> None:
+        # Client.restart ends the process this way while the nanny's status stays "running": no crash.
+        process = self.process  # type: ignore[attr-defined]
+        self.killed = process is not None and process.status is not Status.stopped
+        await super().kill(timeout=timeout, reason=reason)  # type: ignore[misc]
+
     async def _on_worker_exit(self, exitcode: int) -> None:
-        crashed = self.status is Status.running  # type: ignore[attr-defined]
-        if crashed:
-            now = time.monotonic()
-            self.crashes.append(now)
-            delay = self.policy.delay(self.crashes, now)
-            if delay is None:
-                self.problem = (
-                    f"crashed {self.policy.limit + 1} times within {self.policy.window:g} s, "
-                    f"last with exit code {exitcode}; not restarted"
-                )
-                logger.error("Worker %s %s", self.name, self.problem)  # type: ignore[attr-defined]
-                await self._unregister()  # type: ignore[attr-defined]
-                await self.close(reason="crash-loop")  # type: ignore[attr-defined]
-                return
-            self.changed()
-            if delay:
-                # The scheduler must know at once, so that the tasks go elsewhere while this worker waits.
-                await self._unregister()  # type: ignore[attr-defined]
-                logger.warning("Worker %s crashed; restart in %.1f s", self.name, delay)  # type: ignore[attr-defined]
-                await asyncio.sleep(delay)
-        await super()._on_worker_exit(exitcode)  # type: ignore[misc]
+        killed, self.killed = self.killed, False
+        if killed or self.status is not Status.running:  # type: ignore[attr-defined]
+            await super()._on_worker_exit(exitcode)  # type: ignore[misc]
+            return
+        now = time.monotonic()
+        self.crashes.append(now)
+        delay = self.policy.delay(self.crashes, now)
+        self.changed()
+        # The scheduler must know at once, so that the tasks go elsewhere while this worker waits.
+        await self._unregister()  # type: ignore[attr-defined]
+        if delay is None:
+            self.problem = (
+                f"crashed {self.policy.limit + 1} times within {self.policy.window:g} s, "
+                f"last with exit code {exitcode}; not restarted"
+            )
+            logger.error("Worker %s %s", self.name, self.problem)  # type: ignore[attr-defined]
+            await self.close(reason="crash-loop")  # type: ignore[attr-defined]
+            return
+        logger.warning(
+            "Worker %s ended with exit code %d; restart in %.1f s",
+            self.name,  # type: ignore[attr-defined]
+            exitcode,
+            delay,
+        )
+        await asyncio.sleep(delay)
+        # Meanwhile it may have been closed, or started again by Client.restart: then it is left alone.
+        if self.status is Status.running and self.process.status is Status.stopped:  # type: ignore[attr-defined]
+            with contextlib.suppress(Exception):  # logged by Nanny.instantiate, and kept as the problem
+                await self.instantiate()
 
 
 @functools.cache
@@ -184,6 +205,8 @@ class Supervisor:
         refused = {}
         for name, spec in specs.items():
             try:
+                if spec.cls == CUDA_WORKER and spec.device is None:
+                    raise ConfigError(NO_DEVICE, key="cls")
                 cls = resolve(spec.cls)
                 allowed = modes.worker_keywords(cls)
                 unknown = sorted(set(spec.options) - allowed) if allowed is not None else []
@@ -214,7 +237,8 @@ class Supervisor:
         if taken:
             raise ConfigError(f"worker {taken[0]!r} already runs here")
         failures: dict[str, str] = {}
-        servers = self._build(specs, failures)
+        with forkserver.environment({}):  # a nanny reads the environment, which must not be that of a worker just then
+            servers = self._build(specs, failures)
         batch = {name: _Worker(name, specs[name], server) for name, server in servers.items()}
         self._workers.update(batch)
         try:
@@ -289,25 +313,29 @@ class Supervisor:
     def _cuda_nannies(self, specs: Mapping[str, WorkerSpec]) -> dict[str, Any]:
         """Build dask-cuda's nannies, one per wanted device.
 
-        CUDAWorker builds the nannies of all of a host's devices at once, unstarted; those of other devices are
-        dropped, they hold nothing yet. It reads the devices from the environment and takes resources as text.
+        CUDAWorker builds, unstarted, a nanny for each device that it sees in the environment, so it is shown one: then
+        there are no others to close, and core affinity and device memory are those of this device. (Shown several, it
+        takes those of device ``2 * i`` for the `i`-th: it rotates the list, then counts `i` on in it.)
         """
         from dask_cuda import CUDAWorker
 
         servers = {}
         for name, spec in specs.items():
             if spec.device is None:
-                raise ConfigError(f"worker {name!r}: a GPU worker needs a device")
+                raise ConfigError(f"worker {name!r}: {NO_DEVICE}", key="cls")
             arguments = self._arguments(name, spec)
             resources = arguments.pop("resources", {})
             env = arguments.pop("env", {})
             arguments["resources"] = " ".join(f"{key}={value!r}" for key, value in resources.items()) or None
-            with _visible_devices(spec.devices):
-                nanny = CUDAWorker(self.scheduler, **arguments).nannies[spec.device]
-            # CUDAWorker takes neither a nanny class, nor environment variables, nor single names.
+            arguments.setdefault("memory_limit", 1 / len(spec.devices))
+            if arguments.get("worker_port"):
+                arguments["worker_port"] = _port(arguments["worker_port"], spec)
+            with forkserver.environment({"CUDA_VISIBLE_DEVICES": spec.devices[spec.device]}):
+                [nanny] = CUDAWorker(self.scheduler, **arguments).nannies
+            # CUDAWorker takes neither a nanny class nor environment variables.
             nanny.__class__ = _supervised(type(nanny))  # type: ignore[arg-type]
-            nanny.name = name
-            nanny.env = {**nanny.env, "RAPIDS_NO_INITIALIZE": "True", **env}
+            order = ",".join(spec.devices[spec.device :] + spec.devices[: spec.device])
+            nanny.env = {**nanny.env, "CUDA_VISIBLE_DEVICES": order, "RAPIDS_NO_INITIALIZE": "True", **env}
             nanny.config = {**nanny.config, **_plain_method()}
             servers[name] = self._adopt(nanny)
         return servers
@@ -317,6 +345,9 @@ class Supervisor:
             server.policy = self.policy
             server.crashes = []
             server.problem = None
+            # Nanny would put these into this process's environment, under other workers that are being started; they
+            # are in the forkserver's, and in its env.
+            server.pre_spawn_env = {}  # type: ignore[attr-defined]
             server.changed = lambda: self._report(server.name)  # type: ignore[attr-defined]
         return server
 
@@ -398,17 +429,17 @@ def _plain_method() -> dict[str, str]:
     return {"distributed.worker.multiprocessing-method": "spawn"}
 
 
-@contextlib.contextmanager
-def _visible_devices(devices: tuple[str, ...]) -> Iterator[None]:
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-        else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
+def _port(ports: Any, spec: WorkerSpec) -> int | None:
+    """Return a GPU worker's own port of those that were given for all devices."""
+    each = parse_ports(ports)
+    if len(each) < len(spec.devices):
+        raise ConfigError(
+            f"worker_port={ports!r} has {len(each)} ports for {len(spec.devices)} GPUs; give a range, such as "
+            f"'9000:{8999 + len(spec.devices)}'",
+            key="worker_port",
+        )
+    assert spec.device is not None
+    return each[spec.device]
 
 
 class StartMethod:
@@ -424,7 +455,7 @@ class StartMethod:
         if cls._users == 1 and (method := forkserver.install()):
             cls._set = dask.config.set({"distributed.worker.multiprocessing-method": method})
             configured = dask.config.get("distributed.nanny.pre-spawn-environ")
-            forkserver.warm(forkserver.pre_spawn_environ(configured))
+            forkserver.warm(forkserver.pre_spawn_environ(configured), Config.load().forkserver_preload)
 
     @classmethod
     def release(cls) -> None:

@@ -123,18 +123,26 @@ class Swap:
                 events.put_nowait(await self._start(change))
                 self._seconds["start", change.node] = time.perf_counter() - began
             case RetireOld(workers):
-                self.evacuation = await evacuate(self.scheduler, workers, self.retire_timeout)
-                for name in self.changes:
-                    self._seconds["retire", name] = time.perf_counter() - began
-                problem = self.evacuation.problem
-                events.put_nowait(RetireRefused(problem) if problem else Retired())
+                events.put_nowait(await self._retire(workers))
+                for name, each in self.changes.items():
+                    if each.go:
+                        self._seconds["retire", name] = time.perf_counter() - began
             case RetireNew(workers):
-                problem = (await evacuate(self.scheduler, workers, self.retire_timeout)).problem
-                events.put_nowait(RetireRefused(problem) if problem else Retired())
+                events.put_nowait(await self._retire(workers, back=True))
             case Stop(node, workers):
                 await self._stop(node, workers)
                 self._seconds["stop", node] = time.perf_counter() - began
                 events.put_nowait(Stopped(node))
+
+    async def _retire(self, workers: tuple[str, ...], back: bool = False) -> Event:
+        try:
+            evacuation = await evacuate(self.scheduler, workers, self.retire_timeout)
+        except Exception as error:  # a fault in the scheduler must end the change, not hang it
+            logger.exception("Moving data off %s failed", ", ".join(workers))
+            return RetireRefused(f"moving data failed: {error!r}")
+        if not back:
+            self.evacuation = evacuation
+        return RetireRefused(evacuation.problem) if evacuation.problem else Retired()
 
     async def _start(self, change: NodeChange) -> Event:
         specs = to_wire(self.named[change.node])
@@ -158,7 +166,7 @@ class Swap:
         try:
             async with asyncio.timeout(2 * self.stop_timeout):
                 await self._agent(node).stop_workers(names=list(workers), timeout=self.stop_timeout)
-        except (OSError, TimeoutError) as error:
+        except Exception as error:  # the scheduler turns whatever the agent raised into a plain Exception
             # The workers hold nothing and are out of the scheduler; if the agent is gone they ended with it.
             logger.warning("Node %s did not confirm the end of %s: %s", node, ", ".join(workers), error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -527,7 +528,7 @@ async def test_server_that_dies_during_launch(server: SSHServer, tmp_path: Path)
 
 @pytest.fixture
 async def scheduler() -> AsyncIterator[distributed.Scheduler]:
-    async with distributed.Scheduler(port=0, host="127.0.0.1", dashboard=False) as scheduler:
+    async with distributed.Scheduler(port=0, host="127.0.0.1", dashboard_address="127.0.0.1:0") as scheduler:
         yield scheduler
 
 
@@ -558,7 +559,7 @@ async def test_an_agent_runs_until_it_is_closed(
     assert ready.address.startswith("tcp://")
     assert ready.hardware is not None
     assert ready.hardware.cpus > 0
-    assert ready.versions["distributed"] == distributed.__version__
+    assert ready.versions["dask"] == importlib.metadata.version("dask")
     tree = await _tree(ready.pid, scheduler)
     assert tree[0].cmdline() == [sys.executable, "-m", "agentcluster.cli.launched"]
     commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
@@ -609,8 +610,33 @@ async def test_a_lost_connection_ends_the_agent(server: SSHServer, scheduler: di
     tree = await _tree(launched.ready.pid, scheduler)
     server.kill()
     assert await asyncio.wait_for(launched.wait(), 10) is None
+    assert any(line.startswith("connection lost: ") for line in launched.log.lines())
     await wait_until(lambda: _ended(tree))
     await launched.close(PLENTY)
+
+
+@pytest.mark.sshd
+@pytest.mark.skipif(ssh_servers.SSHD is None, reason="OpenSSH's sshd is not installed")
+@pytest.mark.parametrize("noticed", [True, False])
+async def test_a_network_that_says_nothing_any_more(
+    tmp_path: Path, scheduler: distributed.Scheduler, noticed: bool
+) -> None:
+    async with ssh_servers.serve("sshd", tmp_path) as server:
+        options = {"keepalive_interval": 0.2} if noticed else {}
+        launched = await _ssh(server, options=options).launch(_settings(scheduler), timeout=PLENTY)
+        tree = await _tree(launched.ready.pid, scheduler)
+        silent = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("sshd")]
+        for process in silent:
+            process.suspend()
+        try:
+            if noticed:
+                assert await asyncio.wait_for(launched.wait(), 10) is None
+            await asyncio.wait_for(launched.close(0.5), 15)
+            assert await launched.wait() is None
+        finally:
+            for process in silent:
+                process.resume()
+        await wait_until(lambda: _ended(tree))
 
 
 async def test_environment_reaches_the_workers(server: SSHServer, scheduler: distributed.Scheduler) -> None:

@@ -11,7 +11,7 @@ import click
 from distributed import Client, Future, wait
 
 from agentcluster.cluster import AgentCluster
-from agentcluster.errors import AgentClusterError, SwapError
+from agentcluster.errors import AgentClusterError, PreflightError
 
 KEYS = 200
 
@@ -65,7 +65,7 @@ def _to_none_and_back(cluster: AgentCluster, client: Client, futures: list[Futur
     """Show that the only node keeps its workers as long as they hold data, and lets them go when they hold none."""
     try:
         _swap(cluster, "none")
-    except SwapError as error:
+    except PreflightError as error:
         click.echo(f"refused: {error}")
     lost = _lost(client, futures)
     click.echo("\nThe results are fetched and released, so the workers can go.")

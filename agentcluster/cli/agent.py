@@ -18,7 +18,7 @@ from distributed.config import get_loop_factory
 from distributed.proctitle import enable_proctitle_on_children, enable_proctitle_on_current
 from distributed.utils import json_load_robust
 
-from agentcluster.agent import Agent
+from agentcluster.agent import Agent, seconds
 from agentcluster.config import log_to_stderr
 from agentcluster.errors import AgentClusterError, ConfigError, suggest
 from agentcluster.model import Mode
@@ -42,6 +42,16 @@ SAME_AS_DASK_WORKER = (
     "scheduler_file",
     "death_timeout",
 )
+#: The options that say what runs, as the user types them.
+FLAGS = {
+    "mode": "--mode",
+    "mode_config": "--config",
+    "spec": "--spec",
+    "spec_file": "--spec-file",
+    "n_workers": "--nworkers",
+    "nthreads": "--nthreads",
+    "memory_limit": "--memory-limit",
+}
 SHAPE = {"n_workers": "nworkers", "nthreads": "nthreads", "memory_limit": "memory_limit"}
 
 
@@ -75,10 +85,11 @@ def main(context: click.Context, /, **options: Any) -> None:
     enable_proctitle_on_current()
     enable_proctitle_on_children()
     try:
-        agent = _arguments(options, lambda name: _given(context, name))
-        asyncio_run(_run(agent), loop_factory=get_loop_factory())
-    except (ConfigError, ValueError) as error:
+        arguments = _arguments(options, lambda name: _given(context, name))
+    except ConfigError as error:
         raise click.UsageError(str(error)) from error
+    try:
+        asyncio_run(_run(arguments), loop_factory=get_loop_factory())
     except (AgentClusterError, OSError, TimeoutError) as error:
         click.echo(f"dask-agent: {' '.join(str(error).split()) or type(error).__name__}", err=True)
         sys.exit(1)
@@ -106,33 +117,52 @@ def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
         "name": options["name"],
         "mode": mode,
         "security": security,
-        "death_timeout": options["death_timeout"],
+        "death_timeout": seconds("--death-timeout", options["death_timeout"]) if options["death_timeout"] else None,
         "host": options["host"],
         "interface": options["interface"],
         "protocol": options["protocol"],
         "local_directory": options["local_directory"],
-        "resources": parse("auto-cpu", {"resources": options["resources"]}).config["resources"]
-        if options["resources"]
-        else None,
+        "resources": _resources(options["resources"]) if options["resources"] else None,
     }
     if options["listen_address"]:
         arguments.update(_listen(options["listen_address"], options))
     return {key: value for key, value in arguments.items() if value is not None}
 
 
+def _resources(text: str) -> Any:
+    try:
+        return parse("auto-cpu", {"resources": text}).config["resources"]
+    except ConfigError:
+        raise ConfigError(f"--resources {text!r}: give amounts by name, such as 'GPU=2 MEM=10e9'") from None
+
+
 def _scheduler(options: dict[str, Any]) -> str | None:
-    scheduler = options["scheduler"]
-    if scheduler is None and options["scheduler_file"]:
-        found = json_load_robust(options["scheduler_file"], timeout=options["death_timeout"])
-        scheduler = found["address"]
+    scheduler, file = options["scheduler"], options["scheduler_file"]
     if options["standby"]:
-        if scheduler is not None:
-            raise ConfigError(f"--standby joins no scheduler, so {scheduler!r} cannot be given with it")
+        if scheduler is not None or file is not None:
+            raise ConfigError(f"--standby joins no scheduler, so {scheduler or file!r} cannot be given with it")
         return None
+    if scheduler is not None and file is not None:
+        raise ConfigError(f"the scheduler is given twice, as {scheduler!r} and --scheduler-file {file!r}; give one")
+    if file is not None:
+        return _scheduler_in(file, options["death_timeout"])
     scheduler = scheduler or dask_config("scheduler-address", None)
     if scheduler is None:
         raise ConfigError("no scheduler: give its address (dask-agent tcp://HOST:8786), --scheduler-file, or --standby")
     return str(scheduler)
+
+
+def _scheduler_in(file: str, timeout: str | None) -> str:
+    """Return the address in a scheduler's own file, which may come to be there only later."""
+    wait = None if timeout is None else seconds("--death-timeout", timeout)
+    try:
+        return str(json_load_robust(file, timeout=wait)["address"])
+    except (OSError, KeyError, TypeError) as error:
+        problem = "it has no address" if isinstance(error, KeyError | TypeError) else str(error)
+        raise ConfigError(
+            f"--scheduler-file {file!r} cannot be used: {problem}; "
+            f"it is what `dask scheduler --scheduler-file FILE` writes"
+        ) from error
 
 
 def _listen(address: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -145,12 +175,17 @@ def _listen(address: str, options: dict[str, Any]) -> dict[str, Any]:
         host, port = get_address_host_port(f"{protocol or 'tcp'}://{rest}", strict=True)
     except ValueError as error:
         raise ConfigError(f"--listen-address {address!r}: {error}; such as tcp://0.0.0.0:8790") from None
-    # host and protocol are those of the workers as well, but 0.0.0.0 is no address for a worker to be reached at
-    return {"listen_host": host, "port": port, "protocol": protocol or None}
+    # host and protocol are those of the workers as well; they are reached otherwise than at the agent's 0.0.0.0
+    return {"listen_host": f"{protocol}://{host}" if protocol else host, "port": port}
 
 
 def _mode(options: dict[str, Any], given: Any) -> Mode | None:
     """Return the first mode; None leaves it to whoever adopts this agent."""
+    if options["standby"]:
+        for option in FLAGS:
+            if given(option):
+                raise ConfigError(f"{FLAGS[option]} cannot go with --standby: the cluster that adopts says what runs")
+        return None
     name, spec = options["mode"], _spec(options)
     if name is not None and name not in names():
         raise ConfigError(f"--mode {name!r}: unknown mode; {suggest(name, names())}")
@@ -160,11 +195,9 @@ def _mode(options: dict[str, Any], given: Any) -> Mode | None:
         if name not in (None, "spec"):
             raise ConfigError(f"--spec says what runs, so --mode {name!r} cannot be given with it")
         name, config = "spec", {"spec": spec, **config}
-    if options["standby"] and name is None and not shape:
-        return None
     if name is None:
         # What `dask worker` does: one worker, all threads.
-        name, shape = "auto-cpu", {"nworkers": 1, **shape}
+        name, config = "auto-cpu", {"nworkers": 1, **config}
     if shape.get("nworkers") == "auto" and "nthreads" not in shape:
         shape.pop("nworkers")
     return parse(name, {**config, **{key: _number(value) for key, value in shape.items()}})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import asyncio
@@ -38,9 +38,14 @@ def main() -> None:
         threading.Thread(target=_watch_stdin, args=(lifeline,), daemon=True, name="lifeline").start()
         _run(settings, lifeline)
     except (AgentClusterError, OSError, TimeoutError, ValueError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(text, file=sys.stderr, flush=True)
-        sys.exit(1)
+        _fail(str(error), error)
+    except Exception as error:  # such as a TypeError from an option; the launcher shows the last line to its user
+        _fail(f"{type(error).__name__}: {error}", error)
+
+
+def _fail(why: str, error: Exception) -> NoReturn:
+    print(" ".join(why.split()) or type(error).__name__, file=sys.stderr, flush=True)
+    sys.exit(1)
 
 
 def _watch_stdin(lifeline: threading.Event) -> None:
@@ -63,7 +68,7 @@ def _run(settings: Settings, lifeline: threading.Event) -> None:
     from agentcluster.model import unpickled
 
     log_to_stderr()
-    dask.config.set(unpickled(settings.config))
+    dask.config.update(dask.config.config, unpickled(settings.config))
     asyncio_run(_serve(settings, lifeline), loop_factory=get_loop_factory())
 
 
@@ -84,7 +89,11 @@ async def _serve(settings: Settings, lifeline: threading.Event) -> None:
     starting = asyncio.ensure_future(server)
     try:
         if not await _first(ended, starting):
-            await starting
+            await _started(starting)
+            if settings.role == "scheduler":
+                from agentcluster.plugin import dask_setup
+
+                await dask_setup(server)
             sys.stdout.write(_introduce(settings, server).encode() + "\n")
             sys.stdout.flush()
             await _first(ended, asyncio.ensure_future(server.finished()))
@@ -92,6 +101,14 @@ async def _serve(settings: Settings, lifeline: threading.Event) -> None:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         await server.close()
+
+
+async def _started(starting: asyncio.Future[Any]) -> None:
+    try:
+        await starting
+    except RuntimeError as error:
+        # dask's servers hide the reason in "Scheduler failed to start".
+        raise (error.__cause__ or error) from None
 
 
 async def _first(ended: asyncio.Event, other: asyncio.Future[Any]) -> bool:
@@ -111,9 +128,9 @@ def _server(settings: Settings, security: Any) -> Any:
         from agentcluster.agent import Agent
 
         return Agent(settings.scheduler, name=settings.name, security=security, **unpickled(settings.options))
-    from agentcluster.plugin import scheduler_with_plugin
+    from distributed import Scheduler
 
-    return scheduler_with_plugin(security=security, **unpickled(settings.options))
+    return Scheduler(security=security, **unpickled(settings.options))
 
 
 def _introduce(settings: Settings, server: Any) -> Ready:

@@ -117,8 +117,8 @@ def _check_text(host: Host, key: str, pattern: str) -> None:
 def launchers_for(
     hosts: object = None,
     *,
-    connect_options: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-    remote_python: str | Sequence[str] | None = None,
+    connect_options: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+    remote_python: str | Sequence[str | None] | None = None,
 ) -> list[Launcher]:
     """Return one launcher per host, with unique node names.
 

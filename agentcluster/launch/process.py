@@ -204,12 +204,12 @@ def _late(running: _Running | None, where: str, timeout: float) -> LaunchTimeout
 
 def _why(code: int | None, log: LogTail, python: str) -> str:
     """Say why a process ended before it was ready, from its exit code and last words."""
-    words = "\n".join(log.lines()[-5:])
-    if missing := re.search(r"No module named '?([\w.]+)", words):
+    if missing := re.search(r"No module named '?([\w.]+)", log.last()):
         return (
             f"its Python ({python}) has no module {missing[1]!r}; "
             f"install agentcluster into it: {python} -m pip install agentcluster"
         )
+    words = "\n".join(log.lines()[-5:])
     # 126 and 127 are a POSIX shell's; csh ends with 1, and says so.
     absent = re.search(r"not found|no such file|permission denied", words, re.IGNORECASE) and python in words
     if code in (126, 127) or absent:

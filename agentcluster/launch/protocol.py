@@ -257,8 +257,8 @@ class Launched(Protocol):
         Parameters
         ----------
         timeout
-            Seconds that the process gets to end its workers and itself. After that it is made to end, which may
-            take a few seconds more.
+            Seconds that the process gets to end its workers and itself. After that it is made to end, which takes
+            up to ten seconds more (most when its host does not answer).
         """
 
     async def wait(self) -> int | None:

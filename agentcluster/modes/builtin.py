@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from agentcluster.model import WorkerSpec
+from agentcluster.model import Gpu, WorkerSpec
 from agentcluster.modes import values
 from agentcluster.modes.classes import CUDA_WORKER, NANNY, known_keywords
 from agentcluster.modes.shapes import Site, amount, split_cores
@@ -16,6 +16,9 @@ from agentcluster.modes.values import RESERVED, Check, Place
 
 Options = Mapping[str, Any]
 Workers = tuple[WorkerSpec, ...]
+
+#: Part of a device's memory that its worker may use before it spills, as in dask-cuda.
+DEVICE_SHARE = 0.8
 
 COMMON: Mapping[str, Check] = {
     "nthreads": values.positive,
@@ -111,11 +114,11 @@ def plan_cpu(site: Site, options: Options) -> Workers:
 
 def plan_gpu(site: Site, options: Options) -> Workers:
     """Give each GPU or MIG device a worker, with the memory limit that dask-cuda gives it."""
-    devices = _devices(site, options)
+    gpus = _devices(site, options)
     limit = site.limit_by_hand(options.get("memory_limit", "auto"))
     if limit is None:
-        limit = site.default_limits([1 / len(devices)] * len(devices))[0]
-    return _gpu_workers(options, devices, limit)
+        limit = site.default_limits([1 / len(gpus)] * len(gpus))[0]
+    return _gpu_workers(options, gpus, limit)
 
 
 def plan_auto(site: Site, options: Options) -> Workers:
@@ -129,17 +132,17 @@ def plan_auto(site: Site, options: Options) -> Workers:
 def plan_mixed(site: Site, options: Options) -> Workers:
     """Give each GPU a worker, and the cores and the memory that remain to CPU workers."""
     gpu, cpu = options.get("gpu", {}), options.get("cpu", {})
-    devices = _devices(site, gpu)
+    gpus = _devices(site, gpu)
     cpus = site.hardware.cpus
-    used = gpu.get("nthreads", 1) * len(devices)
+    used = gpu.get("nthreads", 1) * len(gpus)
     if used >= cpus:
         raise site.refuse(
-            f"{len(devices)} GPU workers with {gpu.get('nthreads', 1)} threads each leave none of {cpus} cores for "
+            f"{len(gpus)} GPU workers with {gpu.get('nthreads', 1)} threads each leave none of {cpus} cores for "
             f"CPU workers; use auto-gpu, or fewer GPUs with gpu={{'devices': …}}"
         )
     nworkers, nthreads = split_cores(site, cpus - used, cpu.get("nworkers"), cpu.get("nthreads"))
-    gpu_limit, cpu_limit = _mixed_limits(site, gpu, len(devices), cpu, nworkers)
-    return _gpu_workers(gpu, devices, gpu_limit) + _cpu_workers(cpu, nworkers, nthreads, cpu_limit)
+    gpu_limit, cpu_limit = _mixed_limits(site, gpu, len(gpus), cpu, nworkers)
+    return _gpu_workers(gpu, gpus, gpu_limit) + _cpu_workers(cpu, nworkers, nthreads, cpu_limit)
 
 
 def plan_uniform(site: Site, options: Options) -> Workers:
@@ -174,12 +177,13 @@ def _cpu_workers(options: Options, nworkers: int, nthreads: int, limit: int) -> 
     return (worker,) * nworkers
 
 
-def _gpu_workers(options: Options, devices: tuple[str, ...], limit: int) -> Workers:
+def _gpu_workers(options: Options, gpus: tuple[Gpu, ...], limit: int) -> Workers:
+    devices = tuple(gpu.visible_id for gpu in gpus)
     return tuple(
         WorkerSpec(
             kind="gpu",
             cls=CUDA_WORKER,
-            options={key: value for key, value in options.items() if key not in GPU},
+            options=_device_memory(gpu) | {key: value for key, value in options.items() if key not in GPU},
             nthreads=options.get("nthreads", 1),
             memory_limit=limit,
             resources={"GPU": 1.0, **options.get("resources", {})},
@@ -187,8 +191,13 @@ def _gpu_workers(options: Options, devices: tuple[str, ...], limit: int) -> Work
             devices=devices,
             device=device,
         )
-        for device in range(len(devices))
+        for device, gpu in enumerate(gpus)
     )
+
+
+def _device_memory(gpu: Gpu) -> dict[str, Any]:
+    """Return dask-cuda's own default limit for a MIG device; it would take that of the whole GPU."""
+    return {"device_memory_limit": int(DEVICE_SHARE * gpu.memory)} if gpu.mig and gpu.memory else {}
 
 
 def _gpu_refusal(site: Site) -> str | None:
@@ -204,17 +213,17 @@ def _gpu_refusal(site: Site) -> str | None:
     return None
 
 
-def _devices(site: Site, options: Options) -> tuple[str, ...]:
-    """Return the ids of the GPUs to use, in the user's order or else the node's."""
+def _devices(site: Site, options: Options) -> tuple[Gpu, ...]:
+    """Return the GPUs to use, in the user's order or else the node's."""
     refusal = _gpu_refusal(site)
     if refusal is not None:
         raise site.refuse(refusal)
     gpus = site.hardware.gpus
-    names = {gpu.visible_id: gpu.visible_id for gpu in gpus}
+    names = {gpu.visible_id: gpu for gpu in gpus}
     if not any(gpu.visible_id.isdecimal() for gpu in gpus):
         # Where CUDA knows all by UUID a number is a position; else it would be another GPU than the one CUDA means.
-        names.update((str(position), gpu.visible_id) for position, gpu in enumerate(gpus))
-    names.update((gpu.uuid, gpu.visible_id) for gpu in gpus)
+        names.update((str(position), gpu) for position, gpu in enumerate(gpus))
+    names.update((gpu.uuid, gpu) for gpu in gpus)
     wanted = options.get("devices") or [gpu.visible_id for gpu in gpus]
     for name in wanted:
         if name not in names:

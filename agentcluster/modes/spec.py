@@ -52,7 +52,7 @@ def check_spec(place: Place, config: Options) -> dict[str, Any]:
     entries = _entries(at_spec, config["spec"])
     checked: dict[str, Any] = {"spec": entries}
     if config.get("nworkers") is not None:
-        checked["nworkers"] = values.positive(place.at("nworkers"), config["nworkers"])
+        checked["nworkers"] = values.repetitions(place.at("nworkers"), config["nworkers"])
         if len(entries) > 1:
             problem = f"nworkers repeats a single worker, and the spec has {len(entries)}; drop it or name one worker"
             raise place.at("nworkers").error(problem)

@@ -22,6 +22,9 @@ from agentcluster.model import plain
 
 SHOWN = 200
 
+#: Most workers that one node may be asked for: more is a slip of the pen, and each is a process.
+MOST_WORKERS = 10_000
+
 _JOINS = "workers join the scheduler that their agent joined"
 
 #: Keywords of worker classes that are agentcluster's to set -> why, and the remedy.
@@ -104,7 +107,18 @@ def worker_count(place: Place, value: Any) -> int | str:
         return value
     if not is_whole(value) or value == 0:
         raise place.wrong(value, "a whole number of at least 1, 'auto', or a negative one (cores + 1 + nworkers)")
-    return int(value)
+    return _bounded(place, int(value))
+
+
+def repetitions(place: Place, value: Any) -> int:
+    """Check how often a worker is repeated on a node."""
+    return _bounded(place, positive(place, value))
+
+
+def _bounded(place: Place, nworkers: int) -> int:
+    if nworkers > MOST_WORKERS:
+        raise place.wrong(nworkers, f"at most {MOST_WORKERS} workers a node")
+    return nworkers
 
 
 def memory_amount(value: Any) -> float | int | None:

@@ -1,0 +1,511 @@
+"""The supervisor with real nannies and worker processes: started all or none, watched, restarted, given up, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import dask
+import psutil
+import pytest
+from conftest import wait_until
+from distributed import Client, Nanny, Scheduler, Worker, rpc
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agentcluster.errors import ConfigError, WorkerStartError
+from agentcluster.model import WorkerSpec, WorkerState, pickled
+from agentcluster.supervisor import CUDA_WORKER, RestartPolicy, StartMethod, Supervisor, resolve
+
+START = 30.0
+STOP = 10.0
+
+#: For a worker that dies while it starts, from the moment on at which a file exists.
+DIES = """
+import os
+from pathlib import Path
+
+def dask_setup(worker):
+    if Path(__file__).with_name("die").exists():
+        os._exit(3)
+"""
+
+#: For a worker that never gets ready.
+HANGS = """
+import threading
+
+async def dask_setup(worker):
+    threading.Event().wait()
+"""
+
+
+class OwnNanny(Nanny):
+    """A user's class of nanny."""
+
+
+class Plain:
+    """No worker at all."""
+
+
+class Abrupt:
+    """A worker of the user's own that takes no timeout, and whose end fails."""
+
+    def __init__(self, scheduler: str, *, name: str) -> None:
+        self.status = "running"
+
+    def __await__(self) -> Any:
+        return asyncio.sleep(0).__await__()
+
+    async def finished(self) -> None:
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        raise RuntimeError("no way out")
+
+
+def worker(cls: Any = "distributed.Nanny", **more: Any) -> WorkerSpec:
+    return WorkerSpec(kind="cpu", cls=cls, nthreads=1, memory_limit=0, **more)
+
+
+@pytest.fixture
+async def scheduler() -> AsyncIterator[Scheduler]:
+    async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler:
+        yield scheduler
+
+
+class Watched(Supervisor):
+    """A supervisor that keeps what it reported."""
+
+    seen: list[WorkerState]
+
+    def said(self, name: str, state: str) -> list[WorkerState]:
+        return [each for each in self.seen if each.name == name and each.state == state]
+
+    def state(self, name: str) -> WorkerState | None:
+        return next((each for each in self.states() if each.name == name), None)
+
+    def runs(self, name: str, restarts: int = 0) -> bool:
+        state = self.state(name)
+        joined = state is not None and state.address in {ws.address for ws in self.joined.workers.values()}
+        return joined and state is not None and state.state == "running" and state.restarts == restarts
+
+    joined: Scheduler
+
+
+Factory = Callable[..., Watched]
+
+
+@pytest.fixture
+async def supervise(scheduler: Scheduler, tmp_path: Path) -> AsyncIterator[Factory]:
+    StartMethod.acquire()
+    made = []
+
+    def make(**policy: Any) -> Watched:
+        supervisor = Watched(
+            scheduler.address,
+            host_options={"host": "127.0.0.1", "local_directory": str(tmp_path)},
+            policy=RestartPolicy(**policy),
+        )
+        supervisor.seen, supervisor.joined = [], scheduler
+        supervisor.on_change = supervisor.seen.append
+        made.append(supervisor)
+        return supervisor
+
+    yield make
+    for supervisor in made:
+        await supervisor.close(STOP)
+    StartMethod.release()
+
+
+@pytest.fixture
+def supervisor(supervise: Factory) -> Watched:
+    return supervise()
+
+
+def kill(supervisor: Watched, name: str) -> int:
+    state = supervisor.state(name)
+    assert state is not None and state.pid is not None
+    os.kill(state.pid, signal.SIGKILL)
+    return state.pid
+
+
+def workers_now() -> set[int]:
+    """Return the pids of worker processes that descend from this one; a zombie is none."""
+    return {
+        child.pid
+        for child in psutil.Process().children(recursive=True)
+        if child.status() != psutil.STATUS_ZOMBIE and any("Dask Worker" in part for part in child.cmdline())
+    }
+
+
+# -- starting and stopping ---------------------------------------------------------------------------------------------
+
+
+async def test_start_and_stop(supervisor: Watched, scheduler: Scheduler) -> None:
+    states = await supervisor.start({"n-0": worker(), "n-1": worker(resources={"CPU": 1.0})}, START)
+    assert [(state.name, state.state, state.restarts) for state in states] == [("n-0", "running", 0)] * 0 + [
+        ("n-0", "running", 0),
+        ("n-1", "running", 0),
+    ]
+    assert supervisor.states() == states
+    by_name = {ws.name: ws for ws in scheduler.workers.values()}
+    assert {name: ws.address for name, ws in by_name.items()} == {state.name: state.address for state in states}
+    assert by_name["n-1"].resources == {"CPU": 1.0}
+    pids = {state.pid for state in states}
+    assert all(pid is not None and psutil.pid_exists(pid) for pid in pids)
+
+    await supervisor.stop(["n-0", "gone long ago"], STOP)
+    assert [state.name for state in supervisor.states()] == ["n-1"]
+    assert not psutil.pid_exists(states[0].pid or 0)
+    await supervisor.close(STOP)
+    assert supervisor.states() == ()
+    assert not any(psutil.pid_exists(pid or 0) for pid in pids)
+    await supervisor.close(STOP)
+    assert not supervisor.said("n-0", "retired") and not supervisor.said("n-0", "failed")
+
+
+async def test_stopping_twice_at_once(supervisor: Watched) -> None:
+    await supervisor.start({"n-0": worker()}, START)
+    await asyncio.gather(supervisor.stop(["n-0"], STOP), supervisor.stop(["n-0"], STOP), supervisor.close(STOP))
+    assert supervisor.states() == ()
+    assert not workers_now()
+
+
+async def test_a_name_in_use(supervisor: Watched) -> None:
+    (state,) = await supervisor.start({"n-0": worker()}, START)
+    with pytest.raises(ConfigError, match="'n-0' already runs here"):
+        await supervisor.start({"n-1": worker(), "n-0": worker()}, START)
+    assert supervisor.states() == (state,)
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"preload": ["no_such_module_at_all"]}, "No module named 'no_such_module_at_all'"),
+        ({"nonsense": 1}, "nonsense"),
+        ({"interface": "no-such-interface"}, "no-such-interface"),
+        ({"local_directory": "/proc/nowhere"}, "/proc/nowhere"),
+    ],
+    ids=["preload", "keyword", "interface", "directory"],
+)
+async def test_all_or_none(supervisor: Watched, scheduler: Scheduler, bad: dict[str, Any], said: str) -> None:
+    if "interface" in bad:
+        supervisor.host_options = {}
+    (before,) = await supervisor.start({"n-0": worker()}, START)
+    with pytest.raises(WorkerStartError, match=said) as caught:
+        await supervisor.start({"n-1": worker(), "n-2": worker(options=bad)}, START)
+    assert set(caught.value.failures) == {"n-2"}
+    assert supervisor.states() == (before,)
+    await wait_until(lambda: {ws.name for ws in scheduler.workers.values()} == {"n-0"})
+    assert workers_now() == {before.pid}
+
+
+async def test_a_late_start(supervisor: Watched, scheduler: Scheduler, tmp_path: Path) -> None:
+    hangs = tmp_path / "hangs.py"
+    hangs.write_text(HANGS)
+    (before,) = await supervisor.start({"n-0": worker()}, START)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    specs = {"n-1": worker(), "n-2": worker(options={"preload": [str(hangs)]})}
+    with pytest.raises(WorkerStartError, match=f"n-2: had not joined {scheduler.address} after 2 s") as caught:
+        await supervisor.start(specs, 2.0)
+    assert loop.time() - began < 10
+    assert set(caught.value.failures) == {"n-2"}
+    assert supervisor.states() == (before,)
+    await wait_until(lambda: workers_now() == {before.pid})
+
+
+async def test_a_start_that_is_cancelled(supervisor: Watched, tmp_path: Path) -> None:
+    hangs = tmp_path / "hangs.py"
+    hangs.write_text(HANGS)
+    starting = asyncio.create_task(supervisor.start({"n-0": worker(options={"preload": [str(hangs)]})}, START))
+    await wait_until(workers_now)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert supervisor.states() == ()
+    await wait_until(lambda: not workers_now())
+
+
+async def test_a_scheduler_that_is_not_there(supervisor: Watched) -> None:
+    supervisor.scheduler = "tcp://127.0.0.1:1"
+    dask.config.set({"distributed.comm.timeouts.connect": "1s"})
+    with pytest.raises(WorkerStartError, match=r"tcp://127\.0\.0\.1:1"):
+        await supervisor.start({"n-0": worker()}, START)
+    assert supervisor.states() == ()
+    assert not workers_now()
+
+
+# -- checking ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (worker("no_such_package.Worker"), "cannot import worker class 'no_such_package.Worker' here"),
+        (worker("distributed.NoSuchClass"), "cannot import worker class 'distributed.NoSuchClass' here"),
+        (worker("distributed.wait"), "is no class but function"),
+        (worker(options={"memory_limt": 1}), "Nanny has no option 'memory_limt'; did you mean 'memory_limit'?"),
+        (worker("distributed.Worker", options={"envv": 1}), "Worker has no option 'envv'"),
+        (worker(CUDA_WORKER), "use mode 'auto-gpu'"),
+    ],
+)
+async def test_check(supervisor: Watched, spec: WorkerSpec, said: str) -> None:
+    refused = supervisor.check({"good": worker(), "bad": spec})
+    assert set(refused) == {"bad"}
+    assert said in refused["bad"]
+    assert supervisor.states() == ()
+
+
+async def test_check_takes_what_can_be_started(supervisor: Watched) -> None:
+    good = [worker(), worker("distributed.Worker"), worker("test_supervisor.OwnNanny"), worker(pickled(OwnNanny))]
+    assert supervisor.check({str(i): spec for i, spec in enumerate(good)}) == {}
+    assert resolve(pickled(OwnNanny)) is OwnNanny
+
+
+# -- classes -----------------------------------------------------------------------------------------------------------
+
+
+def own_class() -> type[Nanny]:
+    class Local(Nanny):
+        """Lives in a function, so that no import path leads to it."""
+
+    return Local
+
+
+@pytest.mark.parametrize("cls", ["test_supervisor.OwnNanny", own_class()], ids=["path", "pickled"])
+async def test_a_nanny_of_the_users_own_is_watched_too(supervisor: Watched, cls: Any) -> None:
+    spec = worker(cls if isinstance(cls, str) else pickled(cls))
+    await supervisor.start({"n-0": spec}, START)
+    kill(supervisor, "n-0")
+    await wait_until(lambda: supervisor.runs("n-0", restarts=1))
+
+
+async def test_a_worker_without_nanny_lives_in_this_process(supervisor: Watched, scheduler: Scheduler) -> None:
+    (state,) = await supervisor.start({"n-0": worker("distributed.Worker")}, START)
+    assert state.state == "running"
+    assert state.address in scheduler.workers
+    assert not workers_now()
+    async with Client(scheduler.address, asynchronous=True) as client:
+        assert await client.submit(os.getpid) == os.getpid()
+        assert await client.retire_workers([state.address])
+    await wait_until(lambda: supervisor.said("n-0", "retired"))
+    assert supervisor.states() == ()
+
+
+async def test_a_worker_class_of_the_users_own_under_a_nanny(supervisor: Watched, scheduler: Scheduler) -> None:
+    class Loud(Worker):
+        """A worker class that the nanny's process gets pickled."""
+
+    await supervisor.start({"n-0": worker(options={"worker_class": pickled(Loud)})}, START)
+    async with Client(scheduler.address, asynchronous=True) as client:
+        (name,) = (await client.run(lambda dask_worker: type(dask_worker).__name__)).values()
+    assert name == "Loud"
+
+
+async def test_a_class_that_is_no_worker(supervisor: Watched) -> None:
+    with pytest.raises(WorkerStartError, match="n-0: TypeError"):
+        await supervisor.start({"n-0": worker("test_supervisor.Plain")}, START)
+    assert supervisor.states() == ()
+
+
+async def test_a_class_that_does_not_end(supervisor: Watched) -> None:
+    spec = WorkerSpec(kind="custom", cls="test_supervisor.Abrupt")
+    supervisor.host_options = {}
+    await supervisor.start({"n-0": spec, "n-1": worker()}, START)
+    await supervisor.close(1.0)
+    assert supervisor.states() == ()
+    assert not workers_now()
+
+
+# -- crashes -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_killed_worker_comes_back_under_its_name(supervisor: Watched, scheduler: Scheduler) -> None:
+    (before,) = await supervisor.start({"n-0": worker(resources={"X": 2.0})}, START)
+    kill(supervisor, "n-0")
+    await wait_until(lambda: supervisor.runs("n-0", restarts=1))
+    state = supervisor.state("n-0")
+    assert state is not None and state.pid != before.pid
+    (ws,) = scheduler.workers.values()
+    assert (ws.name, ws.address, ws.resources) == ("n-0", state.address, {"X": 2.0})
+    assert [each.state for each in supervisor.seen if each.name == "n-0"][-2:] == ["restarting", "running"]
+    async with Client(scheduler.address, asynchronous=True) as client:
+        assert await client.submit(os.getpid) == state.pid
+
+
+async def test_a_worker_that_crashes_on_and_on_is_given_up(supervise: Factory, scheduler: Scheduler) -> None:
+    supervisor = supervise(limit=2, backoff=0.1)
+    await supervisor.start({"n-0": worker(), "n-1": worker()}, START)
+    for restarts in (1, 2):
+        kill(supervisor, "n-0")
+        await wait_until(lambda r=restarts: supervisor.runs("n-0", restarts=r))
+    kill(supervisor, "n-0")
+    (last,) = await wait_until(lambda: supervisor.said("n-0", "failed"))
+    assert last.problem == "crashed 3 times within 60 s, last with exit code -9; not restarted"
+    assert [state.name for state in supervisor.states()] == ["n-1"]
+    assert {ws.name for ws in scheduler.workers.values()} == {"n-1"}
+    assert not supervisor.said("n-0", "retired")
+
+
+async def test_a_worker_that_dies_at_each_restart_is_given_up(supervise: Factory, tmp_path: Path) -> None:
+    preload = tmp_path / "dies.py"
+    preload.write_text(DIES)
+    supervisor = supervise(limit=3, backoff=0.05)
+    await supervisor.start({"n-0": worker(options={"preload": [str(preload)]})}, START)
+    (tmp_path / "die").touch()
+    kill(supervisor, "n-0")
+    (last,) = await wait_until(lambda: supervisor.said("n-0", "failed"), timeout=20)
+    assert last.problem == "crashed 4 times within 60 s, last with exit code 3; not restarted"
+    assert supervisor.states() == ()
+    assert not workers_now()
+
+
+async def test_a_restart_that_fails_is_no_retirement(supervisor: Watched, tmp_path: Path) -> None:
+    preload = tmp_path / "fails.py"
+    preload.write_text("def dask_setup(worker): pass\n")
+    await supervisor.start({"n-0": worker(options={"preload": [str(preload)]})}, START)
+    preload.write_text("raise RuntimeError('the disk is gone')\n")
+    kill(supervisor, "n-0")
+    (last,) = await wait_until(lambda: supervisor.said("n-0", "failed"))
+    assert "the disk is gone" in (last.problem or "")
+    assert supervisor.states() == ()
+
+
+async def test_a_worker_that_waits_for_its_restart_can_be_stopped(supervise: Factory, scheduler: Scheduler) -> None:
+    supervisor = supervise(backoff=600.0, backoff_max=600.0)
+    await supervisor.start({"n-0": worker()}, START)
+    kill(supervisor, "n-0")
+    await wait_until(lambda: supervisor.runs("n-0", restarts=1))
+    kill(supervisor, "n-0")
+    await wait_until(lambda: not scheduler.workers)  # it is told at once, not after the wait
+    state = supervisor.state("n-0")
+    assert state is not None and (state.state, state.restarts) == ("restarting", 2)
+    began = asyncio.get_running_loop().time()
+    await supervisor.close(STOP)
+    assert asyncio.get_running_loop().time() - began < 2
+    assert supervisor.states() == ()
+
+
+async def test_a_restart_on_demand_while_one_waits(supervise: Factory, scheduler: Scheduler) -> None:
+    supervisor = supervise(backoff=1.0)
+    await supervisor.start({"n-0": worker()}, START)
+    (ws,) = scheduler.workers.values()
+    kill(supervisor, "n-0")
+    await wait_until(lambda: supervisor.runs("n-0", restarts=1))
+    kill(supervisor, "n-0")
+    await wait_until(lambda: not scheduler.workers)
+    async with rpc(ws.nanny) as nanny:
+        assert await nanny.restart() == "OK"
+    state = supervisor.state("n-0")
+    assert state is not None and state.state == "running"
+    removed = asyncio.Event()
+    scheduler.add_plugin(Removal(removed), name="removal")
+    with pytest.raises(TimeoutError):  # until after the waiting restart had its turn, which must leave this one alone
+        async with asyncio.timeout(1.5):
+            await removed.wait()
+    assert supervisor.runs("n-0", restarts=2)
+    assert supervisor.state("n-0") == state
+
+
+class Removal:
+    """A scheduler plugin that notes when a worker goes."""
+
+    def __init__(self, removed: asyncio.Event) -> None:
+        self.removed = removed
+
+    def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
+        self.removed.set()
+
+
+# -- ends on purpose ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_worker_that_the_client_retires_is_not_restarted(supervisor: Watched, scheduler: Scheduler) -> None:
+    first, second = await supervisor.start({"n-0": worker(), "n-1": worker()}, START)
+    async with Client(scheduler.address, asynchronous=True) as client:
+        kept = await client.scatter({"x": 1}, workers=[first.address], hash=False)
+        await client.retire_workers([first.address])
+        assert await kept["x"] == 1
+    (last,) = await wait_until(lambda: supervisor.said("n-0", "retired"))
+    assert (last.problem, last.restarts) == (None, 0)
+    assert supervisor.states() == (second,)
+    assert workers_now() == {second.pid}
+
+
+async def test_all_workers_closed_by_the_scheduler(supervisor: Watched, scheduler: Scheduler) -> None:
+    await supervisor.start({"n-0": worker(), "n-1": worker()}, START)
+    await scheduler.retire_workers(names=["n-0", "n-1"], close_workers=True, remove=True)
+    await wait_until(lambda: supervisor.said("n-0", "retired") and supervisor.said("n-1", "retired"))
+    assert supervisor.states() == ()
+    await wait_until(lambda: not workers_now())
+
+
+async def test_client_restart_is_no_crash(supervise: Factory, scheduler: Scheduler) -> None:
+    supervisor = supervise(limit=1)
+    before = await supervisor.start({"n-0": worker(), "n-1": worker()}, START)
+    async with Client(scheduler.address, asynchronous=True) as client:
+        for _ in range(3):
+            await client.restart(timeout=20)
+        assert await client.submit(sum, [40, 2]) == 42
+    await wait_until(lambda: supervisor.runs("n-0") and supervisor.runs("n-1"))
+    assert {state.pid for state in before}.isdisjoint(state.pid for state in supervisor.states())
+    assert len(workers_now()) == 2
+    kill(supervisor, "n-0")  # and what comes after a restart is one again
+    await wait_until(lambda: supervisor.runs("n-0", restarts=1))
+
+
+# -- the policy --------------------------------------------------------------------------------------------------------
+
+POLICY = RestartPolicy(limit=4, window=60.0, backoff=1.0, backoff_max=3.0)
+
+
+@pytest.mark.parametrize(
+    ("crashes", "now", "delay"),
+    [
+        ([0.0], 0.0, 0.0),
+        ([0.0, 1.0], 1.0, 1.0),
+        ([0.0, 1.0, 2.0], 2.0, 2.0),
+        ([0.0, 1.0, 2.0, 3.0], 3.0, 3.0),  # 4 s without the most
+        ([0.0, 1.0, 2.0, 3.0, 4.0], 4.0, None),
+        ([0.0, 1.0, 2.0, 3.0, 60.0], 60.0, 3.0),  # the first is out of the window
+        ([0.0, 1.0, 2.0, 3.0, 100.0], 100.0, 0.0),
+    ],
+)
+def test_delay(crashes: list[float], now: float, delay: float | None) -> None:
+    assert POLICY.delay(crashes, now) == delay
+
+
+@given(
+    limit=st.integers(0, 10),
+    window=st.floats(0.1, 1e4),
+    backoff=st.floats(0.0, 100.0),
+    more=st.floats(0.0, 1000.0),
+    gaps=st.lists(st.floats(0.0, 1e4), min_size=1, max_size=30),
+)
+def test_delay_is_bounded_and_grows(
+    limit: int, window: float, backoff: float, more: float, gaps: list[float]
+) -> None:
+    policy = RestartPolicy(limit, window, backoff, backoff + more)
+    crashes: list[float] = []
+    now = 0.0
+    for gap in gaps:
+        now += gap
+        crashes.append(now)
+        delay = policy.delay(crashes, now)
+        recent = [at for at in crashes if now - at < window]
+        assert (delay is None) == (len(recent) > limit)
+        if delay is None:
+            continue
+        assert 0.0 <= delay <= policy.backoff_max
+        again = policy.delay([*crashes, now], now)
+        assert again is None or again >= delay
+
+
+@pytest.mark.parametrize("crashes", [1100, 5000])
+def test_delay_of_a_very_large_limit(crashes: int) -> None:
+    assert RestartPolicy(limit=10_000).delay([0.0] * crashes, 0.0) == 30.0
