@@ -494,7 +494,7 @@ def _credentials(security: Security, address: str | None) -> dict[str, Any]:
         arguments: dict[str, Any] = security.get_connection_args("worker")
     except OSError as error:
         fields = ("tls_ca_file", "tls_worker_cert", "tls_worker_key")
-        files = ", ".join(value for field in fields if _is_path(value := getattr(security, field, None)))
+        files = ", ".join(str(value) for field in fields if _is_path(value := getattr(security, field, None)))
         raise ConfigError(
             f"TLS credentials {files or 'in memory'} cannot be loaded: {error}", key="security"
         ) from error

@@ -317,6 +317,9 @@ class AgentCluster(SpecCluster):
         if self._refresher is not None:
             self._refresher.cancel()
             await asyncio.gather(self._refresher, return_exceptions=True)
+        if isinstance(self.scheduler, Scheduler) and self.scheduler.status in (Status.closed, Status.failed):
+            # SpecCluster would try to reach it, for as long as a connection may take.
+            self.shutdown_scheduler = False
         await super()._close()
 
     # -- what runs -----------------------------------------------------------------------------------------------------
@@ -513,7 +516,18 @@ class AgentCluster(SpecCluster):
         if self.status is not Status.running:
             return
         snapshots = await self.scheduler_comm.get_nodes()
-        self._nodes = Nodes(snapshots)
+        for name, node in self.workers.items():
+            if name not in snapshots and name in self._nodes and node.ended:
+                last = next(reversed(node.lines()), "")
+                gone = {
+                    "state": "lost",
+                    "plan": {},
+                    "workers": {},
+                    "problem": f"its agent ended; last output: {last!r}",
+                }
+                snapshots[name] = {**self._nodes[name], **gone}
+        ours = [name for name in self.worker_spec if name in snapshots]
+        self._nodes = Nodes({name: snapshots[name] for name in dict.fromkeys([*ours, *snapshots])})
         for name, entry in self.worker_spec.items():
             entry["group"] = [worker[len(name) :] for worker in snapshots.get(name, {}).get("plan", ())]
 

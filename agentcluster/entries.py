@@ -67,6 +67,11 @@ class LaunchedProcess(ProcessInterface):
             self.status = Status.closed
         self._event_finished.set()
 
+    @property
+    def ended(self) -> bool:
+        """Whether the process has ended, by itself or by :meth:`close`."""
+        return self._event_finished.is_set()
+
     def lines(self) -> list[str]:
         """Return the last lines that the process logged."""
         return [] if self.launched is None else self.launched.log.lines()

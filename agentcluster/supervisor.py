@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -66,7 +67,8 @@ class RestartPolicy:
             return None
         if recent <= 1:
             return 0.0
-        return float(min(self.backoff * 2 ** (recent - 2), self.backoff_max))
+        # Far below where a float overflows, and far beyond any wait.
+        return min(self.backoff * 2.0 ** min(recent - 2, 64), self.backoff_max)
 
 
 class _Supervised:
@@ -91,8 +93,10 @@ class _Supervised:
         return result
 
     async def kill(self, timeout: float = 5, reason: str = "nanny-kill") -> None:
-        # Client.restart ends the process this way while the nanny's status stays "running": no crash.
         process = self.process  # type: ignore[attr-defined]
+        if process is not None and process.status is Status.starting:
+            await _abandon(process)
+        # Client.restart ends the process this way while the nanny's status stays "running": no crash.
         self.killed = process is not None and process.status is not Status.stopped
         await super().kill(timeout=timeout, reason=reason)  # type: ignore[misc]
 
@@ -126,6 +130,22 @@ class _Supervised:
         if self.status is Status.running and self.process.status is Status.stopped:  # type: ignore[attr-defined]
             with contextlib.suppress(Exception):  # logged by Nanny.instantiate, and kept as the problem
                 await self.instantiate()
+
+
+async def _abandon(process: Any) -> None:
+    """Have a nanny's process that is not ready yet (a ``WorkerProcess``) end; ``Nanny.kill`` would wait until it is.
+
+    After a start that was cancelled or failed to make a process it would not even do that, but raise.
+    """
+    try:
+        await process.process.kill()  # queued behind the start, so it ends one that is just being made too
+    except Exception as error:  # whatever there is to say of a process that was never made
+        logger.debug("There was no worker process to end: %s", _words(error))
+        process.process.close()
+        process.status = Status.stopped
+    else:
+        if process.status is Status.starting and process.running.is_set():
+            process.status = Status.failed
 
 
 @functools.cache
@@ -376,12 +396,18 @@ class Supervisor:
             self._workers.pop(worker.name, None)
 
     async def _close(self, worker: _Worker, timeout: float) -> None:
-        with contextlib.suppress(asyncio.TimeoutError):
-            # A nanny kills its process itself, and at the latest after 1.8 times its timeout.
-            await asyncio.wait_for(worker.server.close(timeout=timeout / 2), timeout)
+        # A nanny kills its process itself, and at the latest after 1.8 times its timeout.
+        close = worker.server.close
+        arguments = {"timeout": timeout / 2} if _takes_timeout(close) else {}
+        try:
+            async with asyncio.timeout(timeout):
+                await close(**arguments)
+                if worker.ended is not None:
+                    await asyncio.shield(worker.ended)
+        except Exception as error:  # a user's class may raise anything; the others must be closed all the same
+            logger.warning("Worker %s did not end in order: %s", worker.name, _words(error))
         if worker.ended is not None:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(worker.ended, timeout)
+            worker.ended.cancel()
         self._workers.pop(worker.name, None)
 
     async def _discard(self, workers: Iterable[_Worker]) -> None:
@@ -416,10 +442,23 @@ def resolve(cls: str | Mapping[str, str]) -> Any:
     return found
 
 
+def _takes_timeout(close: Callable[..., Any]) -> bool:
+    """Whether a worker's ``close`` can be told its seconds; SpecCluster, whose workers these are, never does."""
+    parameters = inspect.signature(close).parameters
+    return "timeout" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def _words(error: BaseException) -> str:
     """Say an error in one line, with the root of its causes."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__  # "Nanny failed to start."
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    return _line(error) if root is error else f"{_line(error)} ({_line(root)})"
+
+
+def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

@@ -21,7 +21,7 @@ from conftest import wait_blocking, wait_until
 from distributed import Client, LocalCluster, Scheduler, wait
 from distributed.core import Status
 
-from agentcluster import AgentCluster, Host, Mode
+from agentcluster import AgentCluster, Mode
 from agentcluster.errors import (
     ConfigError,
     LaunchError,
@@ -226,7 +226,7 @@ async def test_persisted_array_stays_through_a_swap_and_back(cluster: AgentClust
 
 
 async def test_tasks_run_through_swaps(cluster: AgentCluster, client: Client) -> None:
-    x = da.random.default_rng(0).random((1500, 1500), chunks=(100, 100))
+    x = da.random.default_rng(0).random((600, 600), chunks=(100, 100))
     future = client.compute(((x @ x.T).sum() - (x @ x.T).sum()), optimize_graph=False)
     for mode, config in (("uniform", {"nthreads": 2}), ("auto-cpu", {"nworkers": 2, "nthreads": 1})) * 2:
         await cluster.reprovision(mode, config)
@@ -470,9 +470,7 @@ def test_errors_in_a_script_close_everything() -> None:
 async def test_a_host_that_fails_can_be_left_out() -> None:
     hosts = ["local", "tcp://127.0.0.1:9"]
     with pytest.warns(UserWarning, match=r"host 127\.0\.0\.1 is left out"):
-        cluster = await AgentCluster(
-            hosts=hosts, on_host_failure="warn", launch_timeout=2, asynchronous=True, **QUIET
-        )
+        cluster = await AgentCluster(hosts=hosts, on_host_failure="warn", launch_timeout=2, asynchronous=True, **QUIET)
     async with cluster:
         assert list(cluster.workers) == ["local"]
     with pytest.raises(LaunchError, match=r"tcp://127\.0\.0\.1:9"):

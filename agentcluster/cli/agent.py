@@ -198,8 +198,9 @@ def _mode(options: dict[str, Any], given: Any) -> Mode | None:
     if name is None:
         # What `dask worker` does: one worker, all threads.
         name, config = "auto-cpu", {"nworkers": 1, **config}
-    if shape.get("nworkers") == "auto" and "nthreads" not in shape:
-        shape.pop("nworkers")
+    if shape.get("nworkers") == "auto":
+        del shape["nworkers"]
+        config.pop("nworkers", None)
     return parse(name, {**config, **{key: _number(value) for key, value in shape.items()}})
 
 
