@@ -47,6 +47,9 @@ NO_PLUGIN = (
     "(pip install agentcluster, same version), or start it with: dask scheduler --preload agentcluster"
 )
 
+#: Seconds that workers have for ending by themselves after their scheduler.
+ORPHAN_GRACE = 3.0
+
 IS_IT_THERE = "is one running there, and does it speak this protocol (tcp://, tls://)?"
 
 
@@ -112,7 +115,7 @@ class Agent(Server):
         self.node_name = str(self.given_name if self.given_name is not None else socket.gethostname())
         self.hardware = Hardware(self.node_name, 0, 0)
         self._where = {"host": host, "interface": interface, "protocol": protocol}
-        self._port = port or 0
+        self._wanted_port = port or 0
         self._listen_host = listen_host
         self._worker_options = worker_options
         self._supervisor: Supervisor | None = None
@@ -151,7 +154,7 @@ class Agent(Server):
         try:
             await self.start()
         except TimeoutError:
-            if self.scheduler_address is None:
+            if self.scheduler_address is None or self.death_timeout is None:
                 raise
             raise TimeoutError(
                 f"scheduler at {self.scheduler_address} did not take this agent within {self.death_timeout:g} s; "
@@ -199,7 +202,7 @@ class Agent(Server):
                 host = unparse_host_port(get_ip(get_address_host(self.scheduler_address)))
         return str(
             address_from_user_args(
-                host=host, port=self._port, interface=interface, protocol=protocol, security=self.security
+                host=host, port=self._wanted_port, interface=interface, protocol=protocol, security=self.security
             )
         )
 
@@ -365,6 +368,11 @@ class Agent(Server):
         self._background(self._after_scheduler())
 
     async def _after_scheduler(self) -> None:
+        # The workers lost it too and end by themselves; a worker that is asked as well waits for its nanny, in vain.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ORPHAN_GRACE):
+                while self._supervisor is not None and self._supervisor.states():
+                    await asyncio.sleep(0.05)
         if self._adopted is not None:
             self._adopted.set()
         else:

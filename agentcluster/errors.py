@@ -21,6 +21,7 @@ arguments of its constructor), because most of them travel from the scheduler to
 from __future__ import annotations
 
 import difflib
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -62,10 +63,12 @@ def suggest(wrong: str, allowed: Iterable[str]) -> str:
 
 
 def _rebuild(cls: type[AgentClusterError], args: tuple[Any, ...], state: dict[str, Any]) -> AgentClusterError:
-    error = cls.__new__(cls)
+    # `cls.__new__` is that of the first builtin in the order of bases, which an OSError's memory does not fit.
+    builtin = OSError if issubclass(cls, OSError) else Exception
+    error: Any = builtin.__new__(cls)
     error.args = args
     error.__dict__.update(state)
-    return error
+    return typing.cast(AgentClusterError, error)
 
 
 class AgentClusterError(Exception):

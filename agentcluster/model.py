@@ -320,7 +320,7 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
     """Check `value` against a type hint of one of the dataclasses above and convert what the wire flattened."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
-        return value
+        return plain(value)  # dask's wire makes lists tuples, which would differ from what was sent
     if isinstance(hint, NewType):
         return _parse(hint.__supertype__, value, where)
     if origin in (types.UnionType, typing.Union):

@@ -1,8 +1,7 @@
-"""The scheduler's side: the registry of nodes, the calls that change what they run, and their carrying out.
+"""The scheduler's side: the registry of nodes, and the calls that ask for nodes or change what they run.
 
-One :class:`AgentPlugin` lives in a scheduler, however many agents ask for it. It decides (which workers a mode means on
-a node, in which order a change goes) with the pure modules below it, and acts through two others: the agents, by RPC,
-and :mod:`agentcluster.evacuation`, on the scheduler's own state. One change runs at a time; a second waits its turn.
+One :class:`AgentPlugin` lives in a scheduler, however many agents ask for it. It hears the agents, keeps the registry
+true, and answers; what a change means and how it is carried out is :mod:`agentcluster.changes`.
 """
 
 from __future__ import annotations
@@ -20,20 +19,12 @@ from distributed.comm.core import Comm, CommClosedError
 from distributed.core import error_message
 from distributed.diagnostics.plugin import SchedulerPlugin
 
-from agentcluster import allocate, modes
+from agentcluster import modes
+from agentcluster.changes import Changes
 from agentcluster.config import Config
-from agentcluster.errors import (
-    AgentClusterError,
-    ConfigError,
-    LaunchError,
-    ModeRefused,
-    PreflightError,
-    SwapError,
-)
-from agentcluster.evacuation import actors, held, stranded
-from agentcluster.model import Hardware, HostMetrics, Mode, WorkerSpec, WorkerState, from_wire, to_wire
+from agentcluster.errors import AgentClusterError, ConfigError, LaunchError
+from agentcluster.model import Hardware, HostMetrics, Mode, WorkerState, from_wire, to_wire
 from agentcluster.registry import SETTLED, Node, Registry
-from agentcluster.swap import Swap
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +72,8 @@ class AgentPlugin(SchedulerPlugin):
         scheduler.extensions[NAME] = self
         self.scheduler = scheduler
         self.config = Config.load()
-        self._turn = asyncio.Lock()
         self._moved = asyncio.Condition()
-        self._errors: dict[str, AgentClusterError] = {}
+        self.changes = Changes(scheduler, self.registry, self.config, self._notify)
         self._tasks: set[asyncio.Task[Any]] = set()
         scheduler.handlers.update(
             {
@@ -154,7 +144,7 @@ class AgentPlugin(SchedulerPlugin):
         logger.info("Node %s joined: %s", node.name, _describe(node.hardware))
         if stream:
             await comm.write({"status": "OK", "name": node.name})
-        self._spawn(self._provision(node), f"provision {node.name}")
+        self._spawn(self.changes.provision(node), f"provision {node.name}")
         if not stream:
             return {"name": node.name}
         await self._listen(node, comm)
@@ -195,8 +185,8 @@ class AgentPlugin(SchedulerPlugin):
             late = [name for name in names if not settled(name)]
             raise TimeoutError(f"nodes {', '.join(late)} had no workers after {timeout:g} s") from None
         for name in names:
-            if name in self._errors:
-                raise self._errors[name]
+            if name in self.changes.errors:
+                raise self.changes.errors[name]
             if self.registry.get(name).state == "lost":
                 raise LaunchError(name, f"node {name!r} is lost: {self.registry.get(name).problem}")
         return {name: self.registry.get(name).snapshot() for name in names}
@@ -266,27 +256,9 @@ class AgentPlugin(SchedulerPlugin):
             When a step failed; it says what is true now.
         """
         wanted = modes.parse(mode, config)
-        async with self._turn:
-            chosen = self._present(nodes)
-            changes = {}
-            refusals = {}
-            for node in chosen:
-                try:
-                    specs = modes.plan(wanted, node.hardware, node=node.name)
-                    changes[node.name] = (
-                        allocate.difference(node.plan.workers, specs)
-                        if remove_existing
-                        else allocate.Change(node.plan.workers, (), specs)
-                    )
-                except ConfigError as error:
-                    refusals[node.name] = error.reason if isinstance(error, ModeRefused) else str(error)
-            if refusals:
-                raise PreflightError(wanted.name, refusals)
-            report = await self._change(wanted, changes, timeout=timeout, dry_run=dry_run)
-            if nodes is None and not dry_run:
-                self.registry.default = wanted
-                self.registry.wanted.clear()
-            return report
+        return await self.changes.reprovision(
+            wanted, nodes, remove_existing=remove_existing, timeout=timeout, dry_run=dry_run
+        )
 
     @_answer
     async def scale_nodes(
@@ -301,170 +273,25 @@ class AgentPlugin(SchedulerPlugin):
         """
         if not isinstance(n, int) or n < 0:
             raise ConfigError(f"scale({n!r}): the number of workers must be 0 or more")
-        async with self._turn:
-            chosen = self._present(nodes)
-            full = {node.name: modes.plan(self._mode_of(node), node.hardware, node=node.name) for node in chosen}
-            nbytes = held(self.scheduler, [worker for node in chosen for worker in node.plan.workers])
-            current = {node.name: {w: nbytes.get(w, 0) for w in node.plan.workers} for node in chosen}
-            go, come = allocate.scaled(current, {name: len(specs) for name, specs in full.items()}, n)
-            changes = {}
-            for node in chosen:
-                keep = {name: spec for name, spec in node.plan.workers.items() if name not in go}
-                room = allocate.difference(node.plan.workers, full[node.name]).come
-                leaving = tuple(name for name in node.plan.workers if name in go)
-                changes[node.name] = allocate.Change(keep, leaving, room[: come[node.name]])
-            return await self._change(None, changes, timeout=timeout) | {
-                "workers": sum(len(node.plan.workers) for node in chosen)
-            }
+        return await self.changes.scale(n, nodes, timeout)
 
     @_answer
     async def retire_node(self, name: str, timeout: float | None = None) -> dict[str, Any]:
         """Move a node's data to others and stop its workers; the node stays, in standby."""
-        async with self._turn:
-            node = self.registry.get(name)
-            changes = {} if node.state == "lost" else {name: allocate.Change({}, tuple(node.plan.workers), ())}
-            return await self._change(Mode("none"), changes, timeout=timeout)
+        return await self.changes.empty(name, timeout)
 
     @_answer
     async def retire_node_workers(self, names: Sequence[str], timeout: float | None = None) -> dict[str, Any]:
         """Move the data of the named workers to others and stop them; unknown names are gone already."""
-        leaving = {str(name) for name in names}
-        async with self._turn:
-            changes = {}
-            for node in self.registry.nodes.values():
-                go = tuple(worker for worker in node.plan.workers if worker in leaving)
-                if go:
-                    keep = {w: s for w, s in node.plan.workers.items() if w not in leaving}
-                    changes[node.name] = allocate.Change(keep, go, ())
-            return await self._change(None, changes, timeout=timeout)
+        return await self.changes.retire(map(str, names), timeout)
 
     @_answer
     async def get_node_logs(self, nodes: Sequence[str] | None = None) -> dict[str, list[str]]:
         """Return node name -> the last lines that its agent logged."""
-        chosen = [node for node in self._present(nodes) if node.state != "lost"]
-        lines = await asyncio.gather(*(self._agent(node.name).agent_logs() for node in chosen))
+        chosen = [node for node in self.registry.select(nodes) if node.state != "lost"]
+        agents: list[Any] = [self.scheduler.rpc(node.address) for node in chosen]
+        lines = await asyncio.gather(*(agent.agent_logs() for agent in agents))
         return {node.name: list(log) for node, log in zip(chosen, lines, strict=True)}
-
-    # -- deciding ------------------------------------------------------------------------------------------------------
-
-    def _present(self, names: Sequence[str] | str | None) -> list[Node]:
-        chosen = self.registry.select(names)
-        for node in chosen:
-            if node.state == "lost":
-                raise ConfigError(f"node {node.name!r} is lost ({node.problem}); name the others with nodes=")
-        return chosen
-
-    def _mode_of(self, node: Node) -> Mode:
-        return node.plan.mode if node.plan.revision else self.registry.mode_for(node)
-
-    async def _provision(self, node: Node) -> None:
-        """Give a node that joined the workers that it is meant to have."""
-        async with self._turn:
-            if self.registry.nodes.get(node.name) is not node or node.state != "joining":
-                return
-            mode = self.registry.mode_for(node)
-            self._errors.pop(node.name, None)
-            try:
-                specs = modes.plan(mode, node.hardware, node=node.name)
-                await self._change(mode, {node.name: allocate.Change({}, (), specs)})
-            except AgentClusterError as error:
-                self._refuse(node, error)
-            except Exception as error:  # the node's creator waits for an answer, whatever went wrong
-                logger.exception("Node %s could not be given its workers", node.name)
-                self._refuse(node, error)
-        await self._notify()
-
-    def _refuse(self, node: Node, error: Exception) -> None:
-        if isinstance(error, SwapError) and isinstance(error.__cause__, AgentClusterError):
-            error = error.__cause__
-        if isinstance(error, PreflightError):
-            error = ModeRefused(node.name, error.mode, error.refusals[node.name])
-        self._errors[node.name] = error if isinstance(error, AgentClusterError) else SwapError(str(error), "no workers")
-        node.problem = str(error)
-        if node.state in ("joining", "swapping"):
-            node.to("refused")
-        elif node.state in ("ready", "standby"):
-            node.to("swap")
-            node.to("refused")
-        node.problem = str(error)
-        logger.warning("Node %s has no workers: %s", node.name, error)
-
-    async def _change(
-        self,
-        mode: Mode | None,
-        changes: Mapping[str, allocate.Change],
-        *,
-        timeout: float | None = None,
-        dry_run: bool = False,
-    ) -> dict[str, Any]:
-        """Check a change with the agents, carry it out, and report; `mode` None keeps each node's own."""
-        began = time.perf_counter()
-        nodes = {name: self.registry.get(name) for name in changes}
-        named = {
-            name: dict(zip(nodes[name].take_names(len(c.come)), c.come, strict=True)) for name, c in changes.items()
-        }
-        modes_now = {name: mode or self._mode_of(node) for name, node in nodes.items()}
-        await self._preflight(modes_now, changes, named)
-        for name, node in nodes.items():
-            if node.state == "lost":
-                raise PreflightError(modes_now[name].name, {name: f"it was lost meanwhile: {node.problem}"})
-        swap = Swap(
-            scheduler=self.scheduler,
-            nodes=nodes,
-            changes=changes,
-            named=named,
-            modes=modes_now,
-            start_timeout=timeout or self.config.start_timeout,
-            retire_timeout=timeout or self.config.retire_timeout,
-            stop_timeout=self.config.stop_timeout,
-        )
-        if not dry_run:
-            try:
-                await swap.run()
-                for name in changes:
-                    self._errors.pop(name, None)
-            finally:
-                await self._notify()
-        reports = {name: to_wire(swap.report(name)) for name in changes}
-        label = mode.name if mode else ", ".join(sorted({m.name for m in modes_now.values()}))
-        return {"mode": label, "nodes": reports, "seconds": time.perf_counter() - began, "dry_run": dry_run}
-
-    async def _preflight(
-        self,
-        modes_now: Mapping[str, Mode],
-        changes: Mapping[str, allocate.Change],
-        named: Mapping[str, Mapping[str, WorkerSpec]],
-    ) -> None:
-        """Collect every reason why the change cannot be; raise them as one."""
-        refusals = {}
-        for name, change in changes.items():
-            stuck = actors(self.scheduler, change.go)
-            if stuck:
-                worker, keys = next(iter(stuck.items()))
-                refusals[name] = f"worker {worker} holds actors, which cannot be moved: {', '.join(keys)}"
-        if not any(named.values()):
-            stuck_keys = stranded(self.scheduler, [worker for change in changes.values() for worker in change.go])
-            for name, change in changes.items():
-                count = sum(stuck_keys.get(worker, 0) for worker in change.go)
-                if count and name not in refusals:
-                    refusals[name] = (
-                        f"its workers hold the only copies of {count} keys and no other worker could take them; "
-                        f"keep a worker on some node, or release those results first"
-                    )
-
-        async def ask(name: str) -> None:
-            try:
-                async with asyncio.timeout(self.config.start_timeout):
-                    answer = await self._agent(name).check_workers(specs=to_wire(named[name]))
-                if answer:
-                    refusals[name] = next(iter(answer.values()))
-            except (OSError, TimeoutError) as error:
-                refusals[name] = f"its agent does not answer: {error or type(error).__name__}"
-
-        await asyncio.gather(*(ask(name) for name, specs in named.items() if specs and name not in refusals))
-        if refusals:
-            mode = next(modes_now[name].name for name in refusals)
-            raise PreflightError(mode, refusals)
 
     # -- hearing -------------------------------------------------------------------------------------------------------
 
@@ -512,9 +339,6 @@ class AgentPlugin(SchedulerPlugin):
                 await self._notify()
 
     # -- helpers -------------------------------------------------------------------------------------------------------
-
-    def _agent(self, name: str) -> Any:
-        return self.scheduler.rpc(self.registry.get(name).address)
 
     async def _notify(self) -> None:
         async with self._moved:

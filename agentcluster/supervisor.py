@@ -12,6 +12,8 @@ import functools
 import inspect
 import logging
 import time
+import traceback
+import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +90,7 @@ class _Supervised:
         except Exception as error:
             # By now the nanny has closed itself, which must not read as "retired on purpose".
             self.problem = f"could not be started: {_words(error)}"
+            _clear_frames(error)
             raise
         self.changed()
         return result
@@ -130,6 +133,20 @@ class _Supervised:
         if self.status is Status.running and self.process.status is Status.stopped:  # type: ignore[attr-defined]
             with contextlib.suppress(Exception):  # logged by Nanny.instantiate, and kept as the problem
                 await self.instantiate()
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Drop what the frames behind an error hold: the pipes to a process that did not start.
+
+    Nanny logs the error, and every other nanny of this process keeps the last 10000 records, tracebacks included. The
+    frames that came from the other process hang below those of this one.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        above: types.FrameType | None = frame
+        with contextlib.suppress(RuntimeError):  # reached one that runs
+            while above is not None:
+                above.clear()
+                above = above.f_back
 
 
 async def _abandon(process: Any) -> None:

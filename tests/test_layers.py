@@ -38,12 +38,13 @@ LAYERS = {
     "supervisor": 5,
     "entries": 5,
     "swap": 5,
-    "plugin": 6,
-    "dashboard": 6,
-    "agent": 7,
-    "adaptive": 7,
-    "cluster": 8,
-    "cli": 9,
+    "changes": 6,
+    "plugin": 7,
+    "dashboard": 7,
+    "agent": 8,
+    "adaptive": 8,
+    "cluster": 9,
+    "cli": 10,
 }
 
 #: What has few importers -> those modules, without the package's name.
