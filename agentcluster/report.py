@@ -12,7 +12,7 @@ from typing import Any
 
 from dask.utils import format_bytes
 
-from agentcluster.model import NodeReport
+from agentcluster.model import NodeReport, from_wire
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -174,3 +174,19 @@ class Report:
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(self.summary())}</p>{html_table(self.HEADER, self.rows())}"
+
+    @classmethod
+    def parse(cls, answer: Mapping[str, Any]) -> Report:
+        """Read what the call ``reprovision_nodes`` answered."""
+        nodes = {name: from_wire(NodeReport, each) for name, each in answer["nodes"].items()}
+        return cls(answer["mode"], nodes, answer["seconds"], answer["dry_run"])
+
+    @classmethod
+    def merged(cls, reports: Sequence[Report]) -> Report:
+        """Return several changes, one after the other, as one."""
+        return cls(
+            ", ".join(dict.fromkeys(report.mode for report in reports)),
+            {name: node for report in reports for name, node in report.nodes.items()},
+            sum(report.seconds for report in reports),
+            any(report.dry_run for report in reports),
+        )

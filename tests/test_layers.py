@@ -43,6 +43,7 @@ LAYERS = {
     "dashboard": 7,
     "agent": 8,
     "adaptive": 8,
+    "operations": 8,
     "cluster": 9,
     "cli": 10,
 }

@@ -1,0 +1,302 @@
+"""What users ask of a cluster while it runs: swap, scale, hosts, looks and logs.
+
+:class:`Operations` is the half of :class:`~agentcluster.AgentCluster` that talks to the plugin in the scheduler. What
+it knows of the nodes is kept true in the background, also after what other clients did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dask.utils import parse_bytes, parse_timedelta
+from distributed.core import Status
+from distributed.deploy.spec import SpecCluster
+from distributed.utils import Log, Logs, NoOpAwaitable
+
+from agentcluster import modes
+from agentcluster.entries import Blueprint, NodeProcess
+from agentcluster.errors import ConfigError, NodeNotFound
+from agentcluster.model import Mode, to_wire
+from agentcluster.report import Nodes, Report
+
+logger = logging.getLogger(__name__)
+
+
+class Operations(SpecCluster):
+    """What can be asked of a cluster that runs; the base of :class:`~agentcluster.AgentCluster`."""
+
+    scheduler: Any
+    scheduler_comm: Any
+    workers: dict[str, NodeProcess]
+    worker_spec: dict[str, dict[str, Any]]
+    _blueprint: Blueprint
+    _mode: Mode
+    _nodes: Nodes
+    _changed: asyncio.Event
+    _refresher: asyncio.Task[None] | None
+    _left: Mapping[str, Any] = {}
+
+    # -- what runs -----------------------------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> Nodes:
+        """Node name -> what is known of it (state, mode, plan, workers, hardware, load); a table as its repr."""
+        return self._nodes
+
+    def reprovision(
+        self,
+        mode: str | Mode | Mapping[str, Any],
+        config: Mapping[str, Any] | str | None = None,
+        *,
+        nodes: str | Sequence[str] | None = None,
+        remove_existing: bool = True,
+        timeout: str | float | None = None,
+        dry_run: bool = False,
+    ) -> Any:
+        """Swap the workers of nodes in place: new ones start, data moves to them, old ones stop.
+
+        Parameters
+        ----------
+        mode : str, Mode or mapping
+            The mode, or a mapping from node name to mode.
+        config : mapping or str, optional
+            The mode's options.
+        nodes : str or list of str, optional
+            Names of the nodes; default is all, and those that join later.
+        remove_existing : bool
+            ``False`` adds the mode's workers beside those that run.
+        timeout : str or float, optional
+            Seconds for the new workers to start, and again for the data to move.
+        dry_run : bool
+            Plan and check only.
+
+        Returns
+        -------
+        Report
+            What went, came, stayed and moved on each node, and how long it took; a table as its repr. Awaitable when
+            the cluster is asynchronous.
+
+        Raises
+        ------
+        ConfigError, PreflightError, NodeNotFound
+            When the change cannot be; nothing was touched.
+        SwapError
+            When a step failed. The workers that ran before still run, or the message says what is true.
+        """
+        return self.sync(
+            self._reprovision,
+            mode,
+            config,
+            nodes=nodes,
+            remove_existing=remove_existing,
+            timeout=None if timeout is None else seconds("timeout", timeout, 0),
+            dry_run=dry_run,
+        )
+
+    async def _reprovision(self, mode: Any, config: Any, *, nodes: Any, **options: Any) -> Report:
+        if isinstance(mode, Mapping):
+            if nodes is not None:
+                raise ConfigError("nodes= cannot go with a mapping of modes: its keys are the nodes", key="nodes")
+            orders = [([name], modes.parse(each, config)) for name, each in mode.items()]
+        else:
+            orders = [(nodes, modes.parse(mode, config))]
+        reports = []
+        try:
+            for names, each in orders:
+                answer = await self.scheduler_comm.reprovision_nodes(
+                    mode=each.name, config=to_wire(each.config), nodes=names, **options
+                )
+                reports.append(Report.parse(answer))
+        finally:
+            await self._refresh()
+        return Report.merged(reports)
+
+    def scale(self, n: int = 0, memory: Any = None, cores: int | None = None) -> Any:
+        """Bring the cluster to `n` workers, on the nodes that it has; data of those that go is moved first.
+
+        Parameters
+        ----------
+        n : int
+            Number of workers. More than the nodes' modes have room for is scaled to that, with a warning.
+        memory : str or int, optional
+            At least as many workers as have this much memory together.
+        cores : int, optional
+            At least as many workers as have this many threads together.
+        """
+        if self.status in (Status.closing, Status.closed, Status.failed):
+            self.worker_spec.clear()
+            return NoOpAwaitable() if self.asynchronous else None
+        if memory is not None:
+            n = max(n, math.ceil(parse_bytes(memory) / self._memory_per_worker()))
+        if cores is not None:
+            n = max(n, math.ceil(cores / self._threads_per_worker()))
+        return self.sync(self._scale, n)
+
+    async def _scale(self, n: int) -> None:
+        try:
+            answer = await self.scheduler_comm.scale_nodes(n=n, nodes=list(self.workers))
+        finally:
+            await self._refresh()
+        if answer["workers"] < n:
+            warnings.warn(
+                f"scale({n}): the modes of the nodes have room for {answer['workers']} workers, which now run",
+                stacklevel=2,
+            )
+
+    async def scale_down(self, workers: Sequence[str]) -> None:
+        """Stop the named workers, after their data was moved; what Adaptive calls."""
+        await self.scheduler_comm.retire_node_workers(names=[str(worker) for worker in workers])
+        await self._refresh()
+
+    def _threads_per_worker(self) -> int:
+        return min((spec["nthreads"] for spec in self._specs() if spec["nthreads"]), default=1)
+
+    def _memory_per_worker(self) -> int:
+        limits = [spec["memory_limit"] for spec in self._specs() if spec["memory_limit"]]
+        if not limits:
+            raise ConfigError("scale(memory=…): the workers of this cluster have no memory limit", key="memory")
+        return int(min(limits))
+
+    def _specs(self) -> list[Mapping[str, Any]]:
+        return [spec for node in self._nodes.values() for spec in node["plan"].values()]
+
+    _supports_scaling = True
+
+    def add_host(self, host: Any) -> Any:
+        """Launch or adopt one more agent; returns when it has its workers.
+
+        Parameters
+        ----------
+        host : str, Host or launcher
+            As in `hosts` of the constructor.
+
+        Returns
+        -------
+        str
+            The node's name. Awaitable when the cluster is asynchronous.
+        """
+        return self.sync(self._add_host, host)
+
+    async def _add_host(self, host: Any) -> str:
+        launcher = self._blueprint.launcher(host)
+        if launcher.name in self.worker_spec:
+            raise ConfigError(
+                f"host {launcher.where!r}: a node named {launcher.name!r} is already there; use Host(…, name=…)"
+            )
+        if not self.shutdown_scheduler:
+            # The default of a scheduler that others use is not ours.
+            current = await self.scheduler_comm.get_provision_mode()
+            ours = {launcher.name: to_wire(self._mode)}
+            await self.scheduler_comm.set_provision_mode(mode=current["mode"], config=current["config"], nodes=ours)
+        self.worker_spec[launcher.name] = self._blueprint.node(launcher)
+        await self._correct_state()
+        return launcher.name
+
+    def remove_host(self, name: str) -> Any:
+        """Move a node's data to others, stop its workers and let the host go.
+
+        Parameters
+        ----------
+        name : str
+            The node's name.
+
+        Raises
+        ------
+        NodeNotFound
+            When there is no such node.
+        SwapError
+            When its data has nowhere to go; the node stays as it was.
+        """
+        return self.sync(self._remove_host, name)
+
+    async def _remove_host(self, name: str) -> None:
+        if name not in self.worker_spec:
+            raise NodeNotFound(name, self.worker_spec)
+        self._left = {name: self.worker_spec.pop(name)}
+        await self._correct_state()
+
+    # -- looking -------------------------------------------------------------------------------------------------------
+
+    async def _keep_nodes(self) -> None:
+        """Keep :attr:`nodes` and the names of the workers true, also after what other clients did."""
+        while True:
+            try:
+                async with asyncio.timeout(self._sync_interval):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+            self._changed.clear()
+            try:
+                await self._refresh()
+            except OSError as error:
+                logger.debug("cannot ask the scheduler for its nodes: %s", error)
+
+    async def _refresh(self) -> None:
+        if self.status is not Status.running:
+            return
+        snapshots = await self.scheduler_comm.get_nodes()
+        for name, node in self.workers.items():
+            if name not in snapshots and name in self._nodes and node.ended:
+                last = next(reversed(node.lines()), "")
+                gone = {
+                    "state": "lost",
+                    "plan": {},
+                    "workers": {},
+                    "problem": f"its agent ended; last output: {last!r}",
+                }
+                snapshots[name] = {**self._nodes[name], **gone}
+        ours = [name for name in self.worker_spec if name in snapshots]
+        self._nodes = Nodes({name: snapshots[name] for name in dict.fromkeys([*ours, *snapshots])})
+        for name, entry in self.worker_spec.items():
+            entry["group"] = [worker[len(name) :] for worker in snapshots.get(name, {}).get("plan", ())]
+
+    def _update_worker_status(self, op: str, msg: Any) -> None:
+        super()._update_worker_status(op, msg)
+        if self._refresher is not None:
+            self._changed.set()
+
+    def get_logs(self, cluster: bool = True, scheduler: bool = True, workers: Any = True, agents: bool = False) -> Any:
+        """Return logs of the cluster object, the scheduler, the workers and the agents.
+
+        Parameters
+        ----------
+        cluster, scheduler, workers
+            As for :meth:`distributed.deploy.Cluster.get_logs`.
+        agents : bool
+            Also what each node's agent logged, by node name.
+        """
+        return self.sync(self._get_logs, cluster=cluster, scheduler=scheduler, workers=workers, agents=agents)
+
+    async def _get_logs(
+        self, cluster: bool = True, scheduler: bool = True, workers: Any = True, agents: bool = False
+    ) -> Logs:
+        logs: Logs = await super()._get_logs(cluster=cluster, scheduler=scheduler, workers=workers)
+        if agents:
+            for name, node in self.workers.items():
+                logs[name] = Log("\n".join(node.lines()))
+            remote = [name for name, node in self.workers.items() if not node.lines()]
+            if remote:
+                for name, lines in (await self.scheduler_comm.get_node_logs(nodes=remote)).items():
+                    logs[name] = Log("\n".join(lines))
+        return logs
+
+    def _repr_html_(self, cluster_status: str | None = None) -> str:
+        return str(super()._repr_html_(cluster_status)) + self._nodes._repr_html_()
+
+
+def seconds(key: str, value: str | float | None, default: float) -> float:
+    """Return a time that the user gave, in seconds, or the default where none was given."""
+    if value is None:
+        return default
+    try:
+        found = float(parse_timedelta(value, default="seconds"))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        found = -1.0
+    if not 0 < found < math.inf:
+        raise ConfigError(f"{key}={value!r} must be a time above 0, such as '30s' or 30 (seconds)", key=key)
+    return found
