@@ -361,20 +361,21 @@ class Agent(Server):
                 await stream.write(message)
 
     async def _follow(self, comm: Comm) -> None:
-        """Wait for the end of the scheduler, then end too."""
+        """Wait for the end of the scheduler, then end too, or return to standby."""
+        adopted = self._adopted
         with contextlib.suppress(CommClosedError, OSError):
             await comm.read()
         logger.info("Node %s lost the scheduler at %s", self.node_name, self.scheduler_address)
-        self._background(self._after_scheduler())
+        self._background(self._after_scheduler(adopted))
 
-    async def _after_scheduler(self) -> None:
+    async def _after_scheduler(self, adopted: asyncio.Event | None) -> None:
         # The workers lost it too and end by themselves; a worker that is asked as well waits for its nanny, in vain.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ORPHAN_GRACE):
                 while self._supervisor is not None and self._supervisor.states():
                     await asyncio.sleep(0.05)
-        if self._adopted is not None:
-            self._adopted.set()
+        if adopted is not None:
+            adopted.set()
         else:
             await self.close(reason="scheduler-gone")
 

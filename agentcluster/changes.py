@@ -165,7 +165,7 @@ class Changes:
             name: dict(zip(nodes[name].take_names(len(c.come)), c.come, strict=True)) for name, c in changes.items()
         }
         modes_now = {name: mode or self.mode_of(node) for name, node in nodes.items()}
-        await self._preflight(modes_now, changes, named)
+        await self._preflight(nodes, modes_now, changes, named)
         swap = Swap(
             scheduler=self.scheduler,
             nodes=nodes,
@@ -193,6 +193,7 @@ class Changes:
 
     async def _preflight(
         self,
+        nodes: Mapping[str, Node],
         modes_now: Mapping[str, Mode],
         changes: Mapping[str, allocate.Change],
         named: Mapping[str, Mapping[str, WorkerSpec]],
@@ -203,7 +204,7 @@ class Changes:
         async def ask(name: str) -> None:
             try:
                 async with asyncio.timeout(self.config.start_timeout):
-                    agent: Any = self.scheduler.rpc(self.registry.get(name).address)
+                    agent: Any = self.scheduler.rpc(nodes[name].address)
                     answer = await agent.check_workers(specs=to_wire(named[name]))
             except Exception as error:  # the scheduler turns whatever the agent raised into a plain Exception
                 refusals[name] = f"its agent does not answer: {error or type(error).__name__}"
@@ -213,9 +214,9 @@ class Changes:
 
         await asyncio.gather(*(ask(name) for name, specs in named.items() if specs and name not in refusals))
         for name in changes:
-            node = self.registry.get(name)
-            if node.state == "lost":
-                refusals[name] = f"it was lost meanwhile: {node.problem}"
+            node = self.registry.nodes.get(name, nodes[name])
+            if node.state == "lost" or node is not nodes[name]:
+                refusals[name] = f"it was lost meanwhile: {node.problem or 'its agent joined again'}"
         if refusals:
             mode = next(modes_now[name].name for name in refusals)
             raise PreflightError(mode, refusals)

@@ -9,6 +9,7 @@ so all of this is put right here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,9 @@ from distributed.metrics import time
 
 #: Seconds between two looks at workers that got new data while they were emptied.
 POLL = 0.05
+
+#: Seconds that a worker has to say that it works again.
+ANSWER = 10.0
 
 STIMULUS = "agentcluster-evacuate"
 
@@ -96,6 +100,8 @@ async def evacuate(scheduler: Scheduler, names: Sequence[str], timeout: float) -
             problem = f"data could not be moved within {timeout:g} s: {_describe(left)}"
     finally:
         _reinstate(scheduler, _states(scheduler, names), paused)
+    if problem:
+        await _reinstated(scheduler, names)
     return Evacuation(keys, nbytes, problem)
 
 
@@ -166,3 +172,11 @@ def _reinstate(scheduler: Scheduler, staying: Sequence[Any], paused: Collection[
                 ws.address,
                 {"op": "worker-status-change", "status": status.name, "stimulus_id": f"{STIMULUS}-{time()}"},
             )
+
+
+async def _reinstated(scheduler: Scheduler, names: Iterable[str]) -> None:
+    """Wait until the scheduler has heard that they do: who is to take data back from others must count as running."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(ANSWER):
+            while any(ws.status is Status.closing_gracefully for ws in _states(scheduler, names)):
+                await asyncio.sleep(POLL / 5)

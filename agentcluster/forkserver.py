@@ -44,6 +44,7 @@ _START_TIME_PREFIXES = (
 )
 
 _own_environ: ContextVar[Mapping[str, str] | None] = ContextVar("own_environ", default=None)
+_made: ContextVar[list[Any] | None] = ContextVar("made", default=None)
 _environ_lock = threading.RLock()
 _server_environ: dict[str, str] | None = None
 
@@ -121,17 +122,21 @@ def environment(environ: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def starting(environ: Mapping[str, str]) -> Iterator[None]:
+def starting(environ: Mapping[str, str]) -> Iterator[list[Any]]:
     """Have processes that are created in this block, in this task, start with `environ`.
 
     They are forked from the warm server where its own start-time variables agree, and spawned where they do not.
+    Yields a list that gets the queues which are made for them.
     """
     wanted = start_time_variables(environ)
     agrees = _server_environ is not None and all(_server_environ.get(k) == v for k, v in wanted.items())
     token = _own_environ.set(None if agrees else dict(environ))
+    queues: list[Any] = []
+    made = _made.set(queues)
     try:
-        yield
+        yield queues
     finally:
+        _made.reset(made)
         _own_environ.reset(token)
 
 
@@ -166,6 +171,13 @@ if available():
 
         _name = METHOD
         Process = Process
+
+        def Queue(self, maxsize: int = 0) -> Any:
+            queue = super().Queue(maxsize)
+            made = _made.get()
+            if made is not None:
+                made.append(queue)
+            return queue
 
 
 def install() -> str | None:

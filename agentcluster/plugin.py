@@ -7,7 +7,6 @@ true, and answers; what a change means and how it is carried out is :mod:`agentc
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import time
@@ -75,6 +74,7 @@ class AgentPlugin(SchedulerPlugin):
         self._moved = asyncio.Condition()
         self.changes = Changes(scheduler, self.registry, self.config, self._notify)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._streams: dict[str, Comm] = {}
         scheduler.handlers.update(
             {
                 "register_node": self.register_node,
@@ -297,26 +297,34 @@ class AgentPlugin(SchedulerPlugin):
 
     async def _listen(self, node: Node, comm: Comm) -> None:
         """Take an agent's messages until its connection ends, and the node with it."""
-        with contextlib.suppress(CommClosedError, OSError):
-            while True:
-                message = await comm.read()
-                if message == "leaving":
-                    self.registry.unregister(node.name)
-                    logger.info("Node %s left", node.name)
-                    break
-                node.heard = time.monotonic()
-                if "metrics" in message:
-                    node.metrics = from_wire(HostMetrics, message["metrics"])
-                for each in message.get("workers", ()):
-                    self._worker_changed(node, from_wire(WorkerState, each))
-        with contextlib.suppress(CommClosedError, OSError):
-            await comm.close()
-        if self.registry.nodes.get(node.name) is node:
-            self._lose(node, "its agent's connection ended")
+        self._streams[node.name] = comm
+        why = "its agent's connection ended"
+        try:
+            while (message := await comm.read()) != "leaving":
+                self._hear(node, message)
+            self.registry.unregister(node.name)
+            logger.info("Node %s left", node.name)
+        except (CommClosedError, OSError):
+            pass
+        except AgentClusterError as error:
+            why = f"its agent said what is not understood here, is it of another version? {error}"
+        finally:
+            comm.abort()
+            if self._streams.get(node.name) is comm:
+                del self._streams[node.name]
+            if self.registry.nodes.get(node.name) is node:
+                self._lose(node, why)
             await self._notify()
 
+    def _hear(self, node: Node, message: Mapping[str, Any]) -> None:
+        node.heard = time.monotonic()
+        if "metrics" in message:
+            node.metrics = from_wire(HostMetrics, message["metrics"])
+        for each in message.get("workers", ()):
+            self._worker_changed(node, from_wire(WorkerState, each))
+
     def _worker_changed(self, node: Node, state: WorkerState) -> None:
-        if state.state in ("retired", "failed") and state.name not in node.leaving:
+        if state.state in ("retired", "failed"):
             logger.info("Worker %s of node %s %s", state.name, node.name, state.problem or "was retired")
             node.drop(state.name)
             node.problem = f"worker {state.name} {state.problem}" if state.problem else node.problem
@@ -336,6 +344,9 @@ class AgentPlugin(SchedulerPlugin):
             await asyncio.sleep(self.config.node_ttl / 4)
             for node in self.registry.stale(time.monotonic(), self.config.node_ttl):
                 self._lose(node, f"its agent was not heard for {self.config.node_ttl:g} s")
+                if stream := self._streams.get(node.name):
+                    # If it lives after all it must not go on alone: without this connection it ends, or stands by.
+                    stream.abort()
                 await self._notify()
 
     # -- helpers -------------------------------------------------------------------------------------------------------

@@ -80,8 +80,6 @@ class Node:
         When the agent was last heard, in the registry's clock.
     problem
         Why the node is refused or lost, or what its last failed worker said.
-    leaving
-        Workers that a change under way takes away: their end is no news.
     ended
         Workers that ended while a change is under way; whatever its end, no plan has them.
     """
@@ -97,7 +95,6 @@ class Node:
     metrics: HostMetrics = field(default_factory=HostMetrics)
     heard: float = 0.0
     problem: str | None = None
-    leaving: frozenset[str] = frozenset()
     ended: set[str] = field(default_factory=set)
     numbers: Iterator[int] = field(default_factory=itertools.count, repr=False)
 

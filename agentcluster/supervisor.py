@@ -13,9 +13,9 @@ import inspect
 import logging
 import time
 import traceback
-import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from queue import Empty
 from typing import Any
 
 import dask
@@ -31,6 +31,7 @@ from agentcluster.model import WorkerSpec, WorkerState, unpickled
 logger = logging.getLogger(__name__)
 
 CUDA_WORKER = "dask_cuda.CUDAWorker"
+METHOD_KEY = "distributed.worker.multiprocessing-method"
 NO_DEVICE = "CUDAWorker is several workers, one per GPU; use mode 'auto-gpu', which starts each of them with its device"
 
 
@@ -84,20 +85,28 @@ class _Supervised:
 
     async def instantiate(self) -> Any:
         # Called at the first start, after a crash and by Client.restart alike.
+        queues: list[Any] = []
         try:
-            with forkserver.starting(self.env):  # type: ignore[attr-defined]
+            with forkserver.starting(self.env) as queues:  # type: ignore[attr-defined]
                 result = await super().instantiate()  # type: ignore[misc]
+            if result is not Status.running and (error := _last_words(queues)):
+                # A nanny before 2026.8 does not read what its process said when it ended right after.
+                await self.close(reason="nanny-instantiate-failed")  # type: ignore[attr-defined]
+                raise error
         except Exception as error:
             # By now the nanny has closed itself, which must not read as "retired on purpose".
             self.problem = f"could not be started: {_words(error)}"
-            _clear_frames(error)
+            _forget_frames(error)
             raise
+        finally:
+            queues.clear()
         self.changed()
         return result
 
     async def kill(self, timeout: float = 5, reason: str = "nanny-kill") -> None:
         process = self.process  # type: ignore[attr-defined]
-        if process is not None and process.status is Status.starting:
+        closing = self.status is not Status.running  # type: ignore[attr-defined]
+        if closing and process is not None and process.status is Status.starting:
             await _abandon(process)
         # Client.restart ends the process this way while the nanny's status stays "running": no crash.
         self.killed = process is not None and process.status is not Status.stopped
@@ -135,18 +144,30 @@ class _Supervised:
                 await self.instantiate()
 
 
-def _clear_frames(error: BaseException) -> None:
+def _last_words(queues: list[Any]) -> Exception | None:
+    """Return the error that a process sent its nanny before it ended, if it sent one."""
+    for queue in queues:
+        with contextlib.suppress(Empty, OSError, ValueError):
+            message = queue.get_nowait()
+            if isinstance(message, Mapping) and isinstance(message.get("exception"), Exception):
+                error: Exception = message["exception"]
+                return error
+    return None
+
+
+def _forget_frames(error: BaseException) -> None:
     """Drop what the frames behind an error hold: the pipes to a process that did not start.
 
-    Nanny logs the error, and every other nanny of this process keeps the last 10000 records, tracebacks included. The
-    frames that came from the other process hang below those of this one.
+    Nanny has logged the error, and every other nanny of this process keeps the last 10000 records with their
+    tracebacks. The frames that came from the other process hang below those of this one.
     """
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        above: types.FrameType | None = frame
-        with contextlib.suppress(RuntimeError):  # reached one that runs
-            while above is not None:
-                above.clear()
-                above = above.f_back
+    chained: BaseException | None = error
+    while chained is not None:
+        link = chained.__traceback__
+        traceback.clear_frames(link)
+        while link is not None:
+            link.tb_next, link = None, link.tb_next
+        chained = chained.__cause__ or chained.__context__
 
 
 async def _abandon(process: Any) -> None:
@@ -154,15 +175,23 @@ async def _abandon(process: Any) -> None:
 
     After a start that was cancelled or failed to make a process it would not even do that, but raise.
     """
+    nobody_waits = process.running.is_set()
     try:
         await process.process.kill()  # queued behind the start, so it ends one that is just being made too
     except Exception as error:  # whatever there is to say of a process that was never made
         logger.debug("There was no worker process to end: %s", _words(error))
         process.process.close()
+        process.child_stop_q.close()
+        process.process = process.child_stop_q = process.init_result_q = None
         process.status = Status.stopped
-    else:
-        if process.status is Status.starting and process.running.is_set():
-            process.status = Status.failed
+        return
+    if not nobody_waits:
+        await process.running.wait()
+        if process.process is None:
+            # Before 2026.8 a word of success that crossed the kill makes it "running".
+            process.status = Status.stopped
+    elif process.status is Status.starting:
+        process.status = Status.failed
 
 
 @functools.cache
@@ -482,7 +511,7 @@ def _line(error: BaseException) -> str:
 
 def _plain_method() -> dict[str, str]:
     """Keep our start method out of the workers' own configuration: their processes do not know it."""
-    return {"distributed.worker.multiprocessing-method": "spawn"}
+    return {METHOD_KEY: StartMethod.configured}
 
 
 def _port(ports: Any, spec: WorkerSpec) -> int | None:
@@ -501,6 +530,8 @@ def _port(ports: Any, spec: WorkerSpec) -> int | None:
 class StartMethod:
     """Holds agentcluster's start method in dask's configuration while at least one agent lives in this process."""
 
+    #: The user's own, which stays that of what runs in the workers.
+    configured = "spawn"
     _users = 0
     _set: Any = None
 
@@ -509,7 +540,8 @@ class StartMethod:
         """Install the start method and warm the forkserver, unless that was done."""
         cls._users += 1
         if cls._users == 1 and (method := forkserver.install()):
-            cls._set = dask.config.set({"distributed.worker.multiprocessing-method": method})
+            cls.configured = dask.config.get(METHOD_KEY)
+            cls._set = dask.config.set({METHOD_KEY: method})
             configured = dask.config.get("distributed.nanny.pre-spawn-environ")
             forkserver.warm(forkserver.pre_spawn_environ(configured), Config.load().forkserver_preload)
 

@@ -79,17 +79,15 @@ class Swap:
 
     async def run(self) -> None:
         """Go from the old plans to the new; raise :class:`SwapError` when that failed."""
-        for name, node in self.nodes.items():
-            node.to("swap")
-            node.leaving = frozenset(self.changes[name].go)
-        rollout = Rollout(())
+        rollout = self._rollout = Rollout(())
         try:
+            for node in self.nodes.values():
+                node.to("swap")
             rollout = await self._drive()
         finally:
             for name, node in self.nodes.items():
-                node.leaving = frozenset()
                 if node.state == "swapping":
-                    self._settle(name, node, rollout)
+                    self._settle(name, node, self._rollout)
         if rollout.phase != "done":
             raise self._error(rollout)
 
@@ -108,8 +106,10 @@ class Swap:
                 [NodeChange(name, change.go, tuple(self.named[name])) for name, change in self.changes.items()]
             )
             carry_out(commands)
+            self._rollout = rollout
             while not rollout.over:
                 rollout, commands = advance(rollout, await events.get())
+                self._rollout = rollout
                 carry_out(commands)
             return rollout
         finally:
@@ -150,16 +150,18 @@ class Swap:
             # The agent ends a late start itself, within the timeout that it is given.
             async with asyncio.timeout(self.start_timeout + self.stop_timeout):
                 answer = await self._agent(change.node).start_workers(specs=specs, timeout=self.start_timeout)
-        except (OSError, TimeoutError) as error:
-            why = f"the agent on {change.node} does not answer: {error or type(error).__name__}"
-            return StartFailed(change.node, why)
-        except Exception as error:  # whatever an agent raises must end the change, not hang it
-            return StartFailed(change.node, f"the agent on {change.node} failed: {error!r}")
-        if "failures" in answer:
-            cause = WorkerStartError(change.node, answer["failures"])
-            self._causes.append(cause)
-            return StartFailed(change.node, str(cause))
-        self._started[change.node] = [from_wire(WorkerState, state) for state in answer["states"]]
+            if "failures" in answer:
+                cause = WorkerStartError(change.node, answer["failures"])
+                self._causes.append(cause)
+                return StartFailed(change.node, str(cause))
+            self._started[change.node] = [from_wire(WorkerState, state) for state in answer["states"]]
+        except asyncio.CancelledError:
+            await asyncio.shield(self._stop(change.node, change.come))
+            raise
+        except Exception as error:  # whatever an agent raises or answers must end the change, not hang it
+            # It may be late only: what it still starts belongs to no plan.
+            await self._stop(change.node, change.come)
+            return StartFailed(change.node, f"the agent on {change.node} failed: {error or type(error).__name__}")
         return Started(change.node)
 
     async def _stop(self, node: str, workers: tuple[str, ...]) -> None:
@@ -176,9 +178,14 @@ class Swap:
             keep = {worker: spec for worker, spec in change.keep.items() if worker in node.plan.workers}
             node.adopt(self.modes[name], {**keep, **came})
         elif rollout.both:
-            node.adopt(self.modes[name], {**node.plan.workers, **(came if name in rollout.started else {})})
+            started = name in rollout.started
+            node.adopt(
+                self.modes[name] if started else node.plan.mode, {**node.plan.workers, **(came if started else {})}
+            )
         elif not node.plan.revision:
-            return  # a node that never had a plan: the caller says why
+            node.to("refused")
+            node.problem = "; ".join(why for _, why in rollout.failures) or "it was not given its workers"
+            return
         else:
             node.settle()
         for state in self._started.get(name, ()):

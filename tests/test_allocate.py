@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,9 +25,9 @@ def cpu(nthreads: int) -> WorkerSpec:
     return WorkerSpec("cpu", "distributed.Nanny", nthreads=nthreads)
 
 
-def counted(specs: object) -> Counter[str]:
+def counted(specs: Iterable[WorkerSpec]) -> Counter[str]:
     """Count specs; their text is equal when they are, and they cannot be hashed."""
-    return Counter(map(repr, specs))  # type: ignore[call-overload]
+    return Counter(map(repr, specs))
 
 
 @given(st.lists(SPECS, max_size=8), st.lists(SPECS, max_size=8))
@@ -62,7 +62,7 @@ def clusters(draw: st.DrawFn) -> tuple[dict[str, dict[str, int]], dict[str, int]
         for node in nodes
     }
     capacity = {node: draw(st.integers(0, 6)) for node in nodes}
-    return current, capacity, draw(st.integers(0, 30))
+    return current, capacity, draw(st.integers(0, sum(map(len, current.values())) + 8))
 
 
 def counts(current: Mapping[str, Mapping[str, int]], go: set[str], come: Mapping[str, int]) -> dict[str, int]:
@@ -128,6 +128,7 @@ def test_of_equal_workers_those_go_that_have_most_beside_them(sizes: list[int], 
 def test_scaling_by_example() -> None:
     current = {"a": {"a-0": 100, "a-1": 0, "a-2": 5}, "b": {"b-0": 0}}
     capacity = {"a": 4, "b": 4}
+    assert scaled({"a": {"a-0": 9, "a-1": 9}, "b": {"b-0": 1}}, capacity, 2)[0] == {"b-0"}, "data counts before spread"
     assert scaled(current, capacity, 3) == ({"a-1"}, {"a": 0, "b": 0})
     assert scaled(current, capacity, 1) == ({"a-1", "b-0", "a-2"}, {"a": 0, "b": 0})
     assert scaled(current, capacity, 6) == (set(), {"a": 0, "b": 2})

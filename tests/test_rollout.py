@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -69,8 +71,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.rollout, commands = begin(self.changes)
         self.take(commands)
 
-    def take(self, commands: object) -> None:
-        for command in commands:  # type: ignore[attr-defined]
+    def take(self, commands: Sequence[Command]) -> None:
+        for command in commands:
             assert command not in self.given, f"{command} was given twice"
             self.given.append(command)
             self.due.append(command)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from typing import Any
 
+from distributed.comm.addressing import get_address_host_port
 from distributed.comm.core import Comm, CommClosedError, connect
 from distributed.core import clean_exception
 from distributed.security import Security
@@ -50,14 +52,21 @@ class AttachedLauncher:
         LaunchTimeout
             When that took longer than `timeout` seconds.
         """
-        security = Security(**settings.security)
-        encrypted = self.address.startswith("tls://")
-        if encrypted and not settings.security:
+        # Of a cluster's credentials a launcher is told the part for workers.
+        arguments = Security(**settings.security).get_connection_args("worker")
+        if self.address.startswith("tls://") and arguments["ssl_context"] is None:
             raise LaunchError(self.address, "it speaks TLS and this cluster does not; pass security=Security(…)")
+        if self.address.startswith("tcp://") and arguments["require_encryption"]:
+            raise LaunchError(
+                self.address,
+                "it is reached without encryption and this cluster requires it; start the agent with --tls-ca-file, "
+                "--tls-cert, --tls-key and a --listen-address with tls://",
+            )
         comm: Comm | None = None
         try:
             async with asyncio.timeout(timeout):
-                comm = await connect(self.address, timeout=timeout, **security.get_connection_args("client"))
+                await _check_tls(self.address, arguments["ssl_context"])
+                comm = await connect(self.address, timeout=timeout, **arguments)
                 await comm.write(
                     {
                         "op": "adopt",
@@ -79,11 +88,27 @@ class AttachedLauncher:
         except OSError as error:
             _abort(comm)
             raise LaunchError(
-                self.address, f"{error}; is `dask-agent --standby --listen-address {self.address}` running there?"
+                self.address,
+                f"{error}; is `dask-agent --standby --listen-address {self.address}` running there, and is tcp:// or "
+                f"tls:// what it speaks?",
             ) from error
         except BaseException:
             _abort(comm)
             raise
+
+
+async def _check_tls(address: str, context: ssl.SSLContext | None) -> None:
+    """Raise :class:`ssl.SSLError` when TLS with `address` fails.
+
+    Tornado drops a connection to one that speaks no TLS without closing it, and says only "not idle".
+    """
+    if not address.startswith("tls://"):
+        return
+    with contextlib.suppress(ConnectionError):  # connect() tries that again
+        _, writer = await asyncio.open_connection(*get_address_host_port(address), ssl=context)
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
 
 def _abort(comm: Comm | None) -> None:

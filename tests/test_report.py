@@ -1,0 +1,151 @@
+"""What people see: tables as text and as HTML, and the words in them."""
+
+from __future__ import annotations
+
+import html.parser
+from typing import Any
+
+import pytest
+
+from agentcluster.model import Gpu, Hardware, Mode, NodeReport, WorkerSpec, pickled
+from agentcluster.registry import Node
+from agentcluster.report import Nodes, Report, html_table, text_table
+
+GIB = 2**30
+EVIL = "<script>alert('x')</script> & co"
+
+
+class Cells(html.parser.HTMLParser):
+    """Collects the text of each cell, row by row, and the tags that there are."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.add(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.rows and self.rows[-1] and self.lasttag in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def snapshot(
+    specs: list[WorkerSpec], *, name: str = "n", problem: str | None = None, ngpus: int = 0, mode: str = "auto-cpu"
+) -> dict[str, Any]:
+    gpus = tuple(Gpu(str(i), f"GPU-{i}", "H200", 141 * GIB) for i in range(ngpus))
+    node = Node(name, "tcp://n:1", Hardware("host", 16, 64 * GIB, gpus))
+    node.adopt(Mode(mode), dict(zip(node.take_names(len(specs)), specs, strict=True)))
+    node.problem = problem
+    return node.snapshot()
+
+
+def cpu(**settings: Any) -> WorkerSpec:
+    return WorkerSpec(**{"kind": "cpu", "cls": "distributed.Nanny", **settings})
+
+
+def test_columns_are_aligned_and_lines_end_without_spaces() -> None:
+    assert text_table(("node", "n"), [("a", "100"), ("longer", "1")]) == "node    n\na       100\nlonger  1"
+    assert text_table(("node", "n"), []) == "node  n"
+
+
+def test_html_cells_are_escaped() -> None:
+    table = html_table(("node", EVIL), [(EVIL, "b")])
+    cells = Cells(table)
+    assert cells.rows == [["node", EVIL], [EVIL, "b"]]
+    assert cells.tags == {"table", "tr", "th", "td"}
+
+
+@pytest.mark.parametrize(
+    ("specs", "expected"),
+    [
+        ([], "-"),
+        ([cpu(nthreads=1, memory_limit=GIB)], "1 x 1 thread, 1.00 GiB"),
+        ([cpu(nthreads=4, memory_limit=8 * GIB)] * 2, "2 x 4 threads, 8.00 GiB"),
+        ([cpu(nthreads=2, memory_limit=0)], "1 x 2 threads, no memory limit"),
+        ([cpu(nthreads=2), cpu(nthreads=1), cpu(nthreads=2)], "2 x 2 threads; 1 x 1 thread"),
+        ([cpu(kind="gpu", nthreads=1, memory_limit=GIB)] * 3, "3 x 1 thread, 1.00 GiB, 1 GPU"),
+        ([cpu(kind="custom", cls="pack.age.Cls")], "1 x pack.age.Cls"),
+        ([cpu(kind="custom", cls=pickled(dict))], "1 x a class of the user's"),
+    ],
+)
+def test_the_shape_of_workers(specs: list[WorkerSpec], expected: str) -> None:
+    [row] = Nodes({"n": snapshot(specs)}).rows()
+    assert dict(zip(Nodes.HEADER, row, strict=True))["workers"] == expected
+
+
+def test_nodes_are_a_mapping_with_a_table_as_repr() -> None:
+    one = snapshot([cpu(nthreads=4, memory_limit=8 * GIB)], name="gpu-1", ngpus=2)
+    nodes = Nodes({"gpu-1": one, "b": snapshot([], problem="node 'b' cannot serve", mode="none")})
+    assert nodes["gpu-1"] is one
+    assert list(nodes) == ["gpu-1", "b"]
+    assert len(nodes) == 2
+    assert repr(nodes).splitlines() == [
+        "node   state    mode      workers                  cores  memory     GPUs",
+        "gpu-1  ready    auto-cpu  1 x 4 threads, 8.00 GiB  16     64.00 GiB  2",
+        "b      standby  none      -                        16     64.00 GiB  0",
+        "b: node 'b' cannot serve",
+    ]
+    assert not Nodes()
+    assert repr(Nodes()) == "node  state  mode  workers  cores  memory  GPUs"
+
+
+def test_nodes_in_html_show_the_same_and_escape_it() -> None:
+    nodes = Nodes({EVIL: snapshot([], name=EVIL, problem=EVIL), "b": snapshot([])})
+    text = nodes._repr_html_()
+    cells = Cells(text)
+    assert cells.rows == [list(Nodes.HEADER), *map(list, nodes.rows())]
+    assert cells.tags == {"table", "tr", "th", "td", "p"}
+    assert text.count("&lt;script&gt;") == 3
+    assert "<p>" not in Nodes({"b": snapshot([])})._repr_html_()
+
+
+def report(*nodes: NodeReport, **settings: Any) -> Report:
+    return Report("uniform", {node.node: node for node in nodes}, seconds=1.234, **settings)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ([], "uniform: 0 nodes, 0 keys (0 B) moved, 1.23 s"),
+        ([NodeReport("a", "uniform", keys=1, nbytes=5)], "uniform: 1 node, 1 key (5 B) moved, 1.23 s"),
+        (
+            [NodeReport("a", "uniform", keys=2, nbytes=2 * GIB), NodeReport("b", "uniform", keys=1, nbytes=GIB)],
+            "uniform: 2 nodes, 3 keys (3.00 GiB) moved, 1.23 s",
+        ),
+    ],
+)
+def test_a_report_in_one_line(nodes: list[NodeReport], expected: str) -> None:
+    assert report(*nodes).summary() == expected
+
+
+def test_a_plan_is_not_told_as_a_change() -> None:
+    assert report(NodeReport("a", "uniform"), dry_run=True).summary() == ("uniform: planned only, nothing was changed")
+
+
+def test_a_report_as_text() -> None:
+    done = report(
+        NodeReport("a", "uniform", old=("a-0", "a-1", "a-2"), new=("a-3",), kept=(), keys=2, start=0.5, retire=0.25),
+        NodeReport("b", "uniform", old=(), new=("b-1", "b-2"), kept=("b-0",), nbytes=10, stop=2),
+    )
+    assert (done.keys, done.nbytes) == (2, 10)
+    head, *rows = [line.split("  ") for line in repr(done).splitlines()[1:]]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in (head, *rows)]
+    assert cells == [
+        list(Report.HEADER),
+        ["a", "uniform", "a-0 … a-2 (3)", "a-3", "-", "2", "0 B", "0.50 s", "0.25 s", "0.00 s"],
+        ["b", "uniform", "-", "b-1 b-2", "b-0", "0", "10 B", "0.00 s", "0.00 s", "2.00 s"],
+    ]
+
+
+def test_a_report_in_html_is_escaped() -> None:
+    text = Report(EVIL, {EVIL: NodeReport(EVIL, EVIL, old=(EVIL,))}, seconds=1)._repr_html_()
+    cells = Cells(text)
+    assert cells.rows[1][:3] == [EVIL, EVIL, EVIL]
+    assert cells.tags == {"p", "table", "tr", "th", "td"}
