@@ -1,47 +1,78 @@
-"""Moving data off workers inside the scheduler, and saying which of them may be stopped.
+"""Taking workers out of a scheduler without losing what they hold, and saying when they may be stopped.
 
-The only place that touches the scheduler's own state. ``Scheduler.retire_workers`` does the moving; what it returns,
-not what it was asked, says which workers are free of data. It has no deadline and does not take its policies back
-when it is cancelled, it can leave workers in ``closing_gracefully``, and it removes one worker while another is stuck,
-so all of this is put right here.
+The only place that touches the scheduler's own state. ``Scheduler.retire_workers`` polls once in 0.25 s or more when a
+worker holds 100 keys, has no deadline, does not wait for running tasks, and counts a worker as empty though a task has
+just ended there. So the moving is done here, with the same means (``acquire-replicas``, work stealing): a leaving
+worker gets no new tasks, gives those away that it has not begun, is waited for while it runs others, and is removed in
+the very step that finds no only copy of a key on it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Collection, Iterable, Sequence
+import heapq
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from distributed import Scheduler, Status
-from distributed.active_memory_manager import RetireWorker
-from distributed.metrics import time
+from distributed.metrics import monotonic, time
 
-#: Seconds between two looks at workers that got new data while they were emptied.
-POLL = 0.05
+Drain = Literal["tasks", "data", "now"]
+
+#: Seconds between two looks at what has moved. Each costs only what has moved since.
+INTERVAL = 0.005
+
+#: Part of its memory limit up to which a worker on the same host is preferred: its copies cross no network.
+CROWDED = 0.6
 
 #: Seconds that a worker has to say that it works again.
 ANSWER = 10.0
 
-STIMULUS = "agentcluster-evacuate"
+#: Seconds without progress after which the moving of a key is asked for again, of another worker perhaps.
+RETRY = 1.0
+
+#: Seconds between two looks at each task that may still run.
+LOOK = 0.25
+
+#: Seconds after which the workers' heartbeats have said what they execute.
+HEARD = 1.5
 
 
 @dataclass(frozen=True)
 class Evacuation:
-    """What became of the data of some workers.
+    """What became of some workers that were to leave.
 
     Attributes
     ----------
     keys, nbytes
         Worker name -> keys that only leaving workers held, and their bytes, before.
+    rerun
+        Worker name -> tasks that ran there when their time was up, and run again elsewhere.
+    drain
+        Seconds until the last task there had ended, or its time was up.
     problem
         Why not all could leave; None when all did.
     """
 
     keys: dict[str, int] = field(default_factory=dict)
     nbytes: dict[str, int] = field(default_factory=dict)
+    rerun: dict[str, int] = field(default_factory=dict)
+    drain: float = 0.0
     problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an evacuation is: keys and bytes that have another copy already, of all, and tasks that still run."""
+
+    keys: int
+    all_keys: int
+    nbytes: int
+    all_nbytes: int
+    tasks: int
 
 
 def actors(scheduler: Scheduler, names: Iterable[str]) -> dict[str, list[str]]:
@@ -54,16 +85,29 @@ def held(scheduler: Scheduler, names: Iterable[str]) -> dict[str, int]:
     return {str(ws.name): ws.nbytes for ws in _states(scheduler, names)}
 
 
+def only_copies(scheduler: Scheduler, names: Iterable[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return worker name -> number of keys, and bytes, that no other than the named workers hold."""
+    return _count(_states(scheduler, names))
+
+
 def stranded(scheduler: Scheduler, names: Iterable[str]) -> dict[str, int]:
     """Return worker name -> keys that would be lost if the named workers went and none came; {} when others stay."""
     leaving = _states(scheduler, names)
     if scheduler.running - set(leaving):
         return {}
-    keys, _ = _only_copies(leaving)
+    keys, _ = _count(leaving)
     return {name: count for name, count in keys.items() if count}
 
 
-async def evacuate(scheduler: Scheduler, names: Sequence[str], timeout: float) -> Evacuation:
+async def evacuate(
+    scheduler: Scheduler,
+    names: Sequence[str],
+    timeout: float,
+    *,
+    drain: Drain = "tasks",
+    drain_timeout: float = 0.0,
+    progress: Callable[[Progress], None] = lambda progress: None,
+) -> Evacuation:
     """Move data off workers and remove them from the scheduler; all of them, or none.
 
     Parameters
@@ -73,56 +117,235 @@ async def evacuate(scheduler: Scheduler, names: Sequence[str], timeout: float) -
     names
         Names of the workers that leave. Those that are gone already count as left.
     timeout
-        Seconds for the whole call.
+        Seconds for moving the data, after the running tasks have ended or their time is up.
+    drain
+        ``tasks`` waits for running tasks up to `drain_timeout`, ``data`` does not, ``now`` does not move data either.
+    drain_timeout
+        Seconds that running tasks get; those that still run then are run again elsewhere, and that does not count as
+        a failure of theirs.
+    progress
+        Called every now and then.
 
     Returns
     -------
     Evacuation
         With a `problem` when not all could leave: then those that are still there take tasks again.
     """
-    keys, nbytes = _only_copies(_states(scheduler, names))
-    paused: set[str] = set()
+    keys, nbytes = only_copies(scheduler, names)
+    leaving = _Leaving(scheduler, names)
     problem: str | None = None
     try:
-        async with asyncio.timeout(timeout):
-            # A worker that crashes in between comes back under another address: the end is when no name is left.
-            while problem is None and (leaving := _states(scheduler, names)):
-                paused |= {ws.address for ws in leaving if ws.status is Status.paused}
-                addresses = [ws.address for ws in leaving]
-                # Only the data moves here: as long as no worker is removed, everything can still be taken back.
-                emptied = await scheduler.retire_workers(workers=addresses, close_workers=False, remove=False)
-                if stuck := [ws for ws in _states(scheduler, names) if ws in leaving and ws.address not in emptied]:
-                    problem = f"data could not be moved to another worker: {_describe(stuck)}"
-                elif not await _remove(scheduler, names):
-                    await asyncio.sleep(POLL)
-    except TimeoutError:
-        if left := _states(scheduler, names):
-            problem = f"data could not be moved within {timeout:g} s: {_describe(left)}"
+        # A worker that crashes in between comes back under another address: the end is when no name is left.
+        while problem is None and leaving.present():
+            leaving.close_doors()
+            if drain != "now":
+                wait = drain_timeout if drain == "tasks" else 0.0
+                problem = await leaving.empty(wait, timeout, lambda: progress(leaving.progress(keys, nbytes)))
+            if problem is None:
+                await leaving.remove(force=drain == "now")
     finally:
-        _reinstate(scheduler, _states(scheduler, names), paused)
+        leaving.open_doors()
     if problem:
-        await _reinstated(scheduler, names)
-    return Evacuation(keys, nbytes, problem)
+        await leaving.reinstated()
+    return Evacuation(keys, nbytes, leaving.rerun, leaving.drained or 0.0, problem)
 
 
-async def _remove(scheduler: Scheduler, names: Sequence[str]) -> bool:
-    """Remove workers from the scheduler, all in one step of the event loop, unless one holds a key that none else has.
+class _Leaving:
+    """Workers that are to leave, and how far that is."""
 
-    `remove_worker` forgets the worker before it first awaits, and what `gather` starts takes its first step without
-    anything in between: what the first of them finds is true for all.
-    """
-    leaving = _states(scheduler, names)
-    free: list[bool] = []
+    def __init__(self, scheduler: Scheduler, names: Sequence[str]) -> None:
+        self.scheduler = scheduler
+        self.names = frozenset(names)
+        self.stimulus_id = f"agentcluster-evacuate-{time()}"
+        self.began = monotonic()
+        self.drained: float | None = None
+        self.rerun: dict[str, int] = {}
+        self._before: dict[Any, Status] = {}
+        self._pending: list[Any] = []
+        self._looked = 0.0
+        self._running = 0
 
-    async def remove(ws: Any) -> None:
-        if not free:
-            known = all(other in leaving for other in _states(scheduler, names))
-            free.append(known and not any(_only_copies(leaving)[0].values()))
-        if free[0]:
-            await scheduler.remove_worker(ws.address, expected=True, close=False, stimulus_id=f"{STIMULUS}-{time()}")
+    def present(self) -> frozenset[Any]:
+        """Return the workers of these names that are in the scheduler."""
+        return frozenset(_states(self.scheduler, self.names))
 
-    await asyncio.gather(*map(remove, leaving))
-    return all(free)
+    def close_doors(self) -> None:
+        """Let no new task come, and give those that were not begun to others."""
+        for ws in self.present():
+            if ws not in self._before:
+                self._before[ws] = ws.status
+                # On both sides at once, as Scheduler.retire_workers does, so that nothing is sent there in between.
+                self.scheduler.handle_worker_status_change(Status.closing_gracefully, ws, self.stimulus_id)
+                self._tell(ws, Status.closing_gracefully)
+        self.pass_on()
+
+    def open_doors(self) -> None:
+        """Let the workers that did not leave take tasks again, or do what they did before."""
+        for ws in self.present():
+            if ws.status is Status.closing_gracefully:
+                self._tell(ws, self._before.get(ws, Status.running))
+
+    async def reinstated(self) -> None:
+        """Wait until the scheduler has heard of it: who is to take data back from others must count as running."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ANSWER):
+                while any(
+                    self._before.get(ws) is Status.running and ws.status is not Status.running for ws in self.present()
+                ):
+                    await asyncio.sleep(INTERVAL)
+
+    def _tell(self, ws: Any, status: Status) -> None:
+        message = {"op": "worker-status-change", "status": status.name, "stimulus_id": self.stimulus_id}
+        self.scheduler.worker_send(ws.address, message)
+
+    async def empty(self, wait: float, timeout: float, progress: Callable[[], None]) -> str | None:
+        """Wait until tasks have ended and every key has another copy; return why that cannot be."""
+        drain_ends = self.began + wait
+        asked = moved = monotonic()
+        self._pending = self.lonely()
+        self.ask_for(self._pending)
+        while True:
+            now = monotonic()
+            if self.prune():
+                moved = now
+            if self.drained is None and (now >= drain_ends or not self.running_tasks(now)):
+                self.drained = now - self.began
+            if not self._pending:
+                self._pending = self.lonely()
+                self.ask_for(self._pending)
+                asked = moved = now
+                if not self._pending and self.drained is not None:
+                    return None
+            elif now - max(asked, moved) > RETRY:
+                self.ask_for(self._pending)
+                asked = now
+            if any(ws.actors for ws in self.present()):
+                return f"actors cannot be moved: {self.describe()}"
+            if self._pending and not self.recipients():
+                return f"data could not be moved to another worker: {self.describe()}"
+            if self.drained is not None and now > self.began + self.drained + timeout:
+                return f"data could not be moved within {timeout:g} s: {self.describe()}"
+            progress()
+            await asyncio.sleep(INTERVAL)
+
+    async def remove(self, force: bool) -> None:
+        """Take the workers out, all in one step of the event loop, unless one holds a key that none else has.
+
+        `remove_worker` forgets the worker before it first awaits, and what `gather` starts takes its first step
+        without anything in between: what the first of them finds is true for all.
+        """
+        leaving = self.present()
+        free: list[bool] = []
+
+        async def remove(ws: Any) -> None:
+            if not free:
+                free.append(force or (leaving == self.present() and not self.lonely()))
+            if free[0]:
+                if ws.processing:
+                    self.rerun[str(ws.name)] = self.rerun.get(str(ws.name), 0) + len(ws.processing)
+                await self.scheduler.remove_worker(ws.address, expected=True, close=False, stimulus_id=self.stimulus_id)
+
+        await asyncio.gather(*map(remove, leaving))
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def lonely(self) -> list[Any]:
+        """Return the tasks whose results only leaving workers hold."""
+        leaving = self.present()
+        return list({ts for ws in leaving for ts in ws.has_what if ts.who_has <= leaving})
+
+    def prune(self) -> bool:
+        """Forget, from the end, what has another copy by now, or no need of one; say whether there was any."""
+        leaving = self.present()
+        before = len(self._pending)
+        while self._pending and not (self._pending[-1].who_has and self._pending[-1].who_has <= leaving):
+            self._pending.pop()
+        return len(self._pending) < before
+
+    def recipients(self) -> list[Any]:
+        """Return the workers that can take data and tasks."""
+        leaving = self.present()
+        return [ws for ws in self.scheduler.running if ws not in leaving]
+
+    def ask_for(self, tasks: Sequence[Any]) -> None:
+        """Ask other workers to fetch copies: the ones with most room first, on the same host where there are some."""
+        by_host: dict[str | None, list[tuple[float, int, Any]]] = defaultdict(list)
+        for number, ws in enumerate(self.recipients()):
+            for host in (ws.host, None):
+                heapq.heappush(by_host[host], (ws.memory.optimistic / _room(ws), number, ws))
+        if not by_host:
+            return
+        wanted: defaultdict[str, list[Any]] = defaultdict(list)
+        for ts in tasks:
+            holder = next(iter(ts.who_has or ()), None)
+            near = by_host.get(holder.host if holder else None)
+            heap = near if near and near[0][0] < CROWDED else by_host[None]
+            load, number, ws = heap[0]
+            heapq.heapreplace(heap, (load + ts.get_nbytes() / _room(ws), number, ws))
+            wanted[ws.address].append(ts.key)
+        for address, keys in wanted.items():
+            self.scheduler.request_acquire_replicas(address, keys, stimulus_id=self.stimulus_id)
+
+    # -- tasks ---------------------------------------------------------------------------------------------------------
+
+    def pass_on(self) -> None:
+        """Give tasks that a leaving worker has not begun to others, by the work stealing that asks the worker first."""
+        stealing: Any = self.scheduler.extensions.get("stealing")
+        if stealing is None:
+            return
+        for ws in self.present():
+            for ts in list(ws.processing):
+                others = self.takers(ts)
+                if others:
+                    stealing.move_task_request(ts, ws, min(others, key=lambda each: each.occupancy))
+
+    def takers(self, ts: Any) -> list[Any]:
+        """Return the workers that could run a task instead."""
+        valid = self.scheduler.valid_workers(ts)
+        return [ws for ws in self.recipients() if valid is None or ws in valid]
+
+    def running_tasks(self, now: float) -> int:
+        """Count the tasks that run on leaving workers, as far as can be known.
+
+        What no other worker could run cannot be asked away, so there the heartbeat says whether it was begun.
+        """
+        present = self.present()
+        if now - self.began < HEARD:
+            return sum(len(ws.processing) for ws in present)
+        if now - self._looked > LOOK:
+            self._looked = now
+            self._running = sum(
+                1
+                for ws in present
+                for ts in ws.processing
+                if ts in ws.executing or ts in ws.long_running or self.takers(ts)
+            )
+        return self._running
+
+    # -- words ---------------------------------------------------------------------------------------------------------
+
+    def progress(self, keys: dict[str, int], nbytes: dict[str, int]) -> Progress:
+        """Return how far it is; bytes are reckoned from the keys."""
+        all_keys, all_nbytes = sum(keys.values()), sum(nbytes.values())
+        moved = max(0, all_keys - len(self._pending))
+        tasks = sum(len(ws.processing) for ws in self.present())
+        return Progress(moved, all_keys, all_nbytes * moved // all_keys if all_keys else 0, all_nbytes, tasks)
+
+    def describe(self) -> str:
+        """Say which worker keeps which keys."""
+        leaving = self.present()
+        parts = []
+        for ws in leaving:
+            some = sorted(str(ts.key) for ts in ws.has_what if ts.who_has <= leaving)
+            more = f" and {len(some) - 3} more" if len(some) > 3 else ""
+            if some:
+                parts.append(f"worker {ws.name} keeps {', '.join(some[:3])}{more}")
+        return "; ".join(sorted(parts)) or f"{', '.join(sorted(self.names))} could not leave"
+
+
+def _room(ws: Any) -> int:
+    """Return a worker's memory limit; one without is taken to have much."""
+    return ws.memory_limit or 2**40
 
 
 def _states(scheduler: Scheduler, names: Iterable[str]) -> list[Any]:
@@ -130,53 +353,16 @@ def _states(scheduler: Scheduler, names: Iterable[str]) -> list[Any]:
     return [ws for ws in scheduler.workers.values() if str(ws.name) in wanted]
 
 
-def _only_copies(leaving: Sequence[Any]) -> tuple[dict[str, int], dict[str, int]]:
+def _count(states: Sequence[Any]) -> tuple[dict[str, int], dict[str, int]]:
     """Count the keys, and their bytes, that no staying worker holds; a key that several hold counts once."""
-    gone = set(leaving)
-    keys = {str(ws.name): 0 for ws in leaving}
+    leaving = frozenset(states)
+    keys = {str(ws.name): 0 for ws in states}
     nbytes = dict(keys)
     seen = set()
-    for ws in leaving:
+    for ws in states:
         for ts in ws.has_what:
-            if ts not in seen and ts.who_has <= gone:
+            if ts not in seen and ts.who_has <= leaving:
                 seen.add(ts)
                 keys[str(ws.name)] += 1
                 nbytes[str(ws.name)] += ts.get_nbytes()
     return keys, nbytes
-
-
-def _describe(stuck: Sequence[Any]) -> str:
-    gone = set(stuck)
-    parts = []
-    for ws in stuck:
-        some = sorted(str(ts.key) for ts in ws.has_what if ts.who_has <= gone)
-        if some:
-            listed = ", ".join(some[:3]) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
-            parts.append(f"worker {ws.name} keeps {listed}")
-    return "; ".join(parts) or f"{', '.join(str(ws.name) for ws in stuck)} could not leave"
-
-
-def _reinstate(scheduler: Scheduler, staying: Sequence[Any], paused: Collection[str]) -> None:
-    """Let workers that were to leave take tasks again."""
-    addresses = {ws.address for ws in staying}
-    amm: Any = scheduler.extensions.get("amm")
-    for policy in list(amm.policies) if amm is not None else []:
-        if isinstance(policy, RetireWorker) and policy.address in addresses:
-            # Whoever else waits for this policy would take its absence for success.
-            policy.no_recipients = True
-            amm.policies.discard(policy)
-    for ws in staying:
-        if ws.status is Status.closing_gracefully:
-            status = Status.paused if ws.address in paused else Status.running
-            scheduler.worker_send(
-                ws.address,
-                {"op": "worker-status-change", "status": status.name, "stimulus_id": f"{STIMULUS}-{time()}"},
-            )
-
-
-async def _reinstated(scheduler: Scheduler, names: Iterable[str]) -> None:
-    """Wait until the scheduler has heard that they do: who is to take data back from others must count as running."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(ANSWER):
-            while any(ws.status is Status.closing_gracefully for ws in _states(scheduler, names)):
-                await asyncio.sleep(POLL / 5)

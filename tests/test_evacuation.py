@@ -101,7 +101,8 @@ async def test_only_copies_are_counted_and_nothing_is_lost(world: World) -> None
     only = await world.put("a", b"x" * 1000)
     shared = await world.put("a", "elsewhere too", "b")
     result = await evacuate(world.scheduler, ["a"], LONG)
-    assert result == Evacuation({"a": 1}, {"a": world.scheduler.tasks[only].nbytes})
+    assert (result.keys, result.nbytes) == ({"a": 1}, {"a": world.scheduler.tasks[only].nbytes})
+    assert (result.problem, result.rerun) == (None, {})
     assert result.nbytes["a"] >= 1000
     assert world.names() == {"b", "c"}
     assert world.holders(only) <= {"b", "c"}
@@ -152,6 +153,72 @@ async def test_a_running_task_goes_on_elsewhere_and_is_not_blamed(world: World) 
     await Event("go", client=world.client).set()
     assert await asyncio.wait_for(future, 10) == "done"
     assert world.scheduler.tasks[future.key].suspicious == 0
+
+
+async def test_a_running_task_is_waited_for_and_what_was_not_begun_goes_elsewhere(world: World) -> None:
+    def wait_for_it() -> str:
+        Event("go").wait(20)
+        return "done"
+
+    where = [world.workers["a"].address]
+    running = world.client.submit(wait_for_it, workers=where, allow_other_workers=True, pure=False)
+    await wait_until(lambda: world.workers["a"].state.executing)
+    waiting = world.client.map(str, range(5), workers=where, allow_other_workers=True, pure=False)
+    await wait_until(lambda: len(world.scheduler.workers[where[0]].processing) == 6)
+    task = asyncio.create_task(evacuate(world.scheduler, ["a"], LONG, drain="tasks", drain_timeout=LONG))
+    assert await asyncio.wait_for(world.client.gather(waiting), 10) == ["0", "1", "2", "3", "4"]
+    assert {name for future in waiting for name in world.holders(future.key)} <= {"b", "c"}
+    assert not task.done()
+    await Event("go", client=world.client).set()
+    result = await asyncio.wait_for(task, 10)
+    assert (result.problem, result.rerun) == (None, {})
+    assert result.drain > 0
+    assert await running == "done"
+    assert world.holders(running.key) <= {"b", "c"}
+    assert world.workers["a"].state.transition_counter
+    assert world.scheduler.tasks[running.key].suspicious == 0
+
+
+async def test_time_is_up_for_a_running_task(world: World) -> None:
+    def wait_for_it() -> str:
+        Event("go").wait(20)
+        return "done"
+
+    where = [world.workers["a"].address]
+    future = world.client.submit(wait_for_it, workers=where, allow_other_workers=True, pure=False)
+    await wait_until(lambda: world.workers["a"].state.executing)
+    result = await evacuate(world.scheduler, ["a"], LONG, drain="tasks", drain_timeout=SHORT)
+    assert (result.problem, result.rerun) == (None, {"a": 1})
+    assert SHORT <= result.drain < SHORT + 2
+    await Event("go", client=world.client).set()
+    assert await asyncio.wait_for(future, 10) == "done"
+    assert world.scheduler.tasks[future.key].suspicious == 0
+
+
+async def test_now_moves_nothing(world: World) -> None:
+    key = await world.put("a", "lost")
+    result = await evacuate(world.scheduler, ["a"], LONG, drain="now")
+    assert (result.problem, result.keys) == (None, {"a": 1})
+    assert key not in world.scheduler.tasks
+    assert world.names() == {"b", "c"}
+
+
+async def test_a_task_that_may_run_nowhere_else_does_not_hold_a_worker_for_ever(world: World) -> None:
+    def wait_for_it() -> None:
+        Event("go").wait(20)
+
+    where = [world.workers["a"].address]
+    first = world.client.submit(wait_for_it, workers=where, pure=False)
+    await wait_until(lambda: world.workers["a"].state.executing)
+    bound = world.client.submit(str, 1, workers=where, pure=False)
+    await wait_until(lambda: len(world.scheduler.workers[where[0]].processing) == 2)
+    task = asyncio.create_task(evacuate(world.scheduler, ["a"], LONG, drain="tasks", drain_timeout=LONG))
+    await wait_until(lambda: world.workers["a"].status is Status.closing_gracefully)
+    await Event("go", client=world.client).set()
+    result = await asyncio.wait_for(task, 10)
+    assert (result.problem, result.rerun) == (None, {"a": 1})
+    assert first.status == "finished"
+    assert world.scheduler.tasks[bound.key].state == "no-worker"
 
 
 async def test_nobody_can_take_the_data_and_all_go_on(world: World) -> None:
@@ -240,23 +307,25 @@ async def test_a_cancelled_evacuation_lets_all_go_on(world: World) -> None:
     assert world.holders(key) == {"a"}
 
 
-async def test_who_else_retires_the_worker_is_not_told_that_it_is_empty(world: World) -> None:
+async def test_who_else_retires_the_worker_goes_on(world: World) -> None:
     key = await world.put("a", "only here")
     world.mute("a")
     other = asyncio.create_task(world.scheduler.retire_workers(names=["a"], close_workers=True))
     await wait_until(lambda: world.workers["a"].status is Status.closing_gracefully)
     assert (await evacuate(world.scheduler, ["a"], SHORT)).problem
-    assert await asyncio.wait_for(other, 10) == {}
+    assert world.scheduler.workers[world.workers["a"].address].status is Status.closing_gracefully
     assert world.holders(key) == {"a"}
     world.unmute("a")
-    await world.works("a")
+    assert list(await asyncio.wait_for(other, 10)) == [world.workers["a"].address]
+    assert world.holders(key) <= {"b", "c"}
 
 
 async def test_workers_that_are_gone_count_as_left(world: World) -> None:
     assert await evacuate(world.scheduler, ["x", "y"], LONG) == Evacuation()
     assert await evacuate(world.scheduler, [], LONG) == Evacuation()
     await world.workers["a"].close()
-    assert await evacuate(world.scheduler, ["a", "b"], LONG) == Evacuation({"b": 0}, {"b": 0})
+    result = await evacuate(world.scheduler, ["a", "b"], LONG)
+    assert (result.keys, result.nbytes, result.problem) == ({"b": 0}, {"b": 0}, None)
     assert world.names() == {"c"}
 
 
@@ -321,7 +390,7 @@ async def test_actors_are_named_and_cannot_leave(world: World) -> None:
     assert actors(world.scheduler, ["a", "b", "x"]) == {"a": [future.key]}
     assert actors(world.scheduler, ["b"]) == {}
     result = await evacuate(world.scheduler, ["a", "b"], LONG)
-    assert result.problem == f"data could not be moved to another worker: worker a keeps {future.key}"
+    assert result.problem == f"actors cannot be moved: worker a keeps {future.key}"
     assert world.names() == {"a", "b", "c"}
     assert await counter.add() == 1
     await world.works("a", "b")
