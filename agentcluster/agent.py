@@ -135,6 +135,8 @@ class Agent(Server):
                 "terminate": self.close,
             },
             connection_args=_credentials(self.security, self.scheduler_address),
+            # Otherwise a lock file stays open for as long as dask remembers the agent's handlers.
+            needs_workdir=False,
         )
 
     def __repr__(self) -> str:
@@ -334,6 +336,7 @@ class Agent(Server):
         if not reason.startswith("failure-to-start"):  # that error is the caller's to show
             logger.info("Closing agent of node %s. Reason: %s", self.node_name, reason)
         await self.leave()
+        self.status = Status.closed
         await super().close()
         if getattr(self, "_held", False):
             self._held = False
@@ -466,11 +469,13 @@ class Agent(Server):
         }
 
     async def _serving(self) -> Supervisor:
-        # The scheduler may call as soon as it has this node, before its answer has come back here.
+        # The scheduler may call as soon as it has this node, before its answer has come back here. But a call of a
+        # cluster that let go must not reach the workers of the next.
+        scheduler = self.scheduler_address
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(JOIN_GRACE):
                 await self._joined.wait()
-        if self._supervisor is None:
+        if self._supervisor is None or self.scheduler_address != scheduler:
             raise ConfigError(f"agent of node {self.node_name!r} is in standby: it belongs to no cluster")
         return self._supervisor
 

@@ -1,8 +1,9 @@
-"""From a wish to a change: which workers it means on which node, whether it can be, and then one swap.
+"""From a wish to a rollout: which workers it means on which node, whether it can be, and in which order.
 
 :class:`Changes` belongs to the plugin. It plans with the pure modules, asks the agents whether the plan can be
-(preflight: every reason at once, before anything is touched), and carries it out with :class:`agentcluster.swap.Swap`.
-One change runs at a time and a second waits its turn; nodes that join meanwhile are given their workers beside it.
+(preflight: every reason at once, before anything is touched), and has it carried out by
+:class:`agentcluster.rolling.Rolling`. One rollout runs at a time and a second waits its turn, or is told why not; nodes
+that join meanwhile are given their workers beside it.
 """
 
 from __future__ import annotations
@@ -18,13 +19,21 @@ from typing import Any
 
 from distributed import Scheduler
 
-from agentcluster import allocate, modes
+from agentcluster import allocate, modes, preflight
 from agentcluster.config import Config
-from agentcluster.errors import AgentClusterError, ConfigError, ModeRefused, PreflightError, SwapError
-from agentcluster.evacuation import actors, held, stranded
-from agentcluster.model import Mode, WorkerSpec, to_wire
+from agentcluster.errors import (
+    AgentClusterError,
+    ConfigError,
+    ModeRefused,
+    PreflightError,
+    RolloutBusy,
+    SwapError,
+)
+from agentcluster.evacuation import held
+from agentcluster.model import Mode, NodePlan, WorkerSpec
 from agentcluster.registry import Node, Registry
-from agentcluster.swap import Swap
+from agentcluster.rolling import Rolling, Terms
+from agentcluster.swap import Limits, Proposal
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +50,13 @@ class Changes:
         The plugin's.
     notify
         Called after nodes changed their state.
+
+    Attributes
+    ----------
+    errors
+        Node name -> why it could not be given its first workers.
+    rolling
+        The rollout that runs now.
     """
 
     scheduler: Scheduler
@@ -48,10 +64,12 @@ class Changes:
     config: Config
     notify: Callable[[], Coroutine[Any, Any, None]]
     errors: dict[str, AgentClusterError] = field(default_factory=dict)
+    rolling: Rolling | None = None
 
     def __post_init__(self) -> None:
         self._turn = asyncio.Lock()
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._last: tuple[dict[str, NodePlan], Mode] | None = None
 
     # -- wishes --------------------------------------------------------------------------------------------------------
 
@@ -64,7 +82,9 @@ class Changes:
             self.errors.pop(node.name, None)
             try:
                 specs = modes.plan(mode, node.hardware, node=node.name)
-                await self._change(mode, {node.name: allocate.Change({}, (), specs)})
+                proposals = {node.name: self._proposal(node, allocate.Change({}, (), specs), mode)}
+                await self._check(proposals, Terms())
+                await self._rolling(mode.name, proposals, Terms()).run()
             except AgentClusterError as error:
                 self._refuse(node, error)
             except Exception as error:  # whoever launched the node waits for an answer, whatever went wrong
@@ -73,16 +93,10 @@ class Changes:
         await self.notify()
 
     async def reprovision(
-        self,
-        mode: Mode,
-        names: Sequence[str] | str | None,
-        *,
-        remove_existing: bool,
-        timeout: float | None,
-        dry_run: bool,
+        self, mode: Mode, names: Sequence[str] | str | None, terms: Terms, *, remove_existing: bool = True
     ) -> Report:
         """Give nodes the workers that a mode means on them; see :meth:`AgentPlugin.reprovision_nodes`."""
-        async with self._nodes(names) as nodes:
+        async with self._nodes(names, terms) as nodes:
             changes = {}
             refusals = {}
             for node in nodes:
@@ -95,40 +109,57 @@ class Changes:
                     changes[node.name] = allocate.difference(node.plan.workers, specs) if remove_existing else beside
             if refusals:
                 raise PreflightError(mode.name, refusals)
-            report = await self._change(mode, changes, timeout=timeout, dry_run=dry_run)
-            if names is None and not dry_run:
+            report = await self._roll(mode.name, {name: (mode, change) for name, change in changes.items()}, terms)
+            if names is None and not terms.dry_run:
                 self.registry.default = mode
                 self.registry.wanted.clear()
             return report
 
-    async def scale(self, total: int, names: Sequence[str] | str | None, timeout: float | None) -> Report:
+    async def scale(self, total: int, names: Sequence[str] | str | None, terms: Terms) -> Report:
         """Bring nodes to `total` workers, as far as their modes have room."""
-        async with self._nodes(names) as nodes:
+        async with self._nodes(names, terms) as nodes:
             full = {node.name: modes.plan(self.mode_of(node), node.hardware, node=node.name) for node in nodes}
             nbytes = held(self.scheduler, [worker for node in nodes for worker in node.plan.workers])
             current = {node.name: {w: nbytes.get(w, 0) for w in node.plan.workers} for node in nodes}
             go, come = allocate.scaled(current, {name: len(specs) for name, specs in full.items()}, total)
-            changes = {}
+            wishes = {}
             for node in nodes:
                 room = allocate.difference(node.plan.workers, full[node.name]).come
-                changes[node.name] = _without(node, go, room[: come[node.name]])
-            report = await self._change(None, changes, timeout=timeout)
+                wishes[node.name] = (self.mode_of(node), _without(node, go, room[: come[node.name]]))
+            report = await self._roll("scale", wishes, terms)
             return {**report, "workers": sum(len(node.plan.workers) for node in nodes)}
 
-    async def empty(self, name: str, timeout: float | None) -> Report:
+    async def empty(self, name: str, terms: Terms) -> Report:
         """Move a node's data to others and stop its workers."""
         if self.registry.get(name).state == "lost":
-            return await self._change(Mode("none"), {})
-        async with self._nodes([name]) as [node]:
-            return await self._change(Mode("none"), {name: _without(node, node.plan.workers)}, timeout=timeout)
+            return await self._roll("none", {}, terms)
+        async with self._nodes([name], terms) as [node]:
+            return await self._roll("none", {name: (Mode("none"), _without(node, node.plan.workers))}, terms)
 
-    async def retire(self, workers: Iterable[str], timeout: float | None) -> Report:
+    async def retire(self, workers: Iterable[str], terms: Terms) -> Report:
         """Move the data of the named workers to others and stop them; unknown names are gone already."""
         leaving = set(workers)
         owners = [n.name for n in self.registry.nodes.values() if leaving & set(n.plan.workers) and n.state != "lost"]
-        async with self._nodes(owners) as nodes:
-            changes = {node.name: _without(node, leaving) for node in nodes}
-            return await self._change(None, changes, timeout=timeout)
+        async with self._nodes(owners, terms) as nodes:
+            wishes = {node.name: (self.mode_of(node), _without(node, leaving)) for node in nodes}
+            return await self._roll("scale", wishes, terms)
+
+    async def undo(self, terms: Terms) -> Report:
+        """Bring the nodes that the last rollout changed back to the plans that they had before it."""
+        if self._last is None:
+            raise ConfigError("there is no rollout to undo")
+        before, default = self._last
+        names = [name for name in before if name in self.registry.nodes and self.registry.get(name).state != "lost"]
+        async with self._nodes(names, terms) as nodes:
+            wishes = {}
+            for node in nodes:
+                plan = before[node.name]
+                change = allocate.difference(node.plan.workers, list(plan.workers.values()))
+                wishes[node.name] = (plan.mode, change)
+            report = await self._roll("undo", wishes, terms)
+            if not terms.dry_run:
+                self.registry.default = default
+            return report
 
     def mode_of(self, node: Node) -> Mode:
         """Return the mode that a node has, or will have when it has joined."""
@@ -137,10 +168,11 @@ class Changes:
     # -- carrying out --------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _nodes(self, names: Sequence[str] | str | None) -> AsyncIterator[list[Node]]:
+    async def _nodes(self, names: Sequence[str] | str | None, terms: Terms) -> AsyncIterator[list[Node]]:
         """Wait for our turn, and for the chosen nodes to have what they join with; then they are ours."""
         async with contextlib.AsyncExitStack() as stack:
-            await stack.enter_async_context(self._turn)
+            await self._wait_for_turn(terms.wait)
+            stack.callback(self._turn.release)
             chosen = [node.name for node in self.registry.select(names)]
             for name in sorted(chosen):
                 await stack.enter_async_context(self._locks[name])
@@ -150,91 +182,71 @@ class Changes:
                     raise ConfigError(f"node {node.name!r} is lost ({node.problem}); name the others with nodes=")
             yield nodes
 
-    async def _change(
-        self,
-        mode: Mode | None,
-        changes: Mapping[str, allocate.Change],
-        *,
-        timeout: float | None = None,
-        dry_run: bool = False,
-    ) -> Report:
-        """Check a change with the agents, carry it out, and report; `mode` None keeps each node's own."""
-        began = time.perf_counter()
-        nodes = {name: self.registry.get(name) for name in changes}
-        named = {
-            name: dict(zip(nodes[name].take_names(len(c.come)), c.come, strict=True)) for name, c in changes.items()
+    async def _wait_for_turn(self, wait: bool | float) -> None:
+        try:
+            async with asyncio.timeout(None if wait is True else max(float(wait), 0.001)):
+                await self._turn.acquire()
+        except TimeoutError:
+            running = self.rolling
+            label, began = (running.label, running.began) if running else ("another change", time.time())
+            raise RolloutBusy(label, time.time() - began) from None
+
+    def _proposal(self, node: Node, change: allocate.Change, mode: Mode, dry_run: bool = False) -> Proposal:
+        count = len(change.come)
+        names = [f"{node.name}-new-{i}" for i in range(count)] if dry_run else node.take_names(count)
+        return Proposal(node, change, dict(zip(names, change.come, strict=True)), mode)
+
+    async def _roll(self, label: str, wishes: Mapping[str, tuple[Mode, allocate.Change]], terms: Terms) -> Report:
+        """Check a change with the agents, carry it out, and report."""
+        proposals = {
+            name: self._proposal(self.registry.get(name), change, mode, terms.dry_run)
+            for name, (mode, change) in wishes.items()
         }
-        modes_now = {name: mode or self.mode_of(node) for name, node in nodes.items()}
-        await self._preflight(nodes, modes_now, changes, named)
-        swap = Swap(
-            scheduler=self.scheduler,
-            nodes=nodes,
-            changes=changes,
-            named=named,
-            modes=modes_now,
-            start_timeout=timeout or self.config.start_timeout,
-            retire_timeout=timeout or self.config.retire_timeout,
-            stop_timeout=self.config.stop_timeout,
+        proposals = await self._check(proposals, terms)
+        rolling = self._rolling(label, proposals, terms)
+        if terms.dry_run:
+            return preflight.described(self.scheduler, rolling.report(), proposals)
+        self.rolling = rolling
+        self._last = (rolling.before, self.registry.default)
+        bound = preflight.bound_tasks(self.scheduler, proposals)
+        try:
+            report = await rolling.run()
+        finally:
+            self.rolling = None
+            await self.notify()
+        for name in proposals:
+            self.errors.pop(name, None)
+            report["nodes"][name]["bound"] = bound.get(name, [])
+        return report
+
+    def _rolling(self, label: str, proposals: Mapping[str, Proposal], terms: Terms) -> Rolling:
+        drain = self.config.drain_timeout if terms.drain_timeout is None else terms.drain_timeout
+        limits = Limits(
+            start=terms.timeout or self.config.start_timeout,
+            drain=drain,
+            retire=terms.timeout or self.config.retire_timeout,
+            stop=self.config.stop_timeout,
         )
-        if not dry_run:
-            try:
-                await swap.run()
-            finally:
-                await self.notify()
-            for name in changes:
-                self.errors.pop(name, None)
-        label = mode.name if mode else ", ".join(sorted({m.name for m in modes_now.values()}))
-        return {
-            "mode": label,
-            "nodes": {name: to_wire(swap.report(name)) for name in changes},
-            "seconds": time.perf_counter() - began,
-            "dry_run": dry_run,
-        }
+        return Rolling(self.scheduler, label, proposals, terms, limits, self.notify)
 
-    async def _preflight(
-        self,
-        nodes: Mapping[str, Node],
-        modes_now: Mapping[str, Mode],
-        changes: Mapping[str, allocate.Change],
-        named: Mapping[str, Mapping[str, WorkerSpec]],
-    ) -> None:
-        """Collect every reason why the change cannot be; raise them as one."""
-        refusals = self._immovable(changes, coming=any(named.values()))
+    async def _check(self, proposals: Mapping[str, Proposal], terms: Terms) -> dict[str, Proposal]:
+        """Choose each node's strategy, and raise every reason why the change cannot be as one error."""
+        chosen = {name: preflight.with_strategy(self.scheduler, each, terms) for name, each in proposals.items()}
+        refusals = preflight.immovable(self.scheduler, chosen, terms)
 
-        async def ask(name: str) -> None:
-            try:
-                async with asyncio.timeout(self.config.start_timeout):
-                    agent: Any = self.scheduler.rpc(nodes[name].address)
-                    answer = await agent.check_workers(specs=to_wire(named[name]))
-            except Exception as error:  # the scheduler turns whatever the agent raised into a plain Exception
-                refusals[name] = f"its agent does not answer: {error or type(error).__name__}"
-            else:
-                if answer:
-                    refusals[name] = next(iter(answer.values()))
+        async def ask(name: str, named: Mapping[str, WorkerSpec]) -> None:
+            why = await preflight.ask_agent(self.scheduler, chosen[name].node, named, self.config.start_timeout)
+            if why:
+                refusals[name] = why
 
-        await asyncio.gather(*(ask(name) for name, specs in named.items() if specs and name not in refusals))
-        for name in changes:
-            node = self.registry.nodes.get(name, nodes[name])
-            if node.state == "lost" or node is not nodes[name]:
-                refusals[name] = f"it was lost meanwhile: {node.problem or 'its agent joined again'}"
+        asked = {name: each.named for name, each in chosen.items() if each.named and name not in refusals}
+        await asyncio.gather(*(ask(name, named) for name, named in asked.items()))
+        for name, each in chosen.items():
+            if each.node.state == "lost" or self.registry.nodes.get(name) is not each.node:
+                refusals[name] = f"it was lost meanwhile: {each.node.problem or 'its agent joined again'}"
         if refusals:
-            mode = next(modes_now[name].name for name in refusals)
-            raise PreflightError(mode, refusals)
-
-    def _immovable(self, changes: Mapping[str, allocate.Change], *, coming: bool) -> dict[str, str]:
-        """Say of each node which of its data could not be moved."""
-        refusals = {}
-        left = {} if coming else stranded(self.scheduler, [w for change in changes.values() for w in change.go])
-        for name, change in changes.items():
-            keys = sum(left.get(worker, 0) for worker in change.go)
-            if keys:
-                refusals[name] = (
-                    f"its workers hold the only copies of {keys} keys and no other worker could take them; "
-                    f"keep a worker on some node, or release those results first"
-                )
-            for worker, found in actors(self.scheduler, change.go).items():
-                refusals[name] = f"worker {worker} holds actors, which cannot be moved: {', '.join(found)}"
-        return refusals
+            raise PreflightError(next(chosen[name].mode.name for name in refusals), refusals)
+        return chosen
 
     def _refuse(self, node: Node, error: Exception) -> None:
         if isinstance(error, SwapError) and isinstance(error.__cause__, AgentClusterError):

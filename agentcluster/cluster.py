@@ -201,6 +201,11 @@ class AgentCluster(Operations):
         try:
             if starts:
                 await asyncio.wait(starts.values())
+        except BaseException:
+            for start in starts.values():
+                start.cancel()
+            await asyncio.gather(*starts.values(), return_exceptions=True)
+            raise
         finally:
             self._opening -= set(starts.values())
         failed: dict[str, BaseException] = {}
@@ -245,8 +250,10 @@ class AgentCluster(Operations):
         await asyncio.gather(*(node.close() for node in nodes))
 
     async def _close(self) -> None:
-        for start in list(self._opening):
+        opening = list(self._opening)
+        for start in opening:
             start.cancel()
+        await asyncio.gather(*opening, return_exceptions=True)
         if self._refresher is not None:
             self._refresher.cancel()
             await asyncio.gather(self._refresher, return_exceptions=True)

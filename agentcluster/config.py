@@ -46,6 +46,8 @@ class Config:
         Seconds from the start of a swap's new workers until they have joined.
     stop_timeout
         Seconds for a worker to end by itself.
+    drain_timeout
+        Seconds that tasks on the workers that go get to end.
     retire_timeout
         Seconds for moving data off the workers that go.
     node_name
@@ -74,6 +76,7 @@ class Config:
     start_timeout: float
     stop_timeout: float
     retire_timeout: float
+    drain_timeout: float
     node_name: str | None
     node_heartbeat_interval: float
     node_ttl: float
@@ -183,6 +186,7 @@ _READERS: Mapping[str, Callable[[str, Any], Any]] = {
     f"{ROOT}.start-timeout": _seconds,
     f"{ROOT}.stop-timeout": _seconds,
     f"{ROOT}.retire-timeout": _seconds,
+    f"{ROOT}.drain-timeout": _seconds,
     f"{ROOT}.node.name": _name,
     f"{ROOT}.node.heartbeat-interval": _seconds,
     f"{ROOT}.node.ttl": _seconds,

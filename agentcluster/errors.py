@@ -12,6 +12,7 @@
     │   └── LaunchTimeout (TimeoutError)
     ├── WorkerStartError (RuntimeError)  an agent could not start a worker
     ├── SwapError (RuntimeError)      a swap did not end as asked; says what is true now
+    ├── RolloutBusy (RuntimeError)    another rollout runs
     └── SchedulerUnfit (RuntimeError) the scheduler cannot run agentcluster's plugin
 
 Each stores its facts as attributes, reads as one sentence, and survives pickling (also with the keyword
@@ -34,6 +35,7 @@ __all__ = [
     "NodeExists",
     "NodeNotFound",
     "PreflightError",
+    "RolloutBusy",
     "SchedulerUnfit",
     "SwapError",
     "WorkerStartError",
@@ -205,12 +207,35 @@ class SwapError(AgentClusterError, RuntimeError):
         What failed on which node.
     state
         What is true of the workers now.
+    report
+        What was done on each node, as ``reprovision_nodes`` would have answered; None when nothing was begun.
     """
 
-    def __init__(self, reason: str, state: str) -> None:
+    def __init__(self, reason: str, state: str, report: Mapping[str, Any] | None = None) -> None:
         super().__init__(f"{reason}; {state}")
         self.reason = reason
         self.state = state
+        self.report = report
+
+
+class RolloutBusy(AgentClusterError, RuntimeError):
+    """Another rollout runs, and the caller did not want to wait for it (any longer).
+
+    Parameters
+    ----------
+    label
+        The mode that the other one goes to.
+    seconds
+        How long it has run.
+    """
+
+    def __init__(self, label: str, seconds: float) -> None:
+        super().__init__(
+            f"a rollout to {label!r} has run for {seconds:.0f} s; "
+            f"wait=True waits for it, cluster.rollout.cancel() ends it"
+        )
+        self.label = label
+        self.seconds = seconds
 
 
 class SchedulerUnfit(AgentClusterError, RuntimeError):

@@ -207,25 +207,40 @@ class NodeReport:
     node
         The node's name.
     mode
-        Name of the mode that it has now.
+        Name of the mode that it was to have.
+    outcome
+        ``changed``, ``unchanged`` (not reached, or planned only), ``failed`` (it has its old workers, unless the error
+        says otherwise) or ``rolled back``.
+    strategy, because
+        Whether new workers came before old ones went (``surge``) or after (``replace``), and why they could not before.
     old, new
         Names of the workers that went and that came.
     kept
         Names of the workers that stayed as they were.
     keys, nbytes
         Keys that only the old workers held and that were moved, and their bytes.
-    start, retire, stop
+    rerun
+        Tasks that ran on old workers when their time was up, and were run again elsewhere.
+    bound
+        Tasks that no worker could run afterwards: key and what it asks for.
+    start, drain, retire, stop
         Seconds that each step took.
     """
 
     node: str
     mode: str
+    outcome: Literal["changed", "unchanged", "failed", "rolled back"] = "unchanged"
+    strategy: Literal["surge", "replace"] = "surge"
+    because: str = ""
     old: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     keys: int = 0
     nbytes: int = 0
+    rerun: int = 0
+    bound: tuple[str, ...] = ()
     start: float = 0.0
+    drain: float = 0.0
     retire: float = 0.0
     stop: float = 0.0
 

@@ -11,7 +11,7 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from dask.utils import parse_bytes, parse_timedelta
 from distributed.core import Status
@@ -55,7 +55,14 @@ class Operations(SpecCluster):
         *,
         nodes: str | Sequence[str] | None = None,
         remove_existing: bool = True,
+        strategy: Literal["surge", "replace"] = "surge",
+        drain: Literal["tasks", "data", "now"] = "tasks",
+        drain_timeout: str | float | None = None,
+        max_parallel: int | None = None,
+        canary: bool = False,
+        on_failure: Literal["rollback", "stop", "continue"] = "rollback",
         timeout: str | float | None = None,
+        wait: bool | str | float = True,
         dry_run: bool = False,
     ) -> Any:
         """Swap the workers of nodes in place: new ones start, data moves to them, old ones stop.
@@ -70,8 +77,23 @@ class Operations(SpecCluster):
             Names of the nodes; default is all, and those that join later.
         remove_existing : bool
             ``False`` adds the mode's workers beside those that run.
+        strategy : {"surge", "replace"}
+            ``surge`` brings new workers up before old ones go, on each node that has room for both; ``replace`` lets
+            the old go first, their data to other nodes, one node after the other. A node without room does so anyway.
+        drain : {"tasks", "data", "now"}
+            ``tasks`` lets tasks that run on old workers end, ``data`` only moves data, ``now`` loses that too.
+        drain_timeout : str or float, optional
+            Seconds that running tasks get; those that still run then are run again elsewhere.
+        max_parallel : int, optional
+            Nodes that change at the same time; default is all, and one for ``replace``.
+        canary : bool
+            Change one node first, alone.
+        on_failure : {"rollback", "stop", "continue"}
+            When a node fails: bring those that have changed back, leave them, or go on with the others.
         timeout : str or float, optional
             Seconds for the new workers to start, and again for the data to move.
+        wait : bool, str or float
+            Whether to wait for a rollout that runs already, or for how long.
         dry_run : bool
             Plan and check only.
 
@@ -83,7 +105,7 @@ class Operations(SpecCluster):
 
         Raises
         ------
-        ConfigError, PreflightError, NodeNotFound
+        ConfigError, PreflightError, NodeNotFound, RolloutBusy
             When the change cannot be; nothing was touched.
         SwapError
             When a step failed. The workers that ran before still run, or the message says what is true.
@@ -94,11 +116,18 @@ class Operations(SpecCluster):
             config,
             nodes=nodes,
             remove_existing=remove_existing,
-            timeout=None if timeout is None else seconds("timeout", timeout, 0),
+            strategy=strategy,
+            drain=drain,
+            drain_timeout=_given("drain_timeout", drain_timeout, zero=True),
+            max_parallel=max_parallel,
+            canary=canary,
+            on_failure=on_failure,
+            timeout=_given("timeout", timeout),
+            wait=wait if isinstance(wait, bool) else _given("wait", wait, zero=True),
             dry_run=dry_run,
         )
 
-    async def _reprovision(self, mode: Any, config: Any, *, nodes: Any, **options: Any) -> Report:
+    async def _reprovision(self, mode: Any, config: Any, *, nodes: Any, **terms: Any) -> Report:
         if isinstance(mode, Mapping):
             if nodes is not None:
                 raise ConfigError("nodes= cannot go with a mapping of modes: its keys are the nodes", key="nodes")
@@ -109,12 +138,30 @@ class Operations(SpecCluster):
         try:
             for names, each in orders:
                 answer = await self.scheduler_comm.reprovision_nodes(
-                    mode=each.name, config=to_wire(each.config), nodes=names, **options
+                    mode=each.name, config=to_wire(each.config), nodes=names, **terms
                 )
                 reports.append(Report.parse(answer))
         finally:
             await self._refresh()
-        return Report.merged(reports)
+        return Report.merged(reports) if len(reports) > 1 else reports[0]
+
+    @property
+    def rollout(self) -> RolloutControl:
+        """Steers the rollout that runs now, and can undo the last one; see :class:`RolloutControl`."""
+        return RolloutControl(self)
+
+    def rollout_status(self) -> Any:
+        """Return how far the rollout is that runs now, as plain data; None when none runs."""
+        return self.sync(self._call, "rollout_status")
+
+    async def _call(self, name: str, **arguments: Any) -> Any:
+        return await getattr(self.scheduler_comm, name)(**arguments)
+
+    async def _undo(self) -> Report:
+        try:
+            return Report.parse(await self.scheduler_comm.undo_rollout())
+        finally:
+            await self._refresh()
 
     def scale(self, n: int = 0, memory: Any = None, cores: int | None = None) -> Any:
         """Bring the cluster to `n` workers, on the nodes that it has; data of those that go is moved first.
@@ -287,6 +334,40 @@ class Operations(SpecCluster):
 
     def _repr_html_(self, cluster_status: str | None = None) -> str:
         return str(super()._repr_html_(cluster_status)) + self._nodes._repr_html_()
+
+
+class RolloutControl:
+    """Watches and steers the rollout of a cluster. Each method is awaitable when the cluster is asynchronous."""
+
+    def __init__(self, cluster: Operations) -> None:
+        self._cluster = cluster
+
+    def pause(self) -> Any:
+        """Begin no further wave of nodes until :meth:`resume`; the wave that runs ends as it would."""
+        return self._cluster.sync(self._cluster._call, "control_rollout", action="pause")
+
+    def resume(self) -> Any:
+        """Go on."""
+        return self._cluster.sync(self._cluster._call, "control_rollout", action="resume")
+
+    def cancel(self) -> Any:
+        """End it: nodes keep, or get back, what they had, as `on_failure` says."""
+        return self._cluster.sync(self._cluster._call, "control_rollout", action="cancel")
+
+    def undo(self) -> Any:
+        """Bring the nodes that the last rollout changed back to the plans that they had before; returns a Report."""
+        return self._cluster.sync(self._cluster._undo)
+
+    def status(self) -> Any:
+        """Return how far it is, as plain data; None when none runs."""
+        return self._cluster.rollout_status()
+
+
+def _given(key: str, value: str | float | None, zero: bool = False) -> float | None:
+    """Return a time that the user gave in seconds, or None."""
+    if value is None or (zero and value == 0):
+        return value
+    return seconds(key, value, 0.0)
 
 
 def seconds(key: str, value: str | float | None, default: float) -> float:

@@ -21,9 +21,10 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from agentcluster import modes
 from agentcluster.changes import Changes
 from agentcluster.config import Config
-from agentcluster.errors import AgentClusterError, ConfigError, LaunchError
+from agentcluster.errors import AgentClusterError, ConfigError, LaunchError, suggest
 from agentcluster.model import Hardware, HostMetrics, Mode, WorkerState, from_wire, to_wire
 from agentcluster.registry import SETTLED, Node, Registry
+from agentcluster.rolling import Terms
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,9 @@ class AgentPlugin(SchedulerPlugin):
                 "scale_nodes": self.scale_nodes,
                 "retire_node": self.retire_node,
                 "retire_node_workers": self.retire_node_workers,
+                "undo_rollout": self.undo_rollout,
+                "rollout_status": self.rollout_status,
+                "control_rollout": self.control_rollout,
                 "get_node_logs": self.get_node_logs,
             }
         )
@@ -225,8 +229,7 @@ class AgentPlugin(SchedulerPlugin):
         config: Mapping[str, Any] | str | None = None,
         nodes: Sequence[str] | str | None = None,
         remove_existing: bool = True,
-        timeout: float | None = None,
-        dry_run: bool = False,
+        **terms: Any,
     ) -> dict[str, Any]:
         """Give nodes the workers that a mode means on them, in place of those that they have.
 
@@ -238,10 +241,8 @@ class AgentPlugin(SchedulerPlugin):
             Names of nodes; None for all, and for those that join later.
         remove_existing
             False keeps the workers that run and adds the mode's beside them.
-        timeout
-            Seconds for starting, and again for moving data; None for the configured ones.
-        dry_run
-            Plan and check only.
+        **terms
+            How; see :class:`agentcluster.rolling.Terms`.
 
         Returns
         -------
@@ -250,20 +251,16 @@ class AgentPlugin(SchedulerPlugin):
 
         Raises
         ------
-        ConfigError, PreflightError, NodeNotFound
+        ConfigError, PreflightError, NodeNotFound, RolloutBusy
             Before anything is touched.
         SwapError
             When a step failed; it says what is true now.
         """
-        wanted = modes.parse(mode, config)
-        return await self.changes.reprovision(
-            wanted, nodes, remove_existing=remove_existing, timeout=timeout, dry_run=dry_run
-        )
+        how = from_wire(Terms, terms, "reprovision_nodes")
+        return await self.changes.reprovision(modes.parse(mode, config), nodes, how, remove_existing=remove_existing)
 
     @_answer
-    async def scale_nodes(
-        self, n: int, nodes: Sequence[str] | str | None = None, timeout: float | None = None
-    ) -> dict[str, Any]:
+    async def scale_nodes(self, n: int, nodes: Sequence[str] | str | None = None, **terms: Any) -> dict[str, Any]:
         """Bring the number of workers on nodes to `n`, as far as their modes have room; data is moved first.
 
         Returns
@@ -273,17 +270,40 @@ class AgentPlugin(SchedulerPlugin):
         """
         if not isinstance(n, int) or n < 0:
             raise ConfigError(f"scale({n!r}): the number of workers must be 0 or more")
-        return await self.changes.scale(n, nodes, timeout)
+        return await self.changes.scale(n, nodes, from_wire(Terms, terms, "scale_nodes"))
 
     @_answer
-    async def retire_node(self, name: str, timeout: float | None = None) -> dict[str, Any]:
+    async def retire_node(self, name: str, **terms: Any) -> dict[str, Any]:
         """Move a node's data to others and stop its workers; the node stays, in standby."""
-        return await self.changes.empty(name, timeout)
+        return await self.changes.empty(name, from_wire(Terms, terms, "retire_node"))
 
     @_answer
-    async def retire_node_workers(self, names: Sequence[str], timeout: float | None = None) -> dict[str, Any]:
+    async def retire_node_workers(self, names: Sequence[str], **terms: Any) -> dict[str, Any]:
         """Move the data of the named workers to others and stop them; unknown names are gone already."""
-        return await self.changes.retire(map(str, names), timeout)
+        return await self.changes.retire(map(str, names), from_wire(Terms, terms, "retire_node_workers"))
+
+    @_answer
+    async def undo_rollout(self, **terms: Any) -> dict[str, Any]:
+        """Bring the nodes that the last rollout changed back to the plans that they had before it."""
+        return await self.changes.undo(from_wire(Terms, terms, "undo_rollout"))
+
+    @_answer
+    async def rollout_status(self) -> dict[str, Any] | None:
+        """Return how far the rollout is that runs now; None when none runs."""
+        return self.changes.rolling.status() if self.changes.rolling else None
+
+    @_answer
+    async def control_rollout(self, action: str) -> None:
+        """Pause, resume or cancel the rollout that runs now."""
+        rolling = self.changes.rolling
+        if rolling is None:
+            raise ConfigError(f"cannot {action}: no rollout runs")
+        if action not in ("pause", "resume", "cancel"):
+            raise ConfigError(f"unknown action {action!r}; {suggest(action, ['pause', 'resume', 'cancel'])}")
+        if action == "cancel":
+            rolling.cancel("it was cancelled")
+        else:
+            getattr(rolling, action)()
 
     @_answer
     async def get_node_logs(self, nodes: Sequence[str] | None = None) -> dict[str, list[str]]:

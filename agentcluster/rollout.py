@@ -1,47 +1,68 @@
-"""A change of workers on one or many nodes, as a pure state machine: events in, commands out.
+"""A change of workers on one or many nodes, as pure state machines: events in, commands out.
 
-::
+A :class:`Wave` changes a few nodes together. With the strategy ``surge``::
 
     starting ──all started──▶ retiring ──confirmed──▶ stopping ──all stopped──▶ done
        │                         │
-       └──one failed──▶ ┌────────┴─refused─▶ returning ──confirmed──▶ undoing ──all stopped──▶ failed
-         (once the      │                       │
-          others settled)                       └──refused──▶ failed (both run)
+       └─failed, or cancelled─▶ ─┴─refused─▶ returning ──confirmed──▶ undoing ──all stopped──▶ failed
+         (once the others settled)              └──refused──▶ failed (both run)
 
-New workers come up on every node first; only when all are ready does data leave the old ones, and only when the
-scheduler confirms that an old worker holds no only copy of a key is it stopped. A failure before that point takes the
-new workers away again, data first, and leaves the old as they were. Whoever carries the commands out feeds what became
-true back in; the machine asks for nothing twice.
+New workers are up on every node of the wave before data leaves the old ones, and only when the scheduler confirms that
+an old worker is out, with no only copy of a key on it, is it stopped. Until then a failure takes the new ones away
+again, data first, and leaves the old as they were. With ``replace`` the old go first, their data to other nodes::
+
+    retiring ──confirmed──▶ stopping ──all stopped──▶ starting ──all started──▶ done
+       │                                                  │
+       └─refused─▶ failed (old run)                       └─failed─▶ restoring (the old plan) ──▶ failed
+
+A :class:`Rollout` is waves, one after the other, with pauses, and with what happens when one fails: those before it are
+brought back, or left, or the next ones go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, assert_never
 
-Phase = Literal["starting", "retiring", "stopping", "returning", "undoing", "done", "failed"]
+Strategy = Literal["surge", "replace"]
+OnFailure = Literal["rollback", "stop", "continue"]
+Phase = Literal["new", "starting", "retiring", "stopping", "returning", "undoing", "restoring", "done", "failed"]
 
 
 @dataclass(frozen=True)
 class NodeChange:
-    """The named workers that go from and come to one node."""
+    """The named workers that go from and come to one node.
+
+    Attributes
+    ----------
+    node
+        The node.
+    go, come
+        Names of the workers that go, and that come.
+    back
+        Names for workers like those that go, in case they must be started again (``replace`` only).
+    """
 
     node: str
     go: tuple[str, ...] = ()
     come: tuple[str, ...] = ()
+    back: tuple[str, ...] = ()
+
+
+# -- what became true --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Started:
-    """A node's new workers have all joined the scheduler."""
+    """A node's workers, new ones or those restored, have all joined the scheduler."""
 
     node: str
 
 
 @dataclass(frozen=True)
 class StartFailed:
-    """A node's new workers failed or were late; none of them runs."""
+    """A node's workers failed, were late, or the node is lost; none of them runs."""
 
     node: str
     why: str
@@ -49,7 +70,7 @@ class StartFailed:
 
 @dataclass(frozen=True)
 class Retired:
-    """The scheduler confirmed: the workers asked about hold no only copy of a key and get no more tasks."""
+    """The workers asked about are out of the scheduler, and no only copy of a key is on them."""
 
 
 @dataclass(frozen=True)
@@ -66,97 +87,119 @@ class Stopped:
     node: str
 
 
-Event = Started | StartFailed | Retired | RetireRefused | Stopped
+@dataclass(frozen=True)
+class Cancelled:
+    """Somebody wants the wave to end with the old workers, if that is still possible."""
+
+    why: str
+
+
+Event = Started | StartFailed | Retired | RetireRefused | Stopped | Cancelled
+
+
+# -- what to do --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Start:
-    """Start a node's new workers."""
+    """Start workers on a node; the named ones are `come` or `back` of its change."""
 
-    change: NodeChange
+    node: str
+    workers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class RetireOld:
-    """Move data off all old workers, and take them from the scheduler when that is done."""
+    """Move data off the old workers of all nodes of the wave, and take them from the scheduler."""
 
     workers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class RetireNew:
-    """Move data off the new workers, back to the old."""
+    """Move data off the new workers, back to the old, and take them from the scheduler."""
 
     workers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Stop:
-    """End processes of a node's workers that hold nothing any more."""
+    """End processes of workers that are out of the scheduler."""
 
     node: str
     workers: tuple[str, ...]
 
 
-Command = Start | RetireOld | RetireNew | Stop
+@dataclass(frozen=True)
+class GiveUpRetiring:
+    """Stop moving data; the answer is a refusal, or a confirmation that was quicker."""
+
+
+Command = Start | RetireOld | RetireNew | Stop | GiveUpRetiring
+Step = tuple["Wave", Sequence[Command]]
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """The state of one change.
+class Wave:
+    """The state of one wave.
 
     Attributes
     ----------
     changes
         One per node.
+    strategy
+        The order in which old and new workers take turns.
+    tolerant
+        Whether nodes whose new workers do not start are left out, instead of failing the others.
     phase
-        See the drawing above.
+        See the drawings above.
     waiting
         Nodes whose answer is due in this phase.
     started
         Nodes whose new workers run.
     failures
-        What went wrong: (node, or "" for all, and why).
+        What went wrong: node, or "" for all, and why.
     both
         Whether old and new workers run side by side in the end, because neither could be retired.
+    cancelled
+        Why the wave is to end with the old workers.
     """
 
     changes: tuple[NodeChange, ...]
-    phase: Phase = "starting"
+    strategy: Strategy = "surge"
+    tolerant: bool = False
+    phase: Phase = "new"
     waiting: frozenset[str] = frozenset()
     started: frozenset[str] = frozenset()
+    restored: frozenset[str] = frozenset()
     failures: tuple[tuple[str, str], ...] = ()
     both: bool = False
+    cancelled: str | None = None
 
     @property
     def over(self) -> bool:
         """Whether nothing more will happen."""
         return self.phase in ("done", "failed")
 
+    @property
+    def failed_nodes(self) -> frozenset[str]:
+        """Nodes that have not got their new workers, or not only them."""
+        if self.phase == "failed":
+            return frozenset(change.node for change in self.changes)
+        return frozenset(node for node, _ in self.failures if node)
 
-Step = tuple[Rollout, Sequence[Command]]
-
-
-def begin(changes: Sequence[NodeChange]) -> Step:
-    """Return a new rollout and its first commands.
-
-    Raises
-    ------
-    ValueError
-        When a node has more than one change, or a worker would both go and come.
-    """
-    nodes = [change.node for change in changes]
-    workers = [worker for change in changes for worker in (*change.go, *change.come)]
-    if len(set(nodes)) != len(nodes) or len(set(workers)) != len(workers):
-        raise ValueError(f"a node or a worker is in more than one change: {list(changes)}")
-    coming = [change for change in changes if change.come]
-    rollout = Rollout(tuple(changes), waiting=frozenset(change.node for change in coming))
-    if not coming:
-        return _retire(rollout)
-    return rollout, [Start(change) for change in coming]
+    def workers(self, what: Literal["go", "come"], nodes: frozenset[str] | None = None) -> tuple[str, ...]:
+        """Return names over all, or the given, nodes."""
+        chosen = [change for change in self.changes if nodes is None or change.node in nodes]
+        return tuple(worker for change in chosen for worker in getattr(change, what))
 
 
-def advance(rollout: Rollout, event: Event) -> Step:
+def begin(wave: Wave) -> Step:
+    """Return a wave's first state after ``new``, and its first commands."""
+    return _start(wave) if wave.strategy == "surge" else _retire(wave)
+
+
+def advance(wave: Wave, event: Event) -> Step:
     """Return what follows from an event: the next state, and the commands to carry out now.
 
     Raises
@@ -165,55 +208,251 @@ def advance(rollout: Rollout, event: Event) -> Step:
         When the event cannot be true in this state.
     """
     match event:
-        case Started(node) if rollout.phase == "starting" and node in rollout.waiting:
-            return _start_settled(replace(rollout, started=rollout.started | {node}), node)
-        case StartFailed(node, why) if rollout.phase == "starting" and node in rollout.waiting:
-            return _start_settled(replace(rollout, failures=(*rollout.failures, (node, why))), node)
-        case Retired() if rollout.phase == "retiring":
-            return _stop(rollout, "stopping", {c.node: c.go for c in rollout.changes})
-        case Retired() if rollout.phase == "returning":
-            return _stop(rollout, "undoing", {c.node: c.come for c in rollout.changes if c.node in rollout.started})
-        case RetireRefused(why) if rollout.phase == "retiring":
-            return _return(replace(rollout, failures=(*rollout.failures, ("", why))))
-        case RetireRefused(why) if rollout.phase == "returning":
-            failures = (*rollout.failures, ("", why))
-            return replace(rollout, phase="failed", both=True, failures=failures), []
-        case Stopped(node) if rollout.phase in ("stopping", "undoing") and node in rollout.waiting:
-            return _stop_settled(replace(rollout, waiting=rollout.waiting - {node}))
+        case Started(node) if wave.phase == "starting" and node in wave.waiting:
+            return _start_settled(replace(wave, started=wave.started | {node}), node)
+        case StartFailed(node, why) if wave.phase == "starting" and node in wave.waiting:
+            return _start_settled(replace(wave, failures=(*wave.failures, (node, why))), node)
+        case Started(node) if wave.phase == "restoring" and node in wave.waiting:
+            return _restore_settled(replace(wave, restored=wave.restored | {node}), node)
+        case StartFailed(node, why) if wave.phase == "restoring" and node in wave.waiting:
+            return _restore_settled(replace(wave, failures=(*wave.failures, (node, f"not restored: {why}"))), node)
+        case Retired() if wave.phase == "retiring":
+            return _stop(wave, "stopping", {c.node: c.go for c in _going_on(wave)})
+        case Retired() if wave.phase == "returning":
+            return _stop(wave, "undoing", {c.node: c.come for c in wave.changes if c.node in wave.started})
+        case RetireRefused(why) if wave.phase == "retiring":
+            refused = replace(wave, failures=(*wave.failures, ("", wave.cancelled or why)))
+            return _return(refused)
+        case RetireRefused(why) if wave.phase == "returning":
+            return replace(wave, phase="failed", both=True, failures=(*wave.failures, ("", why))), []
+        case Stopped(node) if wave.phase in ("stopping", "undoing") and node in wave.waiting:
+            return _stop_settled(replace(wave, waiting=wave.waiting - {node}))
+        case Cancelled(why):
+            return _cancel(wave, why)
         case Started() | StartFailed() | Retired() | RetireRefused() | Stopped():
-            raise ValueError(f"{event} cannot happen while {rollout.phase}, waiting for {sorted(rollout.waiting)}")
+            raise ValueError(f"{event} cannot happen while {wave.phase}, waiting for {sorted(wave.waiting)}")
         case _:
             assert_never(event)
 
 
-def _start_settled(rollout: Rollout, node: str) -> Step:
-    rollout = replace(rollout, waiting=rollout.waiting - {node})
-    if rollout.waiting:
-        return rollout, []
-    return _return(rollout) if rollout.failures else _retire(rollout)
+def _going_on(wave: Wave) -> list[NodeChange]:
+    """Return the changes of the nodes that did not fail to start."""
+    failed = {node for node, _ in wave.failures}
+    return [change for change in wave.changes if change.node not in failed]
 
 
-def _retire(rollout: Rollout) -> Step:
-    old = tuple(worker for change in rollout.changes for worker in change.go)
-    if not old:
-        return replace(rollout, phase="done"), []
-    return replace(rollout, phase="retiring"), [RetireOld(old)]
+def _start(wave: Wave) -> Step:
+    coming = [change for change in wave.changes if change.come]
+    wave = replace(wave, phase="starting", waiting=frozenset(change.node for change in coming))
+    if coming:
+        return wave, [Start(change.node, change.come) for change in coming]
+    return _retire(wave) if wave.strategy == "surge" else (replace(wave, phase="done"), [])
 
 
-def _return(rollout: Rollout) -> Step:
-    new = tuple(worker for change in rollout.changes if change.node in rollout.started for worker in change.come)
+def _start_settled(wave: Wave, node: str) -> Step:
+    wave = replace(wave, waiting=wave.waiting - {node})
+    if wave.waiting:
+        return wave, []
+    if wave.strategy == "replace":
+        return _restore(wave) if wave.failures else (replace(wave, phase="done"), [])
+    if wave.cancelled is not None:
+        return _return(replace(wave, failures=(*wave.failures, ("", wave.cancelled))))
+    if not wave.failures or (wave.tolerant and _going_on(wave)):
+        return _retire(wave)
+    return _return(wave)
+
+
+def _retire(wave: Wave) -> Step:
+    old = tuple(worker for change in _going_on(wave) for worker in change.go)
+    wave = replace(wave, phase="retiring")
+    if old:
+        return wave, [RetireOld(old)]
+    return _stop(wave, "stopping", {})
+
+
+def _return(wave: Wave) -> Step:
+    new = wave.workers("come", wave.started)
     if not new:
-        return replace(rollout, phase="failed"), []
-    return replace(rollout, phase="returning"), [RetireNew(new)]
+        return replace(wave, phase="failed"), []
+    return replace(wave, phase="returning"), [RetireNew(new)]
 
 
-def _stop(rollout: Rollout, phase: Phase, workers: dict[str, tuple[str, ...]]) -> Step:
+def _stop(wave: Wave, phase: Phase, workers: Mapping[str, tuple[str, ...]]) -> Step:
     ending = {node: names for node, names in workers.items() if names}
-    rollout = replace(rollout, phase=phase, waiting=frozenset(ending))
-    return rollout, [Stop(node, names) for node, names in ending.items()]
+    wave = replace(wave, phase=phase, waiting=frozenset(ending))
+    if not ending:
+        return _stop_settled(wave)
+    return wave, [Stop(node, names) for node, names in ending.items()]
 
 
-def _stop_settled(rollout: Rollout) -> Step:
-    if rollout.waiting:
-        return rollout, []
-    return replace(rollout, phase="done" if rollout.phase == "stopping" else "failed"), []
+def _stop_settled(wave: Wave) -> Step:
+    if wave.waiting:
+        return wave, []
+    if wave.phase == "undoing":
+        return replace(wave, phase="failed"), []
+    if wave.strategy == "surge":
+        return replace(wave, phase="done"), []
+    return _start(wave)
+
+
+def _restore(wave: Wave) -> Step:
+    """Start the old plan of nodes that are empty now; those whose new workers came keep them."""
+    empty = [change for change in wave.changes if change.node not in wave.started and change.back]
+    wave = replace(wave, phase="restoring", waiting=frozenset(change.node for change in empty))
+    if not empty:
+        return replace(wave, phase="failed"), []
+    return wave, [Start(change.node, change.back) for change in empty]
+
+
+def _restore_settled(wave: Wave, node: str) -> Step:
+    wave = replace(wave, waiting=wave.waiting - {node})
+    return (wave, []) if wave.waiting else (replace(wave, phase="failed"), [])
+
+
+def _cancel(wave: Wave, why: str) -> Step:
+    """Remember it where the old workers can still be had; data that is on its way is asked to stop."""
+    if wave.cancelled is not None or wave.over:
+        return wave, []
+    if wave.phase in ("new", "starting") and wave.strategy == "surge":
+        return replace(wave, cancelled=why), []
+    if wave.phase == "retiring":
+        return replace(wave, cancelled=why), [GiveUpRetiring()]
+    return wave, []
+
+
+# -- many waves --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Waves, one after the other.
+
+    Attributes
+    ----------
+    waves
+        Nodes of each wave, in order.
+    on_failure
+        What happens to the others when a wave fails: ``rollback`` brings those that were changed back, ``stop`` leaves
+        them, ``continue`` goes on.
+    position
+        Index of the next wave.
+    state
+        ``running`` a wave, ``paused`` before the next, ``back`` while changed nodes are brought back, or ``over``.
+    pausing
+        Whether to pause when the wave that runs has ended.
+    changed, failed
+        Nodes that have their new workers, and that have not.
+    cancelled
+        Why no further wave begins.
+    """
+
+    waves: tuple[tuple[str, ...], ...]
+    on_failure: OnFailure = "rollback"
+    position: int = 0
+    state: Literal["new", "running", "paused", "back", "over"] = "new"
+    pausing: bool = False
+    changed: tuple[str, ...] = ()
+    failed: tuple[str, ...] = field(default=())
+    cancelled: str | None = None
+
+
+@dataclass(frozen=True)
+class WaveEnded:
+    """The wave that ran has ended; `failed` names its nodes that have not got their new workers."""
+
+    failed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class BackEnded:
+    """The nodes that were to be brought back are back, but for `failed`."""
+
+    failed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Begin no further wave until :class:`Resume`."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on."""
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Begin no further wave, and treat what was changed as `on_failure` says."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class RunWave:
+    """Change these nodes."""
+
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RunBack:
+    """Bring these nodes back to the plan they had."""
+
+    nodes: tuple[str, ...]
+
+
+RolloutEvent = WaveEnded | BackEnded | Pause | Resume | Cancel
+RolloutCommand = RunWave | RunBack
+RolloutStep = tuple[Rollout, RolloutCommand | None]
+
+
+def roll(rollout: Rollout) -> RolloutStep:
+    """Return a rollout's first state after ``new``, and its first command."""
+    return _next(rollout)
+
+
+def roll_on(rollout: Rollout, event: RolloutEvent) -> RolloutStep:
+    """Return what follows from an event.
+
+    Raises
+    ------
+    ValueError
+        When the event cannot be true in this state.
+    """
+    match event:
+        case WaveEnded(failed) if rollout.state == "running":
+            nodes = rollout.waves[rollout.position]
+            rollout = replace(
+                rollout,
+                position=rollout.position + 1,
+                changed=(*rollout.changed, *(node for node in nodes if node not in failed)),
+                failed=(*rollout.failed, *(node for node in nodes if node in failed)),
+            )
+            return _next(rollout)
+        case BackEnded(failed) if rollout.state == "back":
+            return replace(rollout, state="over", changed=tuple(n for n in rollout.changed if n in failed)), None
+        case Pause():
+            return (rollout if rollout.state == "over" else replace(rollout, pausing=True)), None
+        case Resume():
+            rollout = replace(rollout, pausing=False)
+            return _next(rollout) if rollout.state == "paused" else (rollout, None)
+        case Cancel(why):
+            rollout = replace(rollout, cancelled=rollout.cancelled or why)
+            return _next(rollout) if rollout.state == "paused" else (rollout, None)
+        case WaveEnded() | BackEnded():
+            raise ValueError(f"{event} cannot happen while {rollout.state}")
+        case _:
+            assert_never(event)
+
+
+def _next(rollout: Rollout) -> RolloutStep:
+    bad = bool(rollout.failed) and rollout.on_failure != "continue"
+    if bad or rollout.cancelled is not None:
+        if rollout.on_failure != "stop" and rollout.changed:
+            return replace(rollout, state="back"), RunBack(rollout.changed)
+        return replace(rollout, state="over"), None
+    if rollout.position == len(rollout.waves):
+        return replace(rollout, state="over"), None
+    if rollout.pausing:
+        return replace(rollout, state="paused"), None
+    return replace(rollout, state="running"), RunWave(rollout.waves[rollout.position])

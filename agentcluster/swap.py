@@ -1,4 +1,4 @@
-"""One change of workers carried out: the commands of a rollout turned into calls, and measured.
+"""One wave carried out: the commands of a :class:`~agentcluster.rollout.Wave` turned into calls, and measured.
 
 :class:`Swap` sits between the pure :mod:`agentcluster.rollout` and the two things that can act: the agents, by RPC, and
 :mod:`agentcluster.evacuation`, on the scheduler's own state. It settles each node's plan when it is over, whatever
@@ -10,31 +10,34 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distributed import Scheduler
 
 from agentcluster.allocate import Change
-from agentcluster.errors import AgentClusterError, SwapError, WorkerStartError
-from agentcluster.evacuation import Evacuation, evacuate
+from agentcluster.errors import AgentClusterError, WorkerStartError
+from agentcluster.evacuation import Drain, Evacuation, Progress, evacuate
 from agentcluster.model import Mode, NodeReport, WorkerSpec, WorkerState, from_wire, to_wire
 from agentcluster.registry import Node
 from agentcluster.rollout import (
+    Cancelled,
     Command,
     Event,
+    GiveUpRetiring,
     NodeChange,
     Retired,
     RetireNew,
     RetireOld,
     RetireRefused,
-    Rollout,
     Start,
     Started,
     StartFailed,
     Stop,
     Stopped,
+    Strategy,
+    Wave,
     advance,
     begin,
 )
@@ -42,101 +45,208 @@ from agentcluster.rollout import (
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Seconds that each step of a swap may take.
+
+    Attributes
+    ----------
+    start
+        For all new workers of a node to join.
+    drain
+        For running tasks to end.
+    retire
+        For all data to move, after that.
+    stop
+        For a node's old workers to end.
+    """
+
+    start: float
+    drain: float
+    retire: float
+    stop: float
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What is to change on one node.
+
+    Attributes
+    ----------
+    node
+        The node.
+    change
+        Which workers stay, go and come.
+    named
+        The workers that come, by name.
+    mode
+        The mode that the node has afterwards.
+    strategy, because
+        Whether the new workers come before the old go, and why not, when they do not.
+    """
+
+    node: Node
+    change: Change
+    named: Mapping[str, WorkerSpec]
+    mode: Mode
+    strategy: Strategy = "surge"
+    because: str = ""
+
+
 @dataclass
 class Swap:
-    """Carries out one :class:`~agentcluster.rollout.Rollout`.
+    """Carries out one wave.
 
     Parameters
     ----------
     scheduler
         The scheduler, in this process.
-    nodes
-        Node name -> the node.
-    changes
-        Node name -> which workers stay, go and come.
-    named
-        Node name -> the workers that come, by name.
-    modes
-        Node name -> the mode that it has afterwards.
-    start_timeout, retire_timeout, stop_timeout
-        Seconds for all new workers to join, for all data to move, and for a node's old workers to end.
+    proposals
+        Node name -> what is to change there; all of one strategy.
+    limits
+        Seconds for each step.
+    drain
+        What happens to running tasks, and to data.
+    tolerant
+        Whether a node whose workers do not start is left out.
+    tell
+        Called with a node's name, the step that it is in, and facts about it.
     """
 
     scheduler: Scheduler
-    nodes: Mapping[str, Node]
-    changes: Mapping[str, Change]
-    named: Mapping[str, Mapping[str, WorkerSpec]]
-    modes: Mapping[str, Mode]
-    start_timeout: float
-    retire_timeout: float
-    stop_timeout: float
+    proposals: Mapping[str, Proposal]
+    limits: Limits
+    drain: Drain = "tasks"
+    tolerant: bool = False
+    tell: Callable[[str, str, Mapping[str, Any]], None] = lambda node, step, facts: None
     evacuation: Evacuation = field(default_factory=Evacuation)
+    wave: Wave = field(default_factory=lambda: Wave(()))
 
     def __post_init__(self) -> None:
+        self.causes: list[AgentClusterError] = []
         self._seconds: dict[tuple[str, str], float] = {}
-        self._causes: list[AgentClusterError] = []
         self._started: dict[str, list[WorkerState]] = {}
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._moving: asyncio.Task[Evacuation] | None = None
+        strategies = {proposal.strategy for proposal in self.proposals.values()}
+        changes = []
+        self._back: dict[str, dict[str, WorkerSpec]] = {}
+        for name, proposal in self.proposals.items():
+            back: tuple[str, ...] = ()
+            if proposal.strategy == "replace":
+                back = tuple(proposal.node.take_names(len(proposal.change.go)))
+                specs = [proposal.node.plan.workers[worker] for worker in proposal.change.go]
+                self._back[name] = dict(zip(back, specs, strict=True))
+            changes.append(NodeChange(name, proposal.change.go, tuple(proposal.named), back))
+        [strategy] = strategies or {"surge"}
+        self.wave = Wave(tuple(changes), strategy, self.tolerant)
 
-    async def run(self) -> None:
-        """Go from the old plans to the new; raise :class:`SwapError` when that failed."""
-        rollout = self._rollout = Rollout(())
+    def cancel(self, why: str) -> None:
+        """End with the old workers, if that is still possible."""
+        self._events.put_nowait(Cancelled(why))
+
+    async def run(self) -> Wave:
+        """Carry the wave out; return how it ended. Each node's plan says then what is true."""
         try:
-            for node in self.nodes.values():
-                node.to("swap")
-            rollout = await self._drive()
+            for name, proposal in self.proposals.items():
+                proposal.node.to("swap")
+                self.tell(name, "swap", {"strategy": proposal.strategy})
+            await self._drive()
         finally:
-            for name, node in self.nodes.items():
-                if node.state == "swapping":
-                    self._settle(name, node, self._rollout)
-        if rollout.phase != "done":
-            raise self._error(rollout)
+            for name, proposal in self.proposals.items():
+                if proposal.node.state == "swapping":
+                    self._settle(name, proposal)
+        return self.wave
 
-    async def _drive(self) -> Rollout:
-        events: asyncio.Queue[Event] = asyncio.Queue()
+    async def _drive(self) -> None:
         running: set[asyncio.Task[None]] = set()
 
         def carry_out(commands: Iterable[Command]) -> None:
             for command in commands:
-                task = asyncio.create_task(self._do(command, events))
+                if isinstance(command, GiveUpRetiring):
+                    if self._moving is not None:
+                        self._moving.cancel()
+                    continue
+                task = asyncio.create_task(self._do(command))
                 running.add(task)
                 task.add_done_callback(running.discard)
 
         try:
-            rollout, commands = begin(
-                [NodeChange(name, change.go, tuple(self.named[name])) for name, change in self.changes.items()]
-            )
+            self.wave, commands = begin(self.wave)
             carry_out(commands)
-            self._rollout = rollout
-            while not rollout.over:
-                rollout, commands = advance(rollout, await events.get())
-                self._rollout = rollout
+            while not self.wave.over:
+                self.wave, commands = advance(self.wave, await self._events.get())
                 carry_out(commands)
-            return rollout
         finally:
             for task in running:
                 task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
 
-    async def _do(self, command: Command, events: asyncio.Queue[Event]) -> None:
+    async def _do(self, command: Command) -> None:
         began = time.perf_counter()
         match command:
-            case Start(change):
-                events.put_nowait(await self._start(change))
-                self._seconds["start", change.node] = time.perf_counter() - began
+            case Start(node, workers):
+                self.tell(node, "start", {"workers": workers})
+                event = await self._start(node, workers)
+                self._seconds["start", node] = time.perf_counter() - began
             case RetireOld(workers):
-                events.put_nowait(await self._retire(workers))
-                for name, each in self.changes.items():
-                    if each.go:
-                        self._seconds["retire", name] = time.perf_counter() - began
+                event = await self._retire(workers, self.drain)
+                for name, proposal in self.proposals.items():
+                    if proposal.change.go:
+                        self._seconds["retire", name] = time.perf_counter() - began - self.evacuation.drain
+                        self._seconds["drain", name] = self.evacuation.drain
             case RetireNew(workers):
-                events.put_nowait(await self._retire(workers, back=True))
+                event = await self._retire(workers, "data", back=True)
             case Stop(node, workers):
+                self.tell(node, "stop", {"workers": workers})
                 await self._stop(node, workers)
                 self._seconds["stop", node] = time.perf_counter() - began
-                events.put_nowait(Stopped(node))
+                event = Stopped(node)
+            case _:
+                raise AssertionError(command)
+        self._events.put_nowait(event)
 
-    async def _retire(self, workers: tuple[str, ...], back: bool = False) -> Event:
+    async def _start(self, node: str, workers: tuple[str, ...]) -> Event:
+        named = {**self.proposals[node].named, **self._back.get(node, {})}
+        specs = to_wire({worker: named[worker] for worker in workers})
         try:
-            evacuation = await evacuate(self.scheduler, workers, self.retire_timeout)
+            # The agent ends a late start itself, within the timeout that it is given.
+            async with asyncio.timeout(self.limits.start + self.limits.stop):
+                answer = await self._agent(node).start_workers(specs=specs, timeout=self.limits.start)
+            if "failures" in answer:
+                cause = WorkerStartError(node, answer["failures"])
+                self.causes.append(cause)
+                return StartFailed(node, str(cause))
+            self._started[node] = [from_wire(WorkerState, state) for state in answer["states"]]
+        except asyncio.CancelledError:
+            await asyncio.shield(self._stop(node, workers))
+            raise
+        except Exception as error:  # whatever an agent raises or answers must end the change, not hang it
+            # It may be late only: what it still starts belongs to no plan.
+            await self._stop(node, workers)
+            return StartFailed(node, f"the agent on {node} failed: {error or type(error).__name__}")
+        return Started(node)
+
+    async def _retire(self, workers: tuple[str, ...], drain: Drain, back: bool = False) -> Event:
+        def progress(now: Progress) -> None:
+            for name, proposal in self.proposals.items():
+                if proposal.change.go:
+                    self.tell(name, "retire", vars(now))
+
+        self._moving = asyncio.ensure_future(
+            evacuate(
+                self.scheduler,
+                workers,
+                self.limits.retire,
+                drain=drain,
+                drain_timeout=self.limits.drain,
+                progress=progress,
+            )
+        )
+        try:
+            evacuation = await self._moving
+        except asyncio.CancelledError:
+            return RetireRefused("the moving of data was given up")
         except Exception as error:  # a fault in the scheduler must end the change, not hang it
             logger.exception("Moving data off %s failed", ", ".join(workers))
             return RetireRefused(f"moving data failed: {error!r}")
@@ -144,79 +254,75 @@ class Swap:
             self.evacuation = evacuation
         return RetireRefused(evacuation.problem) if evacuation.problem else Retired()
 
-    async def _start(self, change: NodeChange) -> Event:
-        specs = to_wire(self.named[change.node])
-        try:
-            # The agent ends a late start itself, within the timeout that it is given.
-            async with asyncio.timeout(self.start_timeout + self.stop_timeout):
-                answer = await self._agent(change.node).start_workers(specs=specs, timeout=self.start_timeout)
-            if "failures" in answer:
-                cause = WorkerStartError(change.node, answer["failures"])
-                self._causes.append(cause)
-                return StartFailed(change.node, str(cause))
-            self._started[change.node] = [from_wire(WorkerState, state) for state in answer["states"]]
-        except asyncio.CancelledError:
-            await asyncio.shield(self._stop(change.node, change.come))
-            raise
-        except Exception as error:  # whatever an agent raises or answers must end the change, not hang it
-            # It may be late only: what it still starts belongs to no plan.
-            await self._stop(change.node, change.come)
-            return StartFailed(change.node, f"the agent on {change.node} failed: {error or type(error).__name__}")
-        return Started(change.node)
-
     async def _stop(self, node: str, workers: tuple[str, ...]) -> None:
         try:
-            async with asyncio.timeout(2 * self.stop_timeout):
-                await self._agent(node).stop_workers(names=list(workers), timeout=self.stop_timeout)
+            async with asyncio.timeout(2 * self.limits.stop):
+                await self._agent(node).stop_workers(names=list(workers), timeout=self.limits.stop)
         except Exception as error:  # the scheduler turns whatever the agent raised into a plain Exception
             # The workers hold nothing and are out of the scheduler; if the agent is gone they ended with it.
             logger.warning("Node %s did not confirm the end of %s: %s", node, ", ".join(workers), error)
 
-    def _settle(self, name: str, node: Node, rollout: Rollout) -> None:
-        change, came = self.changes[name], self.named[name]
-        if rollout.phase == "done":
-            keep = {worker: spec for worker, spec in change.keep.items() if worker in node.plan.workers}
-            node.adopt(self.modes[name], {**keep, **came})
-        elif rollout.both:
-            started = name in rollout.started
-            node.adopt(
-                self.modes[name] if started else node.plan.mode, {**node.plan.workers, **(came if started else {})}
-            )
+    def _agent(self, node: str) -> Any:
+        return self.scheduler.rpc(self.proposals[node].node.address)
+
+    # -- what is true afterwards ---------------------------------------------------------------------------------------
+
+    def _settle(self, name: str, proposal: Proposal) -> None:
+        node, wave = proposal.node, self.wave
+        there = {str(ws.name) for ws in self.scheduler.workers.values()}
+        old = {worker: spec for worker, spec in node.plan.workers.items() if worker not in proposal.change.go}
+        if (name not in wave.failed_nodes and wave.over) or (wave.strategy == "replace" and name in wave.started):
+            node.adopt(proposal.mode, {**old, **proposal.named})
+        elif wave.strategy == "replace" and wave.workers("go", frozenset([name])) and self._gone(proposal, there):
+            restored = self._back[name] if name in wave.restored else {}
+            node.adopt(node.plan.mode, {**old, **restored})
+        elif wave.both and name in wave.started:
+            node.adopt(proposal.mode, {**node.plan.workers, **proposal.named})
         elif not node.plan.revision:
             node.to("refused")
-            node.problem = "; ".join(why for _, why in rollout.failures) or "it was not given its workers"
+            node.problem = self.why() or "it was not given its workers"
             return
         else:
             node.settle()
         for state in self._started.get(name, ()):
             if state.name in node.plan.workers:
                 node.workers[state.name] = state
+        self.tell(name, node.state, {"workers": tuple(node.plan.workers)})
         logger.info("Node %s runs %d workers in mode %s", name, len(node.plan.workers), node.plan.mode.name)
 
-    def _agent(self, node: str) -> Any:
-        return self.scheduler.rpc(self.nodes[node].address)
+    def _gone(self, proposal: Proposal, there: set[str]) -> bool:
+        return not any(worker in there for worker in proposal.change.go)
 
-    def _error(self, rollout: Rollout) -> SwapError:
-        why = "; ".join(dict.fromkeys(why for _, why in rollout.failures)) or "the change was cancelled"
-        state = (
-            "old and new workers both run, because the new ones hold data too"
-            if rollout.both
-            else "the workers that ran before still run, nothing was lost"
-        )
-        error = SwapError(why, state)
-        error.__cause__ = self._causes[0] if self._causes else None
-        return error
+    def why(self) -> str:
+        """Return what went wrong, in one sentence; "" when nothing did."""
+        return "; ".join(dict.fromkeys(why for _, why in self.wave.failures))
 
     def report(self, name: str) -> NodeReport:
-        """Return what was done, or would be, on one node."""
-        change = self.changes[name]
-        return NodeReport(
-            node=name,
-            mode=self.modes[name].name,
-            old=change.go,
-            new=tuple(self.named[name]),
-            kept=tuple(change.keep),
-            keys=sum(self.evacuation.keys.get(worker, 0) for worker in change.go),
-            nbytes=sum(self.evacuation.nbytes.get(worker, 0) for worker in change.go),
-            **{step: self._seconds.get((step, name), 0.0) for step in ("start", "retire", "stop")},
+        """Return what was done on one node."""
+        go = self.proposals[name].change.go
+        return replace(
+            planned(name, self.proposals[name]),
+            keys=sum(self.evacuation.keys.get(worker, 0) for worker in go),
+            nbytes=sum(self.evacuation.nbytes.get(worker, 0) for worker in go),
+            rerun=sum(self.evacuation.rerun.get(worker, 0) for worker in go),
+            start=self._step("start", name),
+            drain=self._step("drain", name),
+            retire=self._step("retire", name),
+            stop=self._step("stop", name),
         )
+
+    def _step(self, step: str, name: str) -> float:
+        return max(0.0, self._seconds.get((step, name), 0.0))
+
+
+def planned(name: str, proposal: Proposal) -> NodeReport:
+    """Return what is to be done on one node."""
+    return NodeReport(
+        node=name,
+        mode=proposal.mode.name,
+        strategy=proposal.strategy,
+        because=proposal.because,
+        old=proposal.change.go,
+        new=tuple(proposal.named),
+        kept=tuple(proposal.change.keep),
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -13,7 +15,7 @@ import dask
 import psutil
 import pytest
 from conftest import wait_until
-from distributed import Client, Nanny, Scheduler, Worker, rpc
+from distributed import Client, Nanny, Scheduler, SchedulerPlugin, Worker, rpc
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,10 +29,9 @@ STOP = 10.0
 #: For a worker that dies while it starts, from the moment on at which a file exists.
 DIES = """
 import os
-from pathlib import Path
 
 def dask_setup(worker):
-    if Path(__file__).with_name("die").exists():
+    if os.path.exists({file!r}):
         os._exit(3)
 """
 
@@ -45,6 +46,10 @@ async def dask_setup(worker):
 
 class OwnNanny(Nanny):
     """A user's class of nanny."""
+
+
+class OwnWorker(Worker):
+    """A user's class of worker."""
 
 
 class Plain:
@@ -73,7 +78,7 @@ def worker(cls: Any = "distributed.Nanny", **more: Any) -> WorkerSpec:
 
 @pytest.fixture
 async def scheduler() -> AsyncIterator[Scheduler]:
-    async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler:
+    async with Scheduler(host="127.0.0.1", port=0, dashboard_address=":0") as scheduler:
         yield scheduler
 
 
@@ -128,18 +133,25 @@ def supervisor(supervise: Factory) -> Watched:
 
 def kill(supervisor: Watched, name: str) -> int:
     state = supervisor.state(name)
-    assert state is not None and state.pid is not None
+    assert state is not None
+    assert state.pid is not None
     os.kill(state.pid, signal.SIGKILL)
     return state.pid
 
 
 def workers_now() -> set[int]:
-    """Return the pids of worker processes that descend from this one; a zombie is none."""
-    return {
-        child.pid
-        for child in psutil.Process().children(recursive=True)
-        if child.status() != psutil.STATUS_ZOMBIE and any("Dask Worker" in part for part in child.cmdline())
-    }
+    """Return the pids of the processes below this one, less those that multiprocessing keeps; a zombie is none."""
+    server: Any = multiprocessing.forkserver._forkserver
+    tracker: Any = multiprocessing.resource_tracker._resource_tracker
+    below = filter(_lives, psutil.Process().children(recursive=True))
+    return {child.pid for child in below} - {server._forkserver_pid, tracker._pid}
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 # -- starting and stopping ---------------------------------------------------------------------------------------------
@@ -147,7 +159,7 @@ def workers_now() -> set[int]:
 
 async def test_start_and_stop(supervisor: Watched, scheduler: Scheduler) -> None:
     states = await supervisor.start({"n-0": worker(), "n-1": worker(resources={"CPU": 1.0})}, START)
-    assert [(state.name, state.state, state.restarts) for state in states] == [("n-0", "running", 0)] * 0 + [
+    assert [(state.name, state.state, state.restarts) for state in states] == [
         ("n-0", "running", 0),
         ("n-1", "running", 0),
     ]
@@ -165,7 +177,8 @@ async def test_start_and_stop(supervisor: Watched, scheduler: Scheduler) -> None
     assert supervisor.states() == ()
     assert not any(psutil.pid_exists(pid or 0) for pid in pids)
     await supervisor.close(STOP)
-    assert not supervisor.said("n-0", "retired") and not supervisor.said("n-0", "failed")
+    assert not supervisor.said("n-0", "retired")
+    assert not supervisor.said("n-0", "failed")
 
 
 async def test_stopping_twice_at_once(supervisor: Watched) -> None:
@@ -201,7 +214,7 @@ async def test_all_or_none(supervisor: Watched, scheduler: Scheduler, bad: dict[
     assert set(caught.value.failures) == {"n-2"}
     assert supervisor.states() == (before,)
     await wait_until(lambda: {ws.name for ws in scheduler.workers.values()} == {"n-0"})
-    assert workers_now() == {before.pid}
+    await wait_until(lambda: workers_now() == {before.pid})
 
 
 async def test_a_late_start(supervisor: Watched, scheduler: Scheduler, tmp_path: Path) -> None:
@@ -286,25 +299,31 @@ async def test_a_nanny_of_the_users_own_is_watched_too(supervisor: Watched, cls:
 
 
 async def test_a_worker_without_nanny_lives_in_this_process(supervisor: Watched, scheduler: Scheduler) -> None:
-    (state,) = await supervisor.start({"n-0": worker("distributed.Worker")}, START)
+    state, other = await supervisor.start({"n-0": worker("distributed.Worker"), "n-1": worker()}, START)
     assert state.state == "running"
-    assert state.address in scheduler.workers
-    assert not workers_now()
+    assert workers_now() == {other.pid}
     async with Client(scheduler.address, asynchronous=True) as client:
-        assert await client.submit(os.getpid) == os.getpid()
+        assert await client.submit(os.getpid, workers=[state.address]) == os.getpid()
         assert await client.retire_workers([state.address])
     await wait_until(lambda: supervisor.said("n-0", "retired"))
-    assert supervisor.states() == ()
+    assert supervisor.states() == (other,)
 
 
 async def test_a_worker_class_of_the_users_own_under_a_nanny(supervisor: Watched, scheduler: Scheduler) -> None:
-    class Loud(Worker):
-        """A worker class that the nanny's process gets pickled."""
-
-    await supervisor.start({"n-0": worker(options={"worker_class": pickled(Loud)})}, START)
+    await supervisor.start({"n-0": worker(options={"worker_class": pickled(OwnWorker)})}, START)
     async with Client(scheduler.address, asynchronous=True) as client:
         (name,) = (await client.run(lambda dask_worker: type(dask_worker).__name__)).values()
-    assert name == "Loud"
+    assert name == "OwnWorker"
+
+
+async def test_a_process_that_cannot_be_made(supervisor: Watched) -> None:
+    class Local(Worker):
+        """multiprocessing cannot pickle a class that lives in a function."""
+
+    with pytest.raises(WorkerStartError, match="n-0: AttributeError: Can't pickle local object"):
+        await supervisor.start({"n-0": worker(options={"worker_class": pickled(Local)}), "n-1": worker()}, START)
+    assert supervisor.states() == ()
+    await wait_until(lambda: not workers_now())
 
 
 async def test_a_class_that_is_no_worker(supervisor: Watched) -> None:
@@ -330,7 +349,8 @@ async def test_a_killed_worker_comes_back_under_its_name(supervisor: Watched, sc
     kill(supervisor, "n-0")
     await wait_until(lambda: supervisor.runs("n-0", restarts=1))
     state = supervisor.state("n-0")
-    assert state is not None and state.pid != before.pid
+    assert state is not None
+    assert state.pid != before.pid
     (ws,) = scheduler.workers.values()
     assert (ws.name, ws.address, ws.resources) == ("n-0", state.address, {"X": 2.0})
     assert [each.state for each in supervisor.seen if each.name == "n-0"][-2:] == ["restarting", "running"]
@@ -354,7 +374,7 @@ async def test_a_worker_that_crashes_on_and_on_is_given_up(supervise: Factory, s
 
 async def test_a_worker_that_dies_at_each_restart_is_given_up(supervise: Factory, tmp_path: Path) -> None:
     preload = tmp_path / "dies.py"
-    preload.write_text(DIES)
+    preload.write_text(DIES.format(file=str(tmp_path / "die")))
     supervisor = supervise(limit=3, backoff=0.05)
     await supervisor.start({"n-0": worker(options={"preload": [str(preload)]})}, START)
     (tmp_path / "die").touch()
@@ -384,7 +404,8 @@ async def test_a_worker_that_waits_for_its_restart_can_be_stopped(supervise: Fac
     kill(supervisor, "n-0")
     await wait_until(lambda: not scheduler.workers)  # it is told at once, not after the wait
     state = supervisor.state("n-0")
-    assert state is not None and (state.state, state.restarts) == ("restarting", 2)
+    assert state is not None
+    assert (state.state, state.restarts) == ("restarting", 2)
     began = asyncio.get_running_loop().time()
     await supervisor.close(STOP)
     assert asyncio.get_running_loop().time() - began < 2
@@ -402,7 +423,8 @@ async def test_a_restart_on_demand_while_one_waits(supervise: Factory, scheduler
     async with rpc(ws.nanny) as nanny:
         assert await nanny.restart() == "OK"
     state = supervisor.state("n-0")
-    assert state is not None and state.state == "running"
+    assert state is not None
+    assert state.state == "running"
     removed = asyncio.Event()
     scheduler.add_plugin(Removal(removed), name="removal")
     with pytest.raises(TimeoutError):  # until after the waiting restart had its turn, which must leave this one alone
@@ -412,7 +434,7 @@ async def test_a_restart_on_demand_while_one_waits(supervise: Factory, scheduler
     assert supervisor.state("n-0") == state
 
 
-class Removal:
+class Removal(SchedulerPlugin):
     """A scheduler plugin that notes when a worker goes."""
 
     def __init__(self, removed: asyncio.Event) -> None:
@@ -487,9 +509,7 @@ def test_delay(crashes: list[float], now: float, delay: float | None) -> None:
     more=st.floats(0.0, 1000.0),
     gaps=st.lists(st.floats(0.0, 1e4), min_size=1, max_size=30),
 )
-def test_delay_is_bounded_and_grows(
-    limit: int, window: float, backoff: float, more: float, gaps: list[float]
-) -> None:
+def test_delay_is_bounded_and_grows(limit: int, window: float, backoff: float, more: float, gaps: list[float]) -> None:
     policy = RestartPolicy(limit, window, backoff, backoff + more)
     crashes: list[float] = []
     now = 0.0

@@ -7,196 +7,35 @@ It owns every nanny it made until that nanny is closed, and reports each change 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
 import inspect
 import logging
-import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from queue import Empty
 from typing import Any
 
-import dask
 from distributed import Nanny, Status
 from distributed.security import Security
 from distributed.utils import import_term, parse_ports
 
 from agentcluster import forkserver, modes
-from agentcluster.config import Config
 from agentcluster.errors import ConfigError, WorkerStartError, suggest
 from agentcluster.model import WorkerSpec, WorkerState, unpickled
+from agentcluster.supervisor.nanny import (
+    METHOD_KEY,
+    RestartPolicy,
+    StartMethod,
+    Supervised,
+    plain_method,
+    supervised,
+    words,
+)
+
+__all__ = ["CUDA_WORKER", "METHOD_KEY", "RestartPolicy", "StartMethod", "Supervisor", "resolve"]
 
 logger = logging.getLogger(__name__)
 
 CUDA_WORKER = "dask_cuda.CUDAWorker"
-METHOD_KEY = "distributed.worker.multiprocessing-method"
 NO_DEVICE = "CUDAWorker is several workers, one per GPU; use mode 'auto-gpu', which starts each of them with its device"
-
-
-@dataclass(frozen=True)
-class RestartPolicy:
-    """When a crashed worker is started again.
-
-    Attributes
-    ----------
-    limit
-        Crashes within `window` after which the worker is given up.
-    window
-        Seconds.
-    backoff, backoff_max
-        Seconds before the second restart within `window`, doubled for each further one, and their most. The first
-        restart is immediate.
-    """
-
-    limit: int = 5
-    window: float = 60.0
-    backoff: float = 1.0
-    backoff_max: float = 30.0
-
-    def delay(self, crashes: list[float], now: float) -> float | None:
-        """Return the seconds to wait before the next start, or None to give up.
-
-        Parameters
-        ----------
-        crashes
-            Times of the crashes so far, this one included, in the clock of `now`.
-        now
-            The present time, seconds.
-        """
-        recent = sum(1 for at in crashes if now - at < self.window)
-        if recent > self.limit:
-            return None
-        if recent <= 1:
-            return 0.0
-        # Far below where a float overflows, and far beyond any wait.
-        return min(self.backoff * 2.0 ** min(recent - 2, 64), self.backoff_max)
-
-
-class _Supervised:
-    """What the supervisor adds to a nanny: its own environment at process start, and restarts that back off."""
-
-    policy: RestartPolicy
-    crashes: list[float]
-    problem: str | None
-    changed: Callable[[], None]
-    killed: bool = False
-
-    async def instantiate(self) -> Any:
-        # Called at the first start, after a crash and by Client.restart alike.
-        queues: list[Any] = []
-        try:
-            with forkserver.starting(self.env) as queues:  # type: ignore[attr-defined]
-                result = await super().instantiate()  # type: ignore[misc]
-            if result is not Status.running and (error := _last_words(queues)):
-                # A nanny before 2026.8 does not read what its process said when it ended right after.
-                await self.close(reason="nanny-instantiate-failed")  # type: ignore[attr-defined]
-                raise error
-        except Exception as error:
-            # By now the nanny has closed itself, which must not read as "retired on purpose".
-            self.problem = f"could not be started: {_words(error)}"
-            _forget_frames(error)
-            raise
-        finally:
-            queues.clear()
-        self.changed()
-        return result
-
-    async def kill(self, timeout: float = 5, reason: str = "nanny-kill") -> None:
-        process = self.process  # type: ignore[attr-defined]
-        closing = self.status is not Status.running  # type: ignore[attr-defined]
-        if closing and process is not None and process.status is Status.starting:
-            await _abandon(process)
-        # Client.restart ends the process this way while the nanny's status stays "running": no crash.
-        self.killed = process is not None and process.status is not Status.stopped
-        await super().kill(timeout=timeout, reason=reason)  # type: ignore[misc]
-
-    async def _on_worker_exit(self, exitcode: int) -> None:
-        killed, self.killed = self.killed, False
-        if killed or self.status is not Status.running:  # type: ignore[attr-defined]
-            await super()._on_worker_exit(exitcode)  # type: ignore[misc]
-            return
-        now = time.monotonic()
-        self.crashes.append(now)
-        delay = self.policy.delay(self.crashes, now)
-        self.changed()
-        # The scheduler must know at once, so that the tasks go elsewhere while this worker waits.
-        await self._unregister()  # type: ignore[attr-defined]
-        if delay is None:
-            self.problem = (
-                f"crashed {self.policy.limit + 1} times within {self.policy.window:g} s, "
-                f"last with exit code {exitcode}; not restarted"
-            )
-            logger.error("Worker %s %s", self.name, self.problem)  # type: ignore[attr-defined]
-            await self.close(reason="crash-loop")  # type: ignore[attr-defined]
-            return
-        logger.warning(
-            "Worker %s ended with exit code %d; restart in %.1f s",
-            self.name,  # type: ignore[attr-defined]
-            exitcode,
-            delay,
-        )
-        await asyncio.sleep(delay)
-        # Meanwhile it may have been closed, or started again by Client.restart: then it is left alone.
-        if self.status is Status.running and self.process.status is Status.stopped:  # type: ignore[attr-defined]
-            with contextlib.suppress(Exception):  # logged by Nanny.instantiate, and kept as the problem
-                await self.instantiate()
-
-
-def _last_words(queues: list[Any]) -> Exception | None:
-    """Return the error that a process sent its nanny before it ended, if it sent one."""
-    for queue in queues:
-        with contextlib.suppress(Empty, OSError, ValueError):
-            message = queue.get_nowait()
-            if isinstance(message, Mapping) and isinstance(message.get("exception"), Exception):
-                error: Exception = message["exception"]
-                return error
-    return None
-
-
-def _forget_frames(error: BaseException) -> None:
-    """Drop what the frames behind an error hold: the pipes to a process that did not start.
-
-    Nanny has logged the error, and every other nanny of this process keeps the last 10000 records with their
-    tracebacks. The frames that came from the other process hang below those of this one.
-    """
-    chained: BaseException | None = error
-    while chained is not None:
-        link = chained.__traceback__
-        traceback.clear_frames(link)
-        while link is not None:
-            link.tb_next, link = None, link.tb_next
-        chained = chained.__cause__ or chained.__context__
-
-
-async def _abandon(process: Any) -> None:
-    """Have a nanny's process that is not ready yet (a ``WorkerProcess``) end; ``Nanny.kill`` would wait until it is.
-
-    After a start that was cancelled or failed to make a process it would not even do that, but raise.
-    """
-    nobody_waits = process.running.is_set()
-    try:
-        await process.process.kill()  # queued behind the start, so it ends one that is just being made too
-    except Exception as error:  # whatever there is to say of a process that was never made
-        logger.debug("There was no worker process to end: %s", _words(error))
-        process.process.close()
-        process.child_stop_q.close()
-        process.process = process.child_stop_q = process.init_result_q = None
-        process.status = Status.stopped
-        return
-    if not nobody_waits:
-        await process.running.wait()
-        if process.process is None:
-            # Before 2026.8 a word of success that crossed the kill makes it "running".
-            process.status = Status.stopped
-    elif process.status is Status.starting:
-        process.status = Status.failed
-
-
-@functools.cache
-def _supervised(cls: Any) -> Any:
-    return type(cls.__name__, (_Supervised, cls), {"__module__": cls.__module__})
 
 
 @dataclass
@@ -341,12 +180,12 @@ class Supervisor:
                 try:
                     servers[name] = self._instance(name, spec)
                 except Exception as error:  # a user's class may raise anything from its constructor
-                    failures[name] = _words(error)
+                    failures[name] = words(error)
         if gpus:
             try:
                 servers.update(self._cuda_nannies(gpus))
             except Exception as error:  # as above: CUDAWorker passes on what NVML and RMM raise
-                failures.update(dict.fromkeys(gpus, _words(error)))
+                failures.update(dict.fromkeys(gpus, words(error)))
         return servers
 
     def _arguments(self, name: str, spec: WorkerSpec, **more: Any) -> dict[str, Any]:
@@ -372,8 +211,8 @@ class Supervisor:
             # Host options are for dask's workers; another class gets those of them that it knows.
             arguments = {k: v for k, v in arguments.items() if k in allowed or k not in self.host_options}
         if issubclass(cls, Nanny):
-            cls = _supervised(cls)
-            arguments["config"] = {**_plain_method(), **(arguments.get("config") or {})}
+            cls = supervised(cls)
+            arguments["config"] = {**plain_method(), **(arguments.get("config") or {})}
         return self._adopt(cls(self.scheduler, **arguments))
 
     def _cuda_nannies(self, specs: Mapping[str, WorkerSpec]) -> dict[str, Any]:
@@ -399,15 +238,15 @@ class Supervisor:
             with forkserver.environment({"CUDA_VISIBLE_DEVICES": spec.devices[spec.device]}):
                 [nanny] = CUDAWorker(self.scheduler, **arguments).nannies
             # CUDAWorker takes neither a nanny class nor environment variables.
-            nanny.__class__ = _supervised(type(nanny))  # type: ignore[arg-type]
+            nanny.__class__ = supervised(type(nanny))  # type: ignore[arg-type]
             order = ",".join(spec.devices[spec.device :] + spec.devices[: spec.device])
             nanny.env = {**nanny.env, "CUDA_VISIBLE_DEVICES": order, "RAPIDS_NO_INITIALIZE": "True", **env}
-            nanny.config = {**nanny.config, **_plain_method()}
+            nanny.config = {**nanny.config, **plain_method()}
             servers[name] = self._adopt(nanny)
         return servers
 
     def _adopt(self, server: Any) -> Any:
-        if isinstance(server, _Supervised):
+        if isinstance(server, Supervised):
             server.policy = self.policy
             server.crashes = []
             server.problem = None
@@ -430,7 +269,7 @@ class Supervisor:
             if start in late:
                 failures[name] = f"had not joined {self.scheduler} after {timeout:g} s"
             elif error := start.exception():
-                failures[name] = _words(error)
+                failures[name] = words(error)
         return failures
 
     async def _watch(self, worker: _Worker) -> None:
@@ -451,7 +290,7 @@ class Supervisor:
                 if worker.ended is not None:
                     await asyncio.shield(worker.ended)
         except Exception as error:  # a user's class may raise anything; the others must be closed all the same
-            logger.warning("Worker %s did not end in order: %s", worker.name, _words(error))
+            logger.warning("Worker %s did not end in order: %s", worker.name, words(error))
         if worker.ended is not None:
             worker.ended.cancel()
         self._workers.pop(worker.name, None)
@@ -482,7 +321,7 @@ def resolve(cls: str | Mapping[str, str]) -> Any:
     try:
         found = import_term(cls) if isinstance(cls, str) else unpickled(cls)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"cannot import worker class {cls!r} here: {_words(error)}", key="cls") from error
+        raise ConfigError(f"cannot import worker class {cls!r} here: {words(error)}", key="cls") from error
     if not isinstance(found, type):
         raise ConfigError(f"{cls!r} is no class but {type(found).__name__}", key="cls")
     return found
@@ -492,26 +331,6 @@ def _takes_timeout(close: Callable[..., Any]) -> bool:
     """Whether a worker's ``close`` can be told its seconds; SpecCluster, whose workers these are, never does."""
     parameters = inspect.signature(close).parameters
     return "timeout" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _words(error: BaseException) -> str:
-    """Say an error in one line, with the root of its causes."""
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__  # "Nanny failed to start."
-    root = error
-    while root.__cause__ is not None:
-        root = root.__cause__
-    return _line(error) if root is error else f"{_line(error)} ({_line(root)})"
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _plain_method() -> dict[str, str]:
-    """Keep our start method out of the workers' own configuration: their processes do not know it."""
-    return {METHOD_KEY: StartMethod.configured}
 
 
 def _port(ports: Any, spec: WorkerSpec) -> int | None:
@@ -525,30 +344,3 @@ def _port(ports: Any, spec: WorkerSpec) -> int | None:
         )
     assert spec.device is not None
     return each[spec.device]
-
-
-class StartMethod:
-    """Holds agentcluster's start method in dask's configuration while at least one agent lives in this process."""
-
-    #: The user's own, which stays that of what runs in the workers.
-    configured = "spawn"
-    _users = 0
-    _set: Any = None
-
-    @classmethod
-    def acquire(cls) -> None:
-        """Install the start method and warm the forkserver, unless that was done."""
-        cls._users += 1
-        if cls._users == 1 and (method := forkserver.install()):
-            cls.configured = dask.config.get(METHOD_KEY)
-            cls._set = dask.config.set({METHOD_KEY: method})
-            configured = dask.config.get("distributed.nanny.pre-spawn-environ")
-            forkserver.warm(forkserver.pre_spawn_environ(configured), Config.load().forkserver_preload)
-
-    @classmethod
-    def release(cls) -> None:
-        """Undo one :meth:`acquire`; the last one puts dask's configuration back. The forkserver stays warm."""
-        cls._users -= 1
-        if cls._users == 0 and cls._set is not None:
-            cls._set.__exit__(None, None, None)
-            cls._set = None

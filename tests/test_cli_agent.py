@@ -1,0 +1,515 @@
+"""dask-agent as a process: what it starts from its options, how it ends, and what it says when it cannot start."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import pytest_asyncio
+from conftest import wait_until
+from dask.system import CPU_COUNT
+from distributed import Client, Scheduler
+from distributed.deploy.utils import nprocesses_nthreads
+from programs import AGENT, ROOT, SCHEDULER_WITHOUT, Start, gone, programs, start_scheduler
+
+NOWHERE = "tcp://127.0.0.1:1"
+ONE = ("--nworkers", "1", "--nthreads", "1", "--memory-limit", "512MiB")
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    with programs(tmp_path) as start:
+        yield start
+
+
+@pytest_asyncio.fixture
+async def scheduler() -> AsyncIterator[Scheduler]:
+    """A scheduler in this process that knows nothing of agents."""
+    async with Scheduler(host="127.0.0.1", port=0, dashboard=False, dashboard_address=":0") as scheduler:
+        yield scheduler
+
+
+@pytest_asyncio.fixture
+async def client(scheduler: Scheduler) -> AsyncIterator[Client]:
+    async with Client(scheduler.address, asynchronous=True) as client:
+        yield client
+
+
+async def nodes(client: Client) -> dict[str, Any]:
+    return await client.scheduler.get_nodes() or {}
+
+
+async def settled(client: Client, count: int = 1, state: str = "ready") -> dict[str, Any]:
+    """Return the nodes once there are `count` in `state`, all their workers with the scheduler."""
+
+    async def look() -> dict[str, Any] | None:
+        found = await nodes(client)
+        if [node["state"] for node in found.values()] != [state] * count:
+            return None
+        planned = {worker for node in found.values() for worker in node["plan"]}
+        return found if planned == {str(w["name"]) for w in await workers(client)} else None
+
+    return await wait_until(look, 20)
+
+
+async def workers(client: Client) -> list[dict[str, Any]]:
+    found = (await client.scheduler.identity(n_workers=-1))["workers"]
+    return [{**worker, "address": address} for address, worker in found.items()]
+
+
+def shape(found: list[dict[str, Any]]) -> list[int]:
+    return [worker["nthreads"] for worker in found]
+
+
+def run(*arguments: str, env: dict[str, str] | None = None, timeout: float = 20) -> subprocess.CompletedProcess[str]:
+    """Run dask-agent to its end."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("DASK_")} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *AGENT, *arguments],
+        env=environ | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def sentence(output: str) -> str:
+    """Return the one line that says why, which is the last."""
+    assert "Traceback" not in output, output
+    said = [line for line in output.splitlines() if line.startswith(("dask-agent: ", "Error: "))]
+    assert len(said) == 1, output
+    assert output.splitlines()[-1] == said[0], output
+    return said[0].partition(": ")[2]
+
+
+# -- what it starts ----------------------------------------------------------------------------------------------------
+
+
+async def test_without_mode_it_is_what_dask_worker_is(scheduler: Scheduler, client: Client, start: Start) -> None:
+    agent = start(*AGENT, scheduler.address)
+    (node,) = (await settled(client)).values()
+    (worker,) = await workers(client)
+    assert worker["nthreads"] == CPU_COUNT
+    assert node["hardware"]["cpus"] == CPU_COUNT
+    assert worker["memory_limit"] == node["hardware"]["memory"]
+    assert await client.submit(sum, [1, 2]) == 3
+    assert (node["mode"], node["name"]) == ("auto-cpu", os.uname().nodename)
+    assert worker["address"].startswith("tcp://127.0.0.1:")
+    assert len(agent.children()) >= 1
+
+
+@pytest.mark.parametrize("options", [["--mode", "auto-cpu"], ["--nworkers", "auto"]], ids=" ".join)
+async def test_auto_splits_as_local_cluster(scheduler: Scheduler, client: Client, start: Start, options: Any) -> None:
+    start(*AGENT, scheduler.address, *options)
+    await settled(client)
+    count, threads = nprocesses_nthreads()
+    assert shape(await workers(client)) == [threads] * count
+
+
+@pytest.mark.parametrize(
+    ("options", "threads", "limit"),
+    [
+        (["--nworkers", "2", "--nthreads", "1", "--memory-limit", "300MiB"], [1, 1], 300 * 2**20),
+        (["--mode", "uniform", "--config", '{"nthreads": 1, "nworkers": 1, "memory_limit": "1GB"}'], [1], 10**9),
+        (["--config", '{"nworkers": 2, "nthreads": 1}', "--memory-limit", "0"], [1, 1], 0),
+        (["--spec", '{"cls": "dask.distributed.Nanny", "opts": {"nthreads": 3, "memory_limit": 500000000}}'], [3], 5e8),
+    ],
+    ids=["shape", "uniform", "config", "spec"],
+)
+async def test_mode_options(
+    scheduler: Scheduler, client: Client, start: Start, options: list[str], threads: list[int], limit: int
+) -> None:
+    start(*AGENT, scheduler.address, *options)
+    await settled(client)
+    found = await workers(client)
+    assert shape(found) == threads
+    assert {worker["memory_limit"] or 0 for worker in found} == {limit}
+
+
+async def test_spec_file_of_several_workers(scheduler: Scheduler, client: Client, start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "spec.yaml"
+    file.write_text(
+        "thin: {cls: dask.distributed.Nanny, opts: {nthreads: 1}}\n"
+        "wide:\n  cls: dask.distributed.Nanny\n  options:\n    nthreads: 2\n    resources: {WIDE: 1}\n"
+    )
+    start(*AGENT, scheduler.address, "--spec-file", str(file))
+    await settled(client)
+    found = await workers(client)
+    assert sorted(shape(found)) == [1, 2]
+    (wide,) = (worker for worker in found if worker["nthreads"] == 2)
+    assert wide["resources"]["WIDE"] == 1
+
+
+async def test_host_options_stay_after_a_reprovision(
+    scheduler: Scheduler, client: Client, start: Start, tmp_path: Path
+) -> None:
+    directory = tmp_path / "scratch"
+    host = ["--host", "127.0.0.2", "--local-directory", str(directory), "--resources", "GPU=1 MEM=2e9"]
+    start(*AGENT, scheduler.address, *ONE, "--name", "box", *host)
+
+    def check(found: list[dict[str, Any]]) -> None:
+        for worker in found:
+            assert worker["address"].startswith("tcp://127.0.0.2:")
+            assert worker["resources"] | {"GPU": 1, "MEM": 2e9} == worker["resources"]
+            assert Path(worker["local_directory"]).is_relative_to(directory)
+
+    node = (await settled(client))["box"]
+    assert node["address"].startswith("tcp://127.0.0.2:")
+    first = await workers(client)
+    assert [worker["name"] for worker in first] == ["box-0"]
+    check(first)
+    await client.scheduler.reprovision_nodes(mode="auto-cpu", config={"nworkers": 2, "nthreads": 1})
+    await settled(client)
+    second = await workers(client)
+    assert len(second) == 2
+    assert {w["address"] for w in first}.isdisjoint(w["address"] for w in second)
+    check(second)
+
+
+async def test_scheduler_file_and_interface(start: Start, tmp_path: Path) -> None:
+    _, address = await start_scheduler(start, tmp_path)
+    loopback = next(name for name, (first, *_) in psutil.net_if_addrs().items() if first.address == "127.0.0.1")
+    start(*AGENT, "--scheduler-file", str(tmp_path / "scheduler.json"), *ONE, "--interface", loopback)
+    async with Client(address, asynchronous=True) as client:
+        (node,) = (await settled(client)).values()
+        assert node["address"].startswith("tcp://127.0.0.1:")
+
+
+async def test_scheduler_address_in_the_environment(scheduler: Scheduler, client: Client, start: Start) -> None:
+    start(*AGENT, *ONE, env={"DASK_SCHEDULER_ADDRESS": scheduler.address})
+    await settled(client)
+
+
+# -- how it ends -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_signal_ends_it_cleanly(
+    scheduler: Scheduler, client: Client, start: Start, number: signal.Signals
+) -> None:
+    agent = start(*AGENT, scheduler.address, *ONE)
+    await settled(client)
+    tree = agent.kill(number)
+    assert len(tree) >= 2
+    await wait_until(lambda: _empty(client), 2)
+    assert await agent.ended() == 0
+    await gone(tree)
+    assert not scheduler.workers
+    assert "Traceback" not in agent.output()
+
+
+async def _empty(client: Client) -> bool:
+    return await nodes(client) == {}
+
+
+async def test_signal_while_it_starts(scheduler: Scheduler, client: Client, start: Start) -> None:
+    agent = start(*AGENT, scheduler.address, *ONE)
+    await wait_until(lambda: nodes(client), 15)
+    tree = agent.kill(signal.SIGTERM)
+    assert await agent.ended() == 0
+    await gone(tree)
+    await wait_until(lambda: _empty(client), 2)
+    assert not scheduler.workers
+
+
+async def test_kill_takes_its_workers_along(scheduler: Scheduler, client: Client, start: Start) -> None:
+    agent = start(*AGENT, scheduler.address, *ONE, "--name", "box")
+    await settled(client)
+    tree = agent.kill(signal.SIGKILL)
+    await gone(tree)
+    found = (await settled(client, state="lost"))["box"]
+    assert found["workers"] == {}
+    assert "connection" in found["problem"]
+    await wait_until(lambda: not scheduler.workers)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_it_ends_with_its_scheduler(start: Start, tmp_path: Path, number: signal.Signals) -> None:
+    dask_scheduler, address = await start_scheduler(start, tmp_path)
+    agent = start(*AGENT, address, *ONE)
+    async with Client(address, asynchronous=True) as client:
+        await settled(client)
+    tree = agent.children()
+    dask_scheduler.kill(number)
+    assert await agent.ended() == 0
+    await gone(tree)
+    assert "Reason: scheduler-gone" in agent.output()
+
+
+async def test_a_name_is_free_again_after_a_crash(scheduler: Scheduler, client: Client, start: Start) -> None:
+    agent = start(*AGENT, scheduler.address, *ONE, "--name", "box")
+    await settled(client)
+    agent.kill()
+    await settled(client, state="lost")
+    start(*AGENT, scheduler.address, *ONE, "--name", "box")
+    assert list((await settled(client))["box"]["plan"]) == ["box-1"]
+
+
+# -- the scheduler's side ----------------------------------------------------------------------------------------------
+
+
+async def test_preload(start: Start, tmp_path: Path) -> None:
+    _, address = await start_scheduler(start, tmp_path, "--preload", "agentcluster")
+    async with Client(address, asynchronous=True) as client:
+        assert await client.scheduler.get_nodes() == {}
+        assert (await client.scheduler.get_provision_mode())["mode"] == "auto-cpu"
+
+
+@pytest.mark.slow
+async def test_many_agents_at_once_register_the_plugin_once(start: Start, tmp_path: Path) -> None:
+    _, address = await start_scheduler(start, tmp_path)
+    agents = [start(*AGENT, address, *ONE) for _ in range(5)]
+    async with Client(address, asynchronous=True) as client:
+        assert await client.scheduler.get_nodes() is None
+        found = await wait_until(lambda: settled(client, 5), 40)
+        own = os.uname().nodename
+        assert sorted(found) == [own, *(f"{own}.{number}" for number in range(2, 6))]
+
+        def plugins(dask_scheduler: Scheduler) -> list[str]:
+            return [name for name, plugin in dask_scheduler.plugins.items() if type(plugin).__name__ == "AgentPlugin"]
+
+        assert await client.run_on_scheduler(plugins) == ["agentcluster"]
+    ended = [agent.kill(signal.SIGTERM) for agent in agents]
+    assert await asyncio.gather(*(agent.ended() for agent in agents)) == [0] * 5
+    for tree in ended:
+        await gone(tree)
+
+
+async def test_scheduler_without_agentcluster(start: Start, tmp_path: Path) -> None:
+    _, address = await start_scheduler(start, tmp_path, command=SCHEDULER_WITHOUT)
+    agent = start(*AGENT, address, *ONE)
+    assert await agent.ended() == 1
+    said = sentence(agent.output())
+    assert f"scheduler at {address} cannot hold nodes" in said
+    assert "pip install agentcluster" in said
+    assert "dask scheduler --preload agentcluster" in said
+    async with Client(address, asynchronous=True) as client:
+        assert await client.submit(sum, [1, 2], pure=False).cancel() is None
+        assert await workers(client) == []
+
+
+async def test_two_agents_of_one_name(scheduler: Scheduler, client: Client, start: Start) -> None:
+    start(*AGENT, scheduler.address, *ONE, "--name", "box")
+    before = (await settled(client))["box"]
+    second = start(*AGENT, scheduler.address, *ONE, "--name", "box")
+    assert await second.ended() == 1
+    said = sentence(second.output())
+    assert said.startswith(f"a node named 'box' is already registered by the agent at {before['address']}")
+    assert "--name" in said
+    assert (await settled(client))["box"]["address"] == before["address"]
+
+
+# -- what it refuses ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", [NOWHERE, "tcp://does-not-exist.invalid:8786"])
+def test_unreachable_scheduler(address: str) -> None:
+    began = time.monotonic()
+    done = run(address, "--death-timeout", "2")
+    assert time.monotonic() - began < 6
+    assert done.returncode == 1
+    said = sentence(done.stderr)
+    assert f"scheduler at {address}" in said
+    assert "is one running there" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "expected"),
+    [
+        (["--mode", "auto-gpu"], {"CUDA_VISIBLE_DEVICES": ""}, ["'auto-gpu'", "GPU"]),
+        (["--spec", '{"cls": "dask.distributed.Nan", "opts": {}}'], {}, ["dask.distributed.Nan", "cannot import"]),
+        (["--spec", '{"cls": "dask.distributed.Nanny", "opts": {"nthread": 2}}'], {}, ["'nthread'", "'nthreads'"]),
+        (["--mode", "uniform", "--config", '{"nthreads": 4096}'], {}, ["'uniform'", "4096"]),
+        (["--mode", "uniform", "--config", '{"nthreads": 1, "memory_limit": "1PiB"}'], {}, ["'uniform'", "memory"]),
+    ],
+    ids=["no gpu", "spec class", "spec option", "threads", "memory"],
+)
+async def test_refused_first_mode(
+    scheduler: Scheduler, client: Client, start: Start, options: list[str], env: dict[str, str], expected: list[str]
+) -> None:
+    agent = start(*AGENT, scheduler.address, *options, env=env)
+    code = await agent.ended()
+    assert code in (1, 2)
+    said = sentence(agent.output())
+    assert all(each in said for each in expected), said
+    assert await nodes(client) == {}
+
+
+async def test_worker_that_does_not_start(scheduler: Scheduler, client: Client, start: Start) -> None:
+    spec = {"cls": "dask.distributed.Nanny", "opts": {"preload": ["no_such_module_here"]}}
+    agent = start(*AGENT, scheduler.address, "--spec", json.dumps(spec))
+    assert await agent.ended() == 1
+    said = agent.output().splitlines()[-1]
+    assert said.startswith("dask-agent: workers on node")
+    assert "no_such_module_here" in said
+    await wait_until(lambda: _empty(client), 2)
+
+
+#: What is wrong on the command line itself, and what the answer must hold.
+WRONG = [
+    ([], ["no scheduler", "--scheduler-file"]),
+    ([NOWHERE, "--mode", "auto-cqu"], ["--mode 'auto-cqu'", "did you mean 'auto-cpu'"]),
+    ([NOWHERE, "--mode", "auto-cpu", "--config", "{"], ["--config", "not JSON"]),
+    ([NOWHERE, "--config", "[1]"], ["--config", "JSON object"]),
+    ([NOWHERE, "--config", '{"nthread": 1}'], ["'nthread'", "did you mean 'nthreads'"]),
+    ([NOWHERE, "--spec", "{"], ["--spec", "not JSON"]),
+    ([NOWHERE, "--spec", '{"opts": {}}'], ['"cls" is missing', "dask.distributed.Nanny"]),
+    ([NOWHERE, "--spec-file", "/no/such/file"], ["--spec-file '/no/such/file'", "No such file"]),
+    ([NOWHERE, "--spec", '{"cls": "a.B"}', "--spec-file", "x"], ["--spec", "--spec-file", "together"]),
+    ([NOWHERE, "--mode", "auto-gpu", "--spec", '{"cls": "a.B"}'], ["--spec", "--mode 'auto-gpu'"]),
+    ([NOWHERE, "--nworkers", "x"], ["nworkers", "'x'", "whole number"]),
+    ([NOWHERE, "--memory-limit", "x"], ["memory_limit", "'x'", "4GiB"]),
+    ([NOWHERE, "--resources", "GPU"], ["--resources 'GPU'", "GPU=2"]),
+    ([NOWHERE, "--death-timeout", "x"], ["--death-timeout 'x'", "such as 30"]),
+    ([NOWHERE, "--scheduler-file", "x"], ["twice", "--scheduler-file 'x'"]),
+    (["--scheduler-file", "/no/such/file", "--death-timeout", "1"], ["--scheduler-file '/no/such/file'"]),
+    ([NOWHERE, "--standby"], ["--standby", f"'{NOWHERE}'"]),
+    (["--standby", "--nthreads", "2"], ["--nthreads", "--standby"]),
+    (["--standby", "--mode", "auto-cpu"], ["--mode", "--standby"]),
+    (["--standby", "--listen-address", "tcp://127.0.0.1"], ["--listen-address", "port", "tcp://0.0.0.0:8790"]),
+    (["--standby", "--listen-address", "foo://127.0.0.1:0"], ["--listen-address", "'foo'"]),
+    (["--standby", "--listen-address", "tcp://127.0.0.1:0", "--host", "127.0.0.1"], ["--host", "both"]),
+    ([NOWHERE, "--nmworkers", "2"], ["--nmworkers", "--nworkers"]),
+    ([NOWHERE, "--tls-ca-file", "/no/such/file"], ["--tls-ca-file", "/no/such/file"]),
+]
+
+#: Runs dask-agent with each list of arguments in one process, since nothing is started.
+EACH = """
+import contextlib, io, json, sys
+from agentcluster.cli.agent import main
+
+for arguments in json.loads(sys.argv[1]):
+    code, said = None, io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            main(arguments)
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([code, said.getvalue()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers() -> list[Any]:
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("DASK_")} | {"PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, "-c", EACH, json.dumps([options for options, _ in WRONG])]
+    done = subprocess.run(arguments, env=environ, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("index", range(len(WRONG)), ids=[" ".join(options)[:60] for options, _ in WRONG])
+def test_wrong_options(answers: list[Any], index: int) -> None:
+    code, output = answers[index]
+    assert code == 2
+    said = sentence(output)
+    assert all(each in said for each in WRONG[index][1]), said
+
+
+def test_wrong_option_of_the_real_command() -> None:
+    done = run(NOWHERE, "--mode", "auto-cqu")
+    assert done.returncode == 2
+    assert "did you mean 'auto-cpu'" in sentence(done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["localhost"], ["scheduler 'localhost'", "port", "tcp://HOST:8786"]),
+        (["foo://127.0.0.1:1"], ["scheduler 'foo://127.0.0.1:1'", "tcp"]),
+        (["tls://127.0.0.1:1"], ["tls://127.0.0.1:1", "--tls-ca-file", "--tls-cert", "--tls-key"]),
+        ([NOWHERE, "--interface", "no-such-if"], ["'no-such-if'", "lo"]),
+        ([NOWHERE, "--host", "192.0.2.1"], ["cannot listen at tcp://192.0.2.1:0"]),
+        (["--standby", "--listen-address", "tls://127.0.0.1:0"], ["tls://127.0.0.1:0", "--tls-ca-file"]),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
+)
+def test_wrong_addresses(options: list[str], expected: list[str]) -> None:
+    done = run(*options, "--death-timeout", "5")
+    assert done.returncode == 1
+    said = sentence(done.stderr)
+    assert all(each in said for each in expected), said
+
+
+def test_broken_credentials(tmp_path: Path) -> None:
+    file = tmp_path / "broken.pem"
+    file.write_text("no certificate")
+    done = run("tls://127.0.0.1:1", "--tls-ca-file", str(file), "--tls-cert", str(file), "--tls-key", str(file))
+    assert done.returncode == 1
+    assert str(file) in sentence(done.stderr)
+
+
+def test_taken_port(start: Start) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        done = run("--standby", "--listen-address", address)
+    assert done.returncode == 1
+    said = sentence(done.stderr)
+    assert f"cannot listen at {address}" in said
+    assert "in use" in said
+
+
+async def test_encryption_required(scheduler: Scheduler) -> None:
+    done = await asyncio.to_thread(run, scheduler.address, env={"DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": "True"})
+    assert done.returncode == 1
+    assert "encryption is required" in sentence(done.stderr)
+
+
+# -- as a command ------------------------------------------------------------------------------------------------------
+
+
+def test_help_and_version() -> None:
+    text = run("--help").stdout
+    for option in (
+        "--mode",
+        "--name",
+        "--nworkers",
+        "--nthreads",
+        "--memory-limit",
+        "--resources",
+        "--local-directory",
+    ):
+        assert option in text
+    for option in ("--interface", "--host", "--spec", "--spec-file", "--tls-ca-file", "--standby", "--listen-address"):
+        assert option in text
+    assert "--death-timeout" in text
+
+
+def test_version() -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        expected = version("agentcluster")
+    except PackageNotFoundError:
+        pytest.skip("agentcluster is not installed")
+    done = run("--version")
+    assert done.returncode == 0
+    assert expected in done.stdout
+
+
+@pytest.mark.parametrize("command", [["dask", "agent"], ["dask-agent"]], ids=" ".join)
+def test_installed_command(command: list[str]) -> None:
+    from importlib.metadata import entry_points
+
+    if not entry_points(group="dask_cli", name="agent"):
+        pytest.skip("agentcluster is not installed")
+    program = shutil.which(command[0], path=str(Path(sys.executable).parent))
+    if program is None:
+        pytest.skip(f"{command[0]} is not installed beside this Python")
+    done = subprocess.run([program, *command[1:], "--help"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert "--standby" in done.stdout
