@@ -63,6 +63,7 @@ class Operations(SpecCluster):
         on_failure: Literal["rollback", "stop", "continue"] = "rollback",
         timeout: str | float | None = None,
         wait: bool | str | float = True,
+        progress: bool = False,
         dry_run: bool = False,
     ) -> Any:
         """Swap the workers of nodes in place: new ones start, data moves to them, old ones stop.
@@ -94,6 +95,8 @@ class Operations(SpecCluster):
             Seconds for the new workers to start, and again for the data to move.
         wait : bool, str or float
             Whether to wait for a rollout that runs already, or for how long.
+        progress : bool
+            Draw a bar per node, in a terminal or a notebook.
         dry_run : bool
             Plan and check only.
 
@@ -124,10 +127,11 @@ class Operations(SpecCluster):
             on_failure=on_failure,
             timeout=_given("timeout", timeout),
             wait=wait if isinstance(wait, bool) else _given("wait", wait, zero=True),
+            progress=progress,
             dry_run=dry_run,
         )
 
-    async def _reprovision(self, mode: Any, config: Any, *, nodes: Any, **terms: Any) -> Report:
+    async def _reprovision(self, mode: Any, config: Any, *, nodes: Any, progress: bool, **terms: Any) -> Report:
         if isinstance(mode, Mapping):
             if nodes is not None:
                 raise ConfigError("nodes= cannot go with a mapping of modes: its keys are the nodes", key="nodes")
@@ -137,9 +141,9 @@ class Operations(SpecCluster):
         reports = []
         try:
             for names, each in orders:
-                answer = await self.scheduler_comm.reprovision_nodes(
-                    mode=each.name, config=to_wire(each.config), nodes=names, **terms
-                )
+                arguments = {"mode": each.name, "config": to_wire(each.config), "nodes": names, **terms}
+                order = self._call("reprovision_nodes", **arguments)
+                answer = await (watch(order, self.scheduler_comm.rollout_status) if progress else order)
                 reports.append(Report.parse(answer))
         finally:
             await self._refresh()
