@@ -22,6 +22,7 @@ from agentcluster import modes
 from agentcluster.entries import Blueprint, NodeProcess
 from agentcluster.errors import ConfigError, NodeNotFound
 from agentcluster.model import Mode, to_wire
+from agentcluster.progress import watch
 from agentcluster.report import Nodes, Report
 
 logger = logging.getLogger(__name__)

@@ -61,6 +61,7 @@ def test_the_defaults() -> None:
         start_timeout=60.0,
         stop_timeout=10.0,
         retire_timeout=300.0,
+        drain_timeout=120.0,
         node_name=None,
         node_heartbeat_interval=2.0,
         node_ttl=30.0,
