@@ -1,8 +1,8 @@
-"""The long-lived process on a host: one node of the cluster, and the owner of that host's workers.
+"""The long-lived process on a host: one node of the cluster, and the server that takes orders for it.
 
 The agent is plain. It says what the host is, starts what it is told, restarts what crashed, stops what it is told, and
-reports. What should run is decided by :mod:`agentcluster.plugin` in the scheduler, which it brings along if the
-scheduler has none.
+reports. What should run is decided by :mod:`agentcluster.plugin` in the scheduler; how the node belongs to a scheduler
+is :mod:`agentcluster.membership`.
 """
 
 from __future__ import annotations
@@ -13,44 +13,26 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Coroutine, Generator, Mapping, Sequence
 from typing import Any, Self
 
 from dask.utils import parse_timedelta
-from distributed.comm.addressing import (
-    address_from_user_args,
-    get_address_host,
-    get_address_host_port,
-    parse_address,
-    unparse_host_port,
-)
-from distributed.comm.core import Comm, CommClosedError, connect
-from distributed.core import Server, Status, clean_exception, coerce_to_address, error_message, rpc
-from distributed.protocol import pickle
+from distributed.comm.core import Comm, CommClosedError
+from distributed.core import Server, Status, error_message
 from distributed.security import Security
-from distributed.utils import get_ip
 
 from agentcluster import hardware, modes
+from agentcluster.addresses import connection_args, listen_address, scheduler_address
 from agentcluster.config import Config
 from agentcluster.errors import AgentClusterError, ConfigError, SchedulerUnfit, WorkerStartError
-from agentcluster.model import Hardware, Mode, WorkerSpec, WorkerState, from_wire, to_wire, unpickled
-from agentcluster.plugin import NAME, AgentPlugin
-from agentcluster.supervisor import RestartPolicy, StartMethod, Supervisor
+from agentcluster.membership import IS_IT_THERE, Membership
+from agentcluster.model import Hardware, Mode, WorkerSpec, from_wire, to_wire, unpickled
+from agentcluster.supervisor import StartMethod, Supervisor
 
 logger = logging.getLogger(__name__)
 
 #: Seconds that a call waits for this agent's registration to be complete.
 JOIN_GRACE = 2.0
-
-NO_PLUGIN = (
-    "it has no agentcluster plugin and cannot import one: install agentcluster where the scheduler runs "
-    "(pip install agentcluster, same version), or start it with: dask scheduler --preload agentcluster"
-)
-
-#: Seconds that workers have for ending by themselves after their scheduler.
-ORPHAN_GRACE = 3.0
-
-IS_IT_THERE = "is one running there, and does it speak this protocol (tcp://, tls://)?"
 
 
 class Agent(Server):
@@ -69,6 +51,8 @@ class Agent(Server):
         First mode of this node; default is what the scheduler has for its nodes.
     config : mapping or str, optional
         Options of `mode`.
+    fallback : str or Mode, optional
+        First mode of this node when neither `mode` is given nor anybody has set one for the scheduler's nodes.
     security : Security or dict, optional
         Credentials of the agent and its workers.
     host, interface, protocol : str, optional
@@ -97,6 +81,7 @@ class Agent(Server):
         name: str | None = None,
         mode: str | Mode | None = None,
         config: Mapping[str, Any] | str | None = None,
+        fallback: str | Mode | None = None,
         security: Security | Mapping[str, Any] | None = None,
         host: str | None = None,
         interface: str | None = None,
@@ -108,20 +93,21 @@ class Agent(Server):
     ) -> None:
         self.settings = Config.load()
         self.security = security if isinstance(security, Security) else Security(**(security or {}))
-        self.scheduler_address = None if scheduler is None else _address(scheduler)
+        self.scheduler_address = None if scheduler is None else scheduler_address(scheduler)
         self.death_timeout = None if death_timeout is None else seconds("death_timeout", death_timeout)
         self.own_mode = None if mode is None else modes.parse(mode, config)
+        self.fallback = None if fallback is None else modes.parse(fallback)
         self.given_name = name if name is not None else self.settings.node_name
         self.node_name = str(self.given_name if self.given_name is not None else socket.gethostname())
         self.hardware = Hardware(self.node_name, 0, 0)
-        self._where = {"host": host, "interface": interface, "protocol": protocol}
-        self._wanted_port = port or 0
-        self._listen_host = listen_host
+        self._where: dict[str, Any] = {"host": host, "interface": interface, "protocol": protocol}
+        self._own_place: dict[str, Any] = {"port": port or 0, "listen_host": listen_host}
         self._worker_options = worker_options
-        self._supervisor: Supervisor | None = None
-        self._stream: Comm | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._membership: Membership | None = None
         self._joined = asyncio.Event()
+        self._adopted: asyncio.Event | None = None
+        self._callers: list[Comm] = []
+        self._held = False
         self._closing: asyncio.Task[str] | None = None
         self._log: deque[str] = deque(maxlen=self.settings.log_lines)
         self._handler = _Keep(self._log)
@@ -132,9 +118,9 @@ class Agent(Server):
                 "stop_workers": self.stop_workers,
                 "agent_logs": self.agent_logs,
                 "adopt": self.adopt,
-                "terminate": self.close,
+                "terminate": self.terminate,
             },
-            connection_args=_credentials(self.security, self.scheduler_address),
+            connection_args=connection_args(self.security, self.scheduler_address),
             # Otherwise a lock file stays open for as long as dask remembers the agent's handlers.
             needs_workdir=False,
         )
@@ -176,14 +162,14 @@ class Agent(Server):
         self.hardware = await asyncio.to_thread(hardware.detect)
         await self._listen()
         if self.scheduler_address is not None:
-            await self.join(self.scheduler_address, self.security, self.own_mode)
+            await self._join(self.scheduler_address)
         return self
 
     async def _listen(self) -> None:
         where = "any address"
         try:
-            where = self._wanted_address()
-            _credentials(self.security, where)
+            where = listen_address(self.scheduler_address, self.security, **self._where, **self._own_place)
+            connection_args(self.security, where)
             await self.listen(where, **self.security.get_listen_args("worker"))
         except ConfigError:
             raise
@@ -193,64 +179,35 @@ class Agent(Server):
                 f"cannot listen at {where}: {why}; check host, interface, protocol and port (--listen-address)"
             ) from error
 
-    def _wanted_address(self) -> str:
-        host, interface, protocol = (self._where[key] for key in ("host", "interface", "protocol"))
-        if self._listen_host:
-            host, interface = self._listen_host, None
-            protocol = None if "://" in host else protocol
-        elif self.scheduler_address is not None:
-            protocol = protocol or self.scheduler_address.split("://")[0]
-            if not host and not interface:
-                host = unparse_host_port(get_ip(get_address_host(self.scheduler_address)))
-        return str(
-            address_from_user_args(
-                host=host, port=self._wanted_port, interface=interface, protocol=protocol, security=self.security
-            )
-        )
-
-    async def join(self, scheduler: str, security: Security, mode: Mode | None) -> None:
-        """Register this node with a scheduler, and take orders from it.
-
-        Raises
-        ------
-        SchedulerUnfit
-            When the scheduler has no plugin and cannot have one.
-        OSError
-            When it cannot be reached.
-        """
-        connection = _credentials(security, scheduler)
-        comm = await self._reach(scheduler, connection)
-        try:
-            answer = await self._register(comm, mode)
-            if answer is None:
-                await self._bring_plugin(scheduler, connection)
-                answer = await self._register(comm, mode)
-            if answer is None:
-                raise SchedulerUnfit(scheduler, NO_PLUGIN)
-            _raise_remote(answer)
-        except BaseException:
-            comm.abort()
-            raise
-        self.node_name = answer["name"]
-        self._stream = comm
-        self._supervisor = Supervisor(
+    async def _join(self, scheduler: str) -> None:
+        """Register this node with a scheduler, and take orders from it."""
+        adopted = self._adopted
+        membership = Membership(
             scheduler,
-            security=security,
+            security=self.security,
+            settings=self.settings,
             host_options={k: v for k, v in {**self._where, **self._worker_options}.items() if v is not None},
-            policy=RestartPolicy(
-                self.settings.worker_restart_limit,
-                self.settings.worker_restart_window,
-                self.settings.worker_restart_backoff,
-                self.settings.worker_restart_backoff_max,
-            ),
-            on_change=self._report,
+            on_end=lambda: self._after_scheduler(adopted),
         )
+        own = {} if adopted is not None else {"mode": self.own_mode, "fallback": self.fallback}
+        node = {
+            "name": self.node_name,
+            "address": self.address,
+            "hardware": to_wire(self.hardware),
+            "exact": self.given_name is not None,
+            **{key: to_wire(mode) for key, mode in own.items() if mode is not None},
+        }
+        await membership.join(node, self.death_timeout)
+        self.node_name = membership.name
+        self._membership = membership
         self._joined.set()
-        self._tasks = [
-            asyncio.create_task(self._beat(comm), name="agent heartbeat"),
-            asyncio.create_task(self._follow(comm), name="agent follows scheduler"),
-        ]
-        logger.info("Node %s registered to: %s", self.node_name, scheduler)
+
+    def _after_scheduler(self, adopted: asyncio.Event | None) -> None:
+        """End too, or return to standby."""
+        if adopted is not None:
+            adopted.set()
+        elif self._closing is None:
+            self._closing = asyncio.create_task(self._close("scheduler-gone"))
 
     async def provisioned(self) -> None:
         """Wait until this node has the workers that it is meant to have.
@@ -262,66 +219,24 @@ class Agent(Server):
         TimeoutError
             When that took longer than twice ``agentcluster.start-timeout``.
         """
-        timeout = 2 * self.settings.start_timeout
-        async with rpc(
-            self.scheduler_address, connection_args=self.security.get_connection_args("worker")
-        ) as scheduler:
-            await scheduler.await_nodes(names=[self.node_name], timeout=timeout)
+        if self._membership is not None:
+            await self._membership.provisioned(2 * self.settings.start_timeout)
 
-    async def _reach(self, scheduler: str, connection: Mapping[str, Any]) -> Comm:
-        try:
-            comm: Comm = await connect(scheduler, timeout=self.death_timeout, **connection)
-        except OSError as error:
-            raise OSError(f"scheduler at {scheduler} cannot be reached: {error}; {IS_IT_THERE}") from error
-        return comm
+    async def retire(self, hurry: asyncio.Event) -> None:
+        """Have the scheduler move the data of this node's workers to others, before the agent is closed.
 
-    async def _register(self, comm: Comm, mode: Mode | None) -> Any:
-        await comm.write(
-            {
-                "op": "register_node",
-                "name": self.node_name,
-                "address": self.address,
-                "hardware": to_wire(self.hardware),
-                "mode": None if mode is None else to_wire(mode),
-                "exact": self.given_name is not None,
-                "stream": True,
-            }
-        )
-        return await comm.read()  # None where the scheduler does not know the call
-
-    async def _bring_plugin(self, scheduler: str, connection: Mapping[str, Any]) -> None:
-        comm = await self._reach(scheduler, connection)
-        try:
-            await comm.write(
-                {
-                    "op": "register_scheduler_plugin",
-                    "plugin": pickle.dumps(AgentPlugin()),
-                    "name": NAME,
-                    "idempotent": True,
-                }
-            )
-            answer = await comm.read()
-        finally:
-            await comm.close()
-        if isinstance(answer, Mapping) and answer.get("status") == "uncaught-error":
-            raise SchedulerUnfit(scheduler, f"{NO_PLUGIN}; it said: {answer.get('exception_text', '')}")
+        Returns without having moved all when nobody can take it, when the scheduler does not answer within twice
+        ``agentcluster.stop-timeout``, and as soon as `hurry` is set; the log says which.
+        """
+        if self._membership is not None and not hurry.is_set():
+            await _either(self._membership.retire(), hurry.wait())
 
     async def leave(self) -> None:
         """Stop the workers and take this node from the scheduler; the agent stays."""
         self._joined.clear()
-        stream, self._stream = self._stream, None
-        supervisor, self._supervisor = self._supervisor, None
-        if stream is not None and not stream.closed():
-            # First, so that no more orders come; and before the reading task is cancelled, which aborts the stream.
-            with contextlib.suppress(CommClosedError, OSError):
-                await stream.write("leaving")
-            await stream.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
-        if supervisor is not None:
-            await supervisor.close(self.settings.stop_timeout)
+        membership, self._membership = self._membership, None
+        if membership is not None:
+            await membership.leave()
 
     async def close(self, timeout: float | None = None, reason: str = "agent-close") -> str:  # type: ignore[override]
         """Stop the workers, leave the scheduler, and end; every caller waits for the same end."""
@@ -336,58 +251,24 @@ class Agent(Server):
         if not reason.startswith("failure-to-start"):  # that error is the caller's to show
             logger.info("Closing agent of node %s. Reason: %s", self.node_name, reason)
         await self.leave()
+        for comm in self._callers:
+            with contextlib.suppress(CommClosedError, OSError):
+                await comm.write("OK")
         self.status = Status.closed
         await super().close()
-        if getattr(self, "_held", False):
+        if self._held:
             self._held = False
             StartMethod.release()
         logging.getLogger("agentcluster").removeHandler(self._handler)
         return "OK"
 
-    # -- reporting -----------------------------------------------------------------------------------------------------
-
-    def _report(self, state: WorkerState) -> None:
-        if self._stream is not None:
-            self._background(self._say({"workers": [to_wire(state)]}))
-
-    async def _beat(self, comm: Comm) -> None:
-        while True:
-            states = self._supervisor.states() if self._supervisor else ()
-            load = await asyncio.to_thread(hardware.metrics, self.hardware)
-            await self._say({"workers": to_wire(states), "metrics": to_wire(load)})
-            await asyncio.sleep(self.settings.node_heartbeat_interval)
-
-    async def _say(self, message: Mapping[str, Any]) -> None:
-        stream = self._stream
-        if stream is not None and not stream.closed():
-            with contextlib.suppress(CommClosedError, OSError):
-                await stream.write(message)
-
-    async def _follow(self, comm: Comm) -> None:
-        """Wait for the end of the scheduler, then end too, or return to standby."""
-        adopted = self._adopted
-        with contextlib.suppress(CommClosedError, OSError):
-            await comm.read()
-        logger.info("Node %s lost the scheduler at %s", self.node_name, self.scheduler_address)
-        self._background(self._after_scheduler(adopted))
-
-    async def _after_scheduler(self, adopted: asyncio.Event | None) -> None:
-        # The workers lost it too and end by themselves; a worker that is asked as well waits for its nanny, in vain.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(ORPHAN_GRACE):
-                while self._supervisor is not None and self._supervisor.states():
-                    await asyncio.sleep(0.05)
-        if adopted is not None:
-            adopted.set()
-        else:
-            await self.close(reason="scheduler-gone")
-
-    def _background(self, coroutine: Any) -> None:
-        self._ongoing_background_tasks.call_soon(lambda: coroutine)
-
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    _adopted: asyncio.Event | None = None
+    async def terminate(self, comm: Comm, reason: str = "terminate") -> Any:
+        """Close; the answer comes when the workers have ended."""
+        self._callers.append(comm)
+        await self.close(reason=reason)
+        return Status.dont_reply
 
     async def check_workers(self, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         """Return, for each worker that could not be started here, why; touches nothing."""
@@ -443,9 +324,9 @@ class Agent(Server):
         self._worker_options = {**self._worker_options, **unpickled(options or {})}
         self.node_name = str(self.given_name or self.hardware.hostname)
         try:
-            await self.join(scheduler, self.security, None)
+            await self._join(scheduler)
             await comm.write({"status": "OK", **self.introduction()})
-            await _until_end(comm, released)
+            await _either(comm.read(), released.wait())
         except AgentClusterError as error:
             await comm.write(error_message(error, status="uncaught-error"))
         except (OSError, CommClosedError) as error:
@@ -475,20 +356,9 @@ class Agent(Server):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(JOIN_GRACE):
                 await self._joined.wait()
-        if self._supervisor is None or self.scheduler_address != scheduler:
+        if self._membership is None or self.scheduler_address != scheduler:
             raise ConfigError(f"agent of node {self.node_name!r} is in standby: it belongs to no cluster")
-        return self._supervisor
-
-
-def _address(scheduler: str) -> str:
-    """Return the address of a scheduler in full, or raise :class:`ConfigError`."""
-    address = str(coerce_to_address(scheduler))
-    try:
-        if not address.startswith("inproc://"):
-            get_address_host_port(address, strict=True)
-    except ValueError as error:
-        raise ConfigError(f"scheduler {scheduler!r} is no address: {error}; give one such as tcp://HOST:8786") from None
-    return address
+        return self._membership.supervisor
 
 
 def seconds(key: str, value: str | float) -> float:
@@ -502,49 +372,15 @@ def seconds(key: str, value: str | float) -> float:
     return number
 
 
-def _credentials(security: Security, address: str | None) -> dict[str, Any]:
-    """Return the connection arguments of an agent, or raise :class:`ConfigError` where `address` needs others."""
+async def _either(*awaitables: Coroutine[Any, Any, Any]) -> None:
+    """Wait until the first of them is done or failed; the others are cancelled."""
+    tasks = [asyncio.ensure_future(each) for each in awaitables]
     try:
-        arguments: dict[str, Any] = security.get_connection_args("worker")
-    except OSError as error:
-        fields = ("tls_ca_file", "tls_worker_cert", "tls_worker_key")
-        files = ", ".join(str(value) for field in fields if _is_path(value := getattr(security, field, None)))
-        raise ConfigError(
-            f"TLS credentials {files or 'in memory'} cannot be loaded: {error}", key="security"
-        ) from error
-    scheme = None if address is None else parse_address(address)[0]
-    if scheme == "tcp" and security.require_encryption:
-        raise ConfigError(f"{address} is not encrypted, and encryption is required here; use tls://", key="security")
-    if scheme == "tls" and arguments.get("ssl_context") is None:
-        raise ConfigError(
-            f"{address} speaks TLS, which needs credentials: give --tls-ca-file, --tls-cert and --tls-key "
-            f"(security=Security(tls_ca_file=…, tls_worker_cert=…, tls_worker_key=…))",
-            key="security",
-        )
-    return arguments
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and "\n" not in value
-
-
-async def _until_end(comm: Comm, released: asyncio.Event) -> None:
-    """Wait until the other side of `comm` is gone, or `released` is set."""
-    read = asyncio.ensure_future(comm.read())
-    freed = asyncio.ensure_future(released.wait())
-    try:
-        await asyncio.wait([read, freed], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in (read, freed):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(read, freed, return_exceptions=True)
-
-
-def _raise_remote(answer: Any) -> None:
-    """Raise the error that a handler on the other side answered with."""
-    if isinstance(answer, Mapping) and answer.get("status") == "uncaught-error":
-        _, error, _ = clean_exception(**answer)
-        raise error or SchedulerUnfit("", str(answer.get("exception_text")))
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Keep(logging.Handler):

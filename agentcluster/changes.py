@@ -211,13 +211,15 @@ class Changes:
         bound = preflight.bound_tasks(self.scheduler, proposals)
         try:
             report = await rolling.run()
+        except SwapError as error:
+            _name_bound(error.report, bound)
+            raise
         finally:
             self.rolling = None
             await self.notify()
         for name in proposals:
             self.errors.pop(name, None)
-            report["nodes"][name]["bound"] = bound.get(name, [])
-        return report
+        return _name_bound(report, bound)
 
     def _rolling(self, label: str, proposals: Mapping[str, Proposal], terms: Terms) -> Rolling:
         drain = self.config.drain_timeout if terms.drain_timeout is None else terms.drain_timeout
@@ -258,6 +260,14 @@ class Changes:
             node.to("refused")
         node.problem = str(error)
         logger.warning("Node %s has no workers: %s", node.name, error)
+
+
+def _name_bound(report: Any, bound: Mapping[str, list[str]]) -> Report:
+    """Add the tasks that no worker could run any more to a report."""
+    for name, tasks in bound.items():
+        report["nodes"][name]["bound"] = tasks
+    found: Report = report
+    return found
 
 
 def _without(node: Node, leaving: Iterable[str], come: tuple[WorkerSpec, ...] = ()) -> allocate.Change:

@@ -25,6 +25,9 @@ Drain = Literal["tasks", "data", "now"]
 #: Seconds between two looks at what has moved. Each costs only what has moved since.
 INTERVAL = 0.005
 
+#: Seconds that are left to the scheduler for each second of looking.
+SHARE = 4
+
 #: Part of its memory limit up to which a worker on the same host is preferred: its copies cross no network.
 CROWDED = 0.6
 
@@ -33,6 +36,9 @@ ANSWER = 10.0
 
 #: Seconds without progress after which the moving of a key is asked for again, of another worker perhaps.
 RETRY = 1.0
+
+#: Seconds between two looks for new results on workers whose tasks still run.
+AGAIN = 0.1
 
 #: Seconds between two looks at each task that may still run.
 LOOK = 0.25
@@ -144,8 +150,8 @@ async def evacuate(
             if problem is None:
                 await leaving.remove(force=drain == "now")
     finally:
+        # Also after a cancellation: who asked for it may want to move data back to those that did not leave.
         leaving.open_doors()
-    if problem:
         await leaving.reinstated()
     return Evacuation(keys, nbytes, leaving.rerun, leaving.drained or 0.0, problem)
 
@@ -163,6 +169,7 @@ class _Leaving:
         self._before: dict[Any, Status] = {}
         self._pending: list[Any] = []
         self._looked = 0.0
+        self._passed = 0.0
         self._running = 0
 
     def present(self) -> frozenset[Any]:
@@ -210,13 +217,18 @@ class _Leaving:
                 moved = now
             if self.drained is None and (now >= drain_ends or not self.running_tasks(now)):
                 self.drained = now - self.began
+            if self.drained is None and now - self._passed > LOOK:
+                self.pass_on()
             if not self._pending:
-                self._pending = self.lonely()
-                self.ask_for(self._pending)
-                asked = moved = now
-                if not self._pending and self.drained is not None:
-                    return None
+                # While tasks still run there is no hurry, and each look goes through all keys.
+                if self.drained is not None or now - asked > AGAIN:
+                    self._pending = self.lonely()
+                    self.ask_for(self._pending)
+                    asked = moved = now
+                    if not self._pending and self.drained is not None:
+                        return None
             elif now - max(asked, moved) > RETRY:
+                self._pending = self.lonely()  # some of the old ones may be released by now
                 self.ask_for(self._pending)
                 asked = now
             if any(ws.actors for ws in self.present()):
@@ -226,7 +238,8 @@ class _Leaving:
             if self.drained is not None and now > self.began + self.drained + timeout:
                 return f"data could not be moved within {timeout:g} s: {self.describe()}"
             progress()
-            await asyncio.sleep(INTERVAL)
+            # A look at many keys and tasks takes its time, which is the scheduler's: it gets most of it.
+            await asyncio.sleep(min(max(INTERVAL, SHARE * (monotonic() - now)), LOOK))
 
     async def remove(self, force: bool) -> None:
         """Take the workers out, all in one step of the event loop, unless one holds a key that none else has.
@@ -289,13 +302,18 @@ class _Leaving:
     # -- tasks ---------------------------------------------------------------------------------------------------------
 
     def pass_on(self) -> None:
-        """Give tasks that a leaving worker has not begun to others, by the work stealing that asks the worker first."""
+        """Give tasks that a leaving worker has not begun to others, by the work stealing that asks the worker first.
+
+        Once is not enough: a task that dask was just moving between two leaving workers, or to one, arrives, and would
+        stay there, because a worker that leaves begins nothing.
+        """
         stealing: Any = self.scheduler.extensions.get("stealing")
+        self._passed = monotonic()
         if stealing is None:
             return
         for ws in self.present():
             for ts in list(ws.processing):
-                others = self.takers(ts)
+                others = () if ts in ws.executing or ts in ws.long_running else self.takers(ts)
                 if others:
                     stealing.move_task_request(ts, ws, min(others, key=lambda each: each.occupancy))
 

@@ -7,6 +7,7 @@ it knows of the nodes is kept true in the background, also after what other clie
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import warnings
@@ -147,7 +148,9 @@ class Operations(SpecCluster):
                 answer = await (watch(order, self.scheduler_comm.rollout_status) if progress else order)
                 reports.append(Report.parse(answer))
         finally:
-            await self._refresh()
+            # A scheduler that is gone has said so already, or will; that must not hide what happened.
+            with contextlib.suppress(OSError):
+                await self._refresh()
         return Report.merged(reports) if len(reports) > 1 else reports[0]
 
     @property
@@ -166,7 +169,9 @@ class Operations(SpecCluster):
         try:
             return Report.parse(await self.scheduler_comm.undo_rollout())
         finally:
-            await self._refresh()
+            # A scheduler that is gone has said so already, or will; that must not hide what happened.
+            with contextlib.suppress(OSError):
+                await self._refresh()
 
     def scale(self, n: int = 0, memory: Any = None, cores: int | None = None) -> Any:
         """Bring the cluster to `n` workers, on the nodes that it has; data of those that go is moved first.
@@ -193,7 +198,9 @@ class Operations(SpecCluster):
         try:
             answer = await self.scheduler_comm.scale_nodes(n=n, nodes=list(self.workers))
         finally:
-            await self._refresh()
+            # A scheduler that is gone has said so already, or will; that must not hide what happened.
+            with contextlib.suppress(OSError):
+                await self._refresh()
         if answer["workers"] < n:
             warnings.warn(
                 f"scale({n}): the modes of the nodes have room for {answer['workers']} workers, which now run",

@@ -51,7 +51,7 @@ class AgentPlugin(SchedulerPlugin):
     Parameters
     ----------
     mode
-        The mode that a joining node gets, unless its agent has one of its own.
+        The mode that a joining node gets, unless its agent was given one by hand.
     """
 
     name = NAME
@@ -111,6 +111,7 @@ class AgentPlugin(SchedulerPlugin):
         address: str,
         hardware: Mapping[str, Any],
         mode: Mapping[str, Any] | None = None,
+        fallback: Mapping[str, Any] | None = None,
         exact: bool = True,
         stream: bool = False,
     ) -> Any:
@@ -126,6 +127,8 @@ class AgentPlugin(SchedulerPlugin):
             A :class:`~agentcluster.model.Hardware` as plain data.
         mode
             A :class:`~agentcluster.model.Mode` as plain data, when the agent was given its own.
+        fallback
+            Likewise, for when nobody has set a default.
         stream
             Keep the connection open: its messages are the agent's heartbeats, its end is the agent's.
 
@@ -141,6 +144,7 @@ class AgentPlugin(SchedulerPlugin):
                 from_wire(Hardware, hardware, "hardware"),
                 now=time.monotonic(),
                 own_mode=None if mode is None else from_wire(Mode, mode, "mode"),
+                fallback=None if fallback is None else from_wire(Mode, fallback, "fallback"),
                 exact=exact,
             )
         except AgentClusterError as error:
@@ -205,7 +209,7 @@ class AgentPlugin(SchedulerPlugin):
     @_answer
     async def set_provision_mode(
         self,
-        mode: str,
+        mode: str | None = None,
         config: Mapping[str, Any] | None = None,
         nodes: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
@@ -214,11 +218,12 @@ class AgentPlugin(SchedulerPlugin):
         Parameters
         ----------
         mode, config
-            For all that have none of their own.
+            For all that have none of their own; None leaves it as it is.
         nodes
             Node name -> a :class:`~agentcluster.model.Mode` as plain data, for nodes that are yet to join.
         """
-        self.registry.default = modes.parse(mode, config)
+        if mode is not None:
+            self.registry.default = modes.parse(mode, config)
         for name, own in (nodes or {}).items():
             self.registry.wanted[name] = from_wire(Mode, own, f"mode of node {name}")
 

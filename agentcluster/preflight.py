@@ -47,8 +47,8 @@ def _no_room(scheduler: Scheduler, proposal: Proposal) -> str:
     free = hardware.memory - metrics.memory_used
     if metrics.memory_used and needed > free:
         return f"{format_bytes(needed)} more memory are needed, {format_bytes(max(free, 0))} are free"
-    for number, (gpu, used) in enumerate(zip(hardware.gpus, metrics.gpu_memory_used, strict=False)):
-        pools = [_pool(spec, gpu.memory) for spec in proposal.named.values() if spec.device == number]
+    for gpu, used in zip(hardware.gpus, metrics.gpu_memory_used, strict=False):
+        pools = [_pool(spec, gpu.memory) for spec in proposal.named.values() if _device(spec) == gpu.visible_id]
         if gpu.memory and sum(pools) > gpu.memory - used:
             return (
                 f"GPU {gpu.visible_id} has {format_bytes(gpu.memory - used)} free, "
@@ -57,14 +57,26 @@ def _no_room(scheduler: Scheduler, proposal: Proposal) -> str:
     return ""
 
 
+def _device(spec: WorkerSpec) -> str | None:
+    """Return the name of a GPU worker's own device; its number counts within those that its mode uses."""
+    return None if spec.device is None else spec.devices[spec.device]
+
+
 def _pool(spec: WorkerSpec, memory: int) -> int:
-    """Return the device memory that a GPU worker takes at its start, in bytes."""
+    """Return the device memory that a GPU worker takes at its start, in bytes; 0 where its words mean none."""
     size = spec.options.get("rmm_pool_size")
-    if size is None:
+    if not isinstance(size, int | float | str):
         return 0
-    if isinstance(size, int | float) and not isinstance(size, bool):
-        return int(size * memory if size <= 1 else size)
-    return int(parse_bytes(size))
+    try:
+        share = 0.0 if size in (1, "1") and not isinstance(size, float) else float(size)
+    except ValueError:
+        share = 0.0
+    if 0 < share <= 1:
+        return int(share * memory)
+    try:
+        return int(parse_bytes(size))
+    except ValueError:
+        return 0  # starting the worker will say so, in dask-cuda's words
 
 
 def immovable(scheduler: Scheduler, proposals: Mapping[str, Proposal], terms: Terms) -> dict[str, str]:

@@ -55,6 +55,9 @@ SETTLED: frozenset[State] = frozenset({"ready", "standby", "refused", "lost"})
 
 EMPTY = NodePlan(revision=0, mode=Mode("none"))
 
+#: The mode of nodes for which nobody has said one.
+BUILT_IN = Mode("auto-cpu")
+
 
 @dataclass
 class Node:
@@ -65,7 +68,9 @@ class Node:
     name, address, hardware
         As its agent registered them.
     own_mode
-        The mode that the agent was given itself, which wins over the cluster's default until a reprovisioning.
+        The mode that the agent was given by hand, which wins over the cluster's default until a reprovisioning.
+    fallback
+        The mode that the agent has for when nobody has set a default.
     state
         See the table.
     plan
@@ -88,6 +93,7 @@ class Node:
     address: str
     hardware: Hardware
     own_mode: Mode | None = None
+    fallback: Mode | None = None
     state: State = "joining"
     plan: NodePlan = EMPTY
     history: list[NodePlan] = field(default_factory=list)
@@ -163,12 +169,19 @@ class Registry:
     Parameters
     ----------
     mode
-        Mode of nodes that were given none.
+        Mode of nodes that were given none; None while nobody has set one.
+
+    Attributes
+    ----------
+    default
+        That mode; :data:`BUILT_IN` itself, and not one like it, while nobody has set one.
+    wanted
+        Node name -> the mode asked for by name.
     """
 
     def __init__(self, mode: Mode | None = None) -> None:
         self.nodes: dict[str, Node] = {}
-        self.default = mode or Mode("auto-cpu")
+        self.default = mode or BUILT_IN
         self.wanted: dict[str, Mode] = {}
         self._numbers: dict[str, Iterator[int]] = {}
 
@@ -180,6 +193,7 @@ class Registry:
         *,
         now: float,
         own_mode: Mode | None = None,
+        fallback: Mode | None = None,
         exact: bool = True,
     ) -> Node:
         """Take a node in.
@@ -208,7 +222,7 @@ class Registry:
             raise NodeExists(name, before.address)
         # The new agent has no workers yet, but a worker's name that was used stays used.
         numbers = self._numbers.setdefault(name, itertools.count())
-        node = Node(name, address, hardware, own_mode, heard=now, numbers=numbers)
+        node = Node(name, address, hardware, own_mode, fallback, heard=now, numbers=numbers)
         if before is not None:
             node.history = before.history
         self.nodes[name] = node
@@ -238,8 +252,13 @@ class Registry:
         return [self.get(name) for name in dict.fromkeys(chosen)]
 
     def mode_for(self, node: Node) -> Mode:
-        """Return the mode that a joining node gets: asked for by name, else its own, else the default."""
-        return self.wanted.get(node.name) or node.own_mode or self.default
+        """Return the mode that a joining node gets.
+
+        The first of: asked for by name, given to the agent by hand, the default that somebody has set, what the agent
+        falls back to, the built-in default.
+        """
+        default = None if self.default is BUILT_IN else self.default
+        return self.wanted.get(node.name) or node.own_mode or default or node.fallback or BUILT_IN
 
     def stale(self, now: float, ttl: float) -> list[Node]:
         """Return the nodes that were not heard for `ttl` seconds."""

@@ -62,6 +62,13 @@ def _shape(plan: Mapping[str, Mapping[str, Any]], workers: Mapping[str, Any]) ->
     return "; ".join(f"{count} x {shape}" for shape, count in shapes.items()) or "-"
 
 
+def _order(node: NodeReport) -> str:
+    """Say in which order old and new workers are to take turns."""
+    if node.old and node.new:
+        return "new start, then old stop" if node.strategy == "surge" else "old stop, then new start"
+    return "new start" if node.new else "old stop" if node.old else "nothing changes"
+
+
 class Nodes(Mapping[str, Mapping[str, Any]]):
     """Node name -> what is known of the node, with a table as its repr.
 
@@ -132,8 +139,6 @@ class Report:
     seconds: float
     dry_run: bool = False
 
-    HEADER = ("node", "mode", "went", "came", "stayed", "keys moved", "bytes moved", "start", "retire", "stop")
-
     @property
     def keys(self) -> int:
         """Keys that were moved, over all nodes."""
@@ -144,23 +149,42 @@ class Report:
         """Bytes that were moved, over all nodes."""
         return sum(node.nbytes for node in self.nodes.values())
 
+    @property
+    def rerun(self) -> int:
+        """Tasks that were run again elsewhere because their time was up, over all nodes."""
+        return sum(node.rerun for node in self.nodes.values())
+
+    def header(self) -> tuple[str, ...]:
+        """Return what the columns of :meth:`rows` are."""
+        if self.dry_run:
+            return ("node", "mode", "order", "go", "come", "stay", "keys to move", "bytes to move")
+        rerun = ("tasks rerun",) if self.rerun else ()
+        moved = ("keys moved", "bytes moved", *rerun)
+        return ("node", "mode", "outcome", "went", "came", "stayed", *moved, "start", "drain", "retire", "stop")
+
     def rows(self) -> list[tuple[str, ...]]:
         """Return one row of text per node."""
-        return [
-            (
-                node.node,
-                node.mode,
-                _workers(node.old),
-                _workers(node.new),
-                _workers(node.kept),
-                str(node.keys),
-                format_bytes(node.nbytes),
-                f"{node.start:.2f} s",
-                f"{node.retire:.2f} s",
-                f"{node.stop:.2f} s",
-            )
-            for node in self.nodes.values()
-        ]
+        return [self._row(node) for node in self.nodes.values()]
+
+    def _row(self, node: NodeReport) -> tuple[str, ...]:
+        workers = (_workers(node.old), _workers(node.new), _workers(node.kept))
+        moved = (str(node.keys), format_bytes(node.nbytes))
+        if self.dry_run:
+            return (node.node, node.mode, _order(node), *workers, *moved)
+        outcome = f"{node.outcome}, {node.strategy}" if node.strategy != "surge" else node.outcome
+        seconds = (f"{each:.2f} s" for each in (node.start, node.drain, node.retire, node.stop))
+        rerun = (str(node.rerun),) if self.rerun else ()
+        return (node.node, node.mode, outcome, *workers, *moved, *rerun, *seconds)
+
+    def notes(self) -> list[str]:
+        """Return what else is to be said of nodes, one line each."""
+        told = []
+        for node in self.nodes.values():
+            if node.because:
+                told.append(f"{node.node}: old workers {'go' if self.dry_run else 'went'} first: {node.because}")
+            if node.bound:
+                told.append(f"{node.node}: no worker could run these tasks any more: {', '.join(node.bound)}")
+        return told
 
     def summary(self) -> str:
         """Return the change in one line."""
@@ -170,10 +194,11 @@ class Report:
         return f"{self.mode}: {_count(len(self.nodes), 'node')}, {moved}, {self.seconds:.2f} s"
 
     def __repr__(self) -> str:
-        return f"{self.summary()}\n{text_table(self.HEADER, self.rows())}"
+        return "\n".join([self.summary(), text_table(self.header(), self.rows()), *self.notes()])
 
     def _repr_html_(self) -> str:
-        return f"<p>{html.escape(self.summary())}</p>{html_table(self.HEADER, self.rows())}"
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes())
+        return f"<p>{html.escape(self.summary())}</p>{html_table(self.header(), self.rows())}{notes}"
 
     @classmethod
     def parse(cls, answer: Mapping[str, Any]) -> Report:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -122,7 +122,7 @@ class Rolling:
         self.before: dict[str, NodePlan] = {name: p.node.plan for name, p in self.proposals.items()}
         self.rollout = Rollout(tuple(self._waves()), self.terms.on_failure)
         self.steps: dict[str, dict[str, Any]] = {name: {"step": "waiting"} for name in self.proposals}
-        self._events: asyncio.Queue[RolloutEvent] = asyncio.Queue()
+        self._resumed: asyncio.Queue[RolloutCommand | None] = asyncio.Queue()
         self._reports: dict[str, NodeReport] = {}
         self._whys: list[str] = []
         self._causes: list[AgentClusterError] = []
@@ -159,10 +159,10 @@ class Rolling:
             self._swap.cancel(why)
 
     def _control(self, event: RolloutEvent) -> None:
-        if self.rollout.state == "paused":
-            self._events.put_nowait(event)
-        else:
-            self.rollout, _ = roll_on(self.rollout, event)
+        paused = self.rollout.state == "paused"
+        self.rollout, command = roll_on(self.rollout, event)
+        if paused and self.rollout.state != "paused":
+            self._resumed.put_nowait(command)
         self._log({"action": type(event).__name__.lower()})
 
     def status(self) -> dict[str, Any]:
@@ -190,8 +190,12 @@ class Rolling:
         self._log({"action": "began", "waves": [list(wave) for wave in self.rollout.waves]})
         self.rollout, command = roll(self.rollout)
         while self.rollout.state != "over":
-            event = await self._events.get() if command is None else await self._do(command)
-            self.rollout, command = roll_on(self.rollout, event)
+            if command is None:
+                self._log({"action": "paused"})
+                command = await self._resumed.get()
+            else:
+                event = await self._do(command)
+                self.rollout, command = roll_on(self.rollout, event)
         report = self.report()
         self._log({"action": "ended", "outcomes": {name: node["outcome"] for name, node in report["nodes"].items()}})
         if self._whys or self.rollout.cancelled:
@@ -204,16 +208,17 @@ class Rolling:
                 return WaveEnded(await self._run({name: self.proposals[name] for name in nodes}))
             case RunBack(nodes):
                 back = {name: self._return(name) for name in nodes}
-                self._whys.append(f"{', '.join(nodes)} brought back")
                 failed = await self._run(back, back=True)
                 self._back = frozenset(nodes) - failed
+                for which, became in ((self._back, "was brought back"), (failed, "could not be brought back")):
+                    self._whys += [f"{name} {became}" for name in nodes if name in which]
                 return BackEnded(failed)
 
     async def _run(self, proposals: Mapping[str, Proposal], back: bool = False) -> frozenset[str]:
         failed: set[str] = set()
-        # A wave has one strategy; nodes that are brought back may have had different ones.
-        for strategy in ("surge", "replace"):
-            chosen = {name: each for name, each in proposals.items() if each.strategy == strategy}
+        for nodes in _together(proposals, back):
+            chosen = {name: _now(proposals[name]) for name in nodes if proposals[name].node.state != "lost"}
+            failed |= self._lost(set(nodes) - set(chosen), proposals)
             if not chosen:
                 continue
             swap = self._swap = Swap(
@@ -224,12 +229,15 @@ class Rolling:
                 tolerant=self.terms.on_failure == "continue" or back,
                 tell=self._tell,
             )
+            if self.rollout.cancelled is not None and not back:
+                swap.cancel(self.rollout.cancelled)  # in the moment before the wave began
             try:
                 wave = await swap.run()
             finally:
                 self._swap = None
                 await self.notify()
             failed |= wave.failed_nodes
+            failed |= self._lost({name for name, each in chosen.items() if each.node.state == "lost"}, proposals)
             self._both = self._both or wave.both
             if wave.failures:
                 self._whys.append(swap.why())
@@ -237,6 +245,12 @@ class Rolling:
             if not back:
                 self._reports |= {name: swap.report(name) for name in chosen}
         return frozenset(failed)
+
+    def _lost(self, nodes: Iterable[str], proposals: Mapping[str, Proposal]) -> set[str]:
+        """Return those of the lost nodes that were to have new workers; the rollout goes on, or back, without them."""
+        failed = {name for name in nodes if proposals[name].named}
+        self._whys += [f"node {name} is lost ({proposals[name].node.problem})" for name in sorted(failed)]
+        return failed
 
     def _return(self, name: str) -> Proposal:
         """Return the change that brings a node back to the plan that it had."""
@@ -293,3 +307,19 @@ class Rolling:
         error = SwapError(why, state, report)
         error.__cause__ = self._causes[0] if self._causes else None
         return error
+
+
+def _together(proposals: Mapping[str, Proposal], back: bool) -> Iterable[Sequence[str]]:
+    """Return the nodes that change at the same time: a wave's, or, of those that are brought back, all that can."""
+    surge = [name for name, each in proposals.items() if each.strategy == "surge"]
+    others = [name for name in proposals if name not in surge]
+    # Where the old go first, their data needs the workers of nodes that do not change just then.
+    return filter(None, [surge, *([name] for name in others)] if back else [surge, others])
+
+
+def _now(proposal: Proposal) -> Proposal:
+    """Return a proposal without the workers that ended while their node's turn was waited for."""
+    change = proposal.change
+    go = tuple(worker for worker in change.go if worker in proposal.node.plan.workers)
+    keep = {worker: spec for worker, spec in change.keep.items() if worker in proposal.node.plan.workers}
+    return replace(proposal, change=replace(change, go=go, keep=keep))

@@ -8,17 +8,18 @@ happened.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from distributed import Scheduler
+from distributed import Scheduler, Status
 
 from agentcluster.allocate import Change
 from agentcluster.errors import AgentClusterError, WorkerStartError
-from agentcluster.evacuation import Drain, Evacuation, Progress, evacuate
+from agentcluster.evacuation import INTERVAL, Drain, Evacuation, Progress, evacuate
 from agentcluster.model import Mode, NodeReport, WorkerSpec, WorkerState, from_wire, to_wire
 from agentcluster.registry import Node
 from agentcluster.rollout import (
@@ -26,6 +27,7 @@ from agentcluster.rollout import (
     Command,
     Event,
     GiveUpRetiring,
+    GiveUpStarting,
     NodeChange,
     Retired,
     RetireNew,
@@ -43,6 +45,8 @@ from agentcluster.rollout import (
 )
 
 logger = logging.getLogger(__name__)
+
+GIVEN_UP = "the moving of data was given up"
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,10 @@ class Swap:
         self._seconds: dict[tuple[str, str], float] = {}
         self._started: dict[str, list[WorkerState]] = {}
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._moving: asyncio.Task[Evacuation] | None = None
+        self._starting: dict[str, asyncio.Future[Any]] = {}
+        self._moving: asyncio.Future[Evacuation] | None = None
+        self._given_up: set[type[Command]] = set()
+        self._emptied: set[str] = set()
         strategies = {proposal.strategy for proposal in self.proposals.values()}
         changes = []
         self._back: dict[str, dict[str, WorkerSpec]] = {}
@@ -143,7 +150,10 @@ class Swap:
 
     def cancel(self, why: str) -> None:
         """End with the old workers, if that is still possible."""
-        self._events.put_nowait(Cancelled(why))
+        if self.wave.phase == "new":
+            self.wave, _ = advance(self.wave, Cancelled(why))
+        else:
+            self._events.put_nowait(Cancelled(why))
 
     async def run(self) -> Wave:
         """Carry the wave out; return how it ended. Each node's plan says then what is true."""
@@ -163,11 +173,12 @@ class Swap:
 
         def carry_out(commands: Iterable[Command]) -> None:
             for command in commands:
-                if isinstance(command, GiveUpRetiring):
-                    if self._moving is not None:
-                        self._moving.cancel()
+                if isinstance(command, GiveUpStarting | GiveUpRetiring):
+                    self._give_up(command)
                     continue
-                task = asyncio.create_task(self._do(command))
+                if isinstance(command, Stop) and self.wave.phase == "stopping":
+                    self._emptied.add(command.node)
+                task = asyncio.create_task(self._answer(command))
                 running.add(task)
                 task.add_done_callback(running.discard)
 
@@ -182,7 +193,30 @@ class Swap:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    async def _do(self, command: Command) -> None:
+    def _give_up(self, command: GiveUpStarting | GiveUpRetiring) -> None:
+        # What it is about may have been ordered in the same turn of the loop, and not have begun.
+        self._given_up.add(type(command))
+        under_way = self._starting.values() if isinstance(command, GiveUpStarting) else [self._moving]
+        for each in filter(None, list(under_way)):
+            each.cancel()
+
+    async def _answer(self, command: Command) -> None:
+        """Carry a command out; whatever goes wrong, it is answered: a wave without an answer would hang."""
+        try:
+            event = await self._do(command)
+        except Exception as error:  # a fault of ours, or of the scheduler's
+            logger.exception("%s could not be carried out", command)
+            match command:
+                case Start(node, workers):
+                    await self._stop(node, workers)
+                    event = StartFailed(node, repr(error))
+                case Stop(node):
+                    event = Stopped(node)
+                case _:
+                    event = RetireRefused(repr(error))
+        self._events.put_nowait(event)
+
+    async def _do(self, command: Command) -> Event:
         began = time.perf_counter()
         match command:
             case Start(node, workers):
@@ -204,15 +238,19 @@ class Swap:
                 event = Stopped(node)
             case _:
                 raise AssertionError(command)
-        self._events.put_nowait(event)
+        return event
 
     async def _start(self, node: str, workers: tuple[str, ...]) -> Event:
         named = {**self.proposals[node].named, **self._back.get(node, {})}
         specs = to_wire({worker: named[worker] for worker in workers})
+        if GiveUpStarting in self._given_up:
+            return StartFailed(node, "it was given up")
+        call = asyncio.ensure_future(self._agent(node).start_workers(specs=specs, timeout=self.limits.start))
+        self._starting[node] = call
         try:
             # The agent ends a late start itself, within the timeout that it is given.
             async with asyncio.timeout(self.limits.start + self.limits.stop):
-                answer = await self._agent(node).start_workers(specs=specs, timeout=self.limits.start)
+                answer = await call
             if "failures" in answer:
                 cause = WorkerStartError(node, answer["failures"])
                 self.causes.append(cause)
@@ -220,7 +258,9 @@ class Swap:
             self._started[node] = [from_wire(WorkerState, state) for state in answer["states"]]
         except asyncio.CancelledError:
             await asyncio.shield(self._stop(node, workers))
-            raise
+            if _ending():
+                raise
+            return StartFailed(node, "it was given up")
         except Exception as error:  # whatever an agent raises or answers must end the change, not hang it
             # It may be late only: what it still starts belongs to no plan.
             await self._stop(node, workers)
@@ -233,6 +273,8 @@ class Swap:
                 if proposal.change.go:
                     self.tell(name, "retire", vars(now))
 
+        if not back and GiveUpRetiring in self._given_up:
+            return RetireRefused(GIVEN_UP)
         self._moving = asyncio.ensure_future(
             evacuate(
                 self.scheduler,
@@ -246,13 +288,28 @@ class Swap:
         try:
             evacuation = await self._moving
         except asyncio.CancelledError:
-            return RetireRefused("the moving of data was given up")
+            if _ending():
+                raise
+            if not self._present(workers):
+                return Retired()
+            await self._working_again(workers)
+            return RetireRefused(GIVEN_UP)
         except Exception as error:  # a fault in the scheduler must end the change, not hang it
             logger.exception("Moving data off %s failed", ", ".join(workers))
             return RetireRefused(f"moving data failed: {error!r}")
         if not back:
             self.evacuation = evacuation
         return RetireRefused(evacuation.problem) if evacuation.problem else Retired()
+
+    def _present(self, workers: tuple[str, ...]) -> list[Any]:
+        return [ws for ws in self.scheduler.workers.values() if str(ws.name) in workers]
+
+    async def _working_again(self, workers: tuple[str, ...]) -> None:
+        """Wait until workers that were to leave say that they go on: they are to take data back from the new ones."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.limits.stop):
+                while any(ws.status is Status.closing_gracefully for ws in self._present(workers)):
+                    await asyncio.sleep(INTERVAL)
 
     async def _stop(self, node: str, workers: tuple[str, ...]) -> None:
         try:
@@ -269,11 +326,11 @@ class Swap:
 
     def _settle(self, name: str, proposal: Proposal) -> None:
         node, wave = proposal.node, self.wave
-        there = {str(ws.name) for ws in self.scheduler.workers.values()}
         old = {worker: spec for worker, spec in node.plan.workers.items() if worker not in proposal.change.go}
-        if (name not in wave.failed_nodes and wave.over) or (wave.strategy == "replace" and name in wave.started):
+        changed = wave.started if wave.strategy == "replace" else self._emptied
+        if name in changed or (wave.over and name not in wave.failed_nodes):
             node.adopt(proposal.mode, {**old, **proposal.named})
-        elif wave.strategy == "replace" and wave.workers("go", frozenset([name])) and self._gone(proposal, there):
+        elif name in self._emptied:
             restored = self._back[name] if name in wave.restored else {}
             node.adopt(node.plan.mode, {**old, **restored})
         elif wave.both and name in wave.started:
@@ -289,9 +346,6 @@ class Swap:
                 node.workers[state.name] = state
         self.tell(name, node.state, {"workers": tuple(node.plan.workers)})
         logger.info("Node %s runs %d workers in mode %s", name, len(node.plan.workers), node.plan.mode.name)
-
-    def _gone(self, proposal: Proposal, there: set[str]) -> bool:
-        return not any(worker in there for worker in proposal.change.go)
 
     def why(self) -> str:
         """Return what went wrong, in one sentence; "" when nothing did."""
@@ -313,6 +367,12 @@ class Swap:
 
     def _step(self, step: str, name: str) -> float:
         return max(0.0, self._seconds.get((step, name), 0.0))
+
+
+def _ending() -> bool:
+    """Whether it is the task itself that was cancelled, and not what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def planned(name: str, proposal: Proposal) -> NodeReport:

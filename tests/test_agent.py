@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -15,13 +16,17 @@ import psutil
 import pytest
 from conftest import wait_until
 from distributed import Client, Scheduler, SpecCluster, Status, rpc
+from distributed.core import Server
+from programs import ROOT
 
 from agentcluster import Agent, Mode, hardware
 from agentcluster.errors import ConfigError, ModeRefused, NodeExists, WorkerStartError
 from agentcluster.forkserver import METHOD
+from agentcluster.launch.local import LocalLauncher
+from agentcluster.launch.protocol import Launched, Settings
 from agentcluster.model import Hardware, WorkerSpec, from_wire, to_wire
 from agentcluster.plugin import NAME
-from agentcluster.supervisor import METHOD_KEY
+from agentcluster.supervisor import METHOD_KEY, Supervisor
 
 HOST = {"host": "127.0.0.1"}
 TWO = {"nworkers": 2, "nthreads": 1, "memory_limit": 0}
@@ -167,6 +172,60 @@ async def test_two_agents_in_one_process(scheduler: Scheduler) -> None:
     await two.close()
 
 
+async def test_what_it_falls_back_to_is_weaker_than_what_was_set_for_all(scheduler: Scheduler) -> None:
+    async with agent(scheduler, "a", None, fallback="none") as one:
+        await one.provisioned()
+        assert node(scheduler, "a").plan.mode == Mode("none")
+        async with rpc(scheduler.address) as remote:
+            await remote.set_provision_mode(nodes={"named": to_wire(Mode("none"))})
+            async with agent(scheduler, "b", None, fallback="none") as two:
+                await two.provisioned()
+            assert node(scheduler, "a").state == "standby"
+            await remote.set_provision_mode(mode="auto-cpu", config=TWO)
+        async with agent(scheduler, "c", None, fallback="none") as three:
+            await three.provisioned()
+            assert joined(scheduler) == {"c-0", "c-1"}
+        async with agent(scheduler, "named", None, fallback=Mode("auto-cpu", TWO)) as four:
+            await four.provisioned()
+            assert not node(scheduler, "named").plan.workers
+
+
+class Hangs(Server):
+    """A worker that is never ready."""
+
+    def __init__(self, scheduler: str, *, name: str, **options: Any) -> None:
+        super().__init__({}, needs_workdir=False)
+        self.name = name
+
+    async def start_unsafe(self) -> Any:
+        await asyncio.Event().wait()
+
+
+class Fails(Hangs):
+    """A worker that does not start."""
+
+    async def start_unsafe(self) -> Any:
+        raise OSError("no such luck")
+
+
+async def test_closing_while_workers_start_leaves_no_task_behind(scheduler: Scheduler) -> None:
+    complaints: list[Any] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda loop, context: complaints.append(context))
+    specs = {cls.__name__: WorkerSpec("custom", f"test_agent.{cls.__name__}") for cls in (Hangs, Fails)}
+    before = asyncio.all_tasks()
+    supervisor = Supervisor(scheduler.address)
+    starting = asyncio.create_task(supervisor.start(specs, 30))
+    await wait_until(lambda: {s.name: s.state for s in supervisor.states()}.get("Fails") == "retired")
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert supervisor.states() == ()
+    await wait_until(lambda: asyncio.all_tasks() <= before)
+    gc.collect()
+    assert complaints == []
+
+
 # -- calls -------------------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +247,17 @@ async def test_calls_of_the_scheduler(scheduler: Scheduler, caplog: pytest.LogCa
         await remote.stop_workers(names=["x", "unknown"], timeout=10)
         await wait_until(lambda: not scheduler.workers)
         assert any("Worker x started at" in line for line in await remote.agent_logs())
+
+
+async def test_terminate_is_answered_when_the_workers_have_ended(scheduler: Scheduler) -> None:
+    one = await agent(scheduler, mode=Mode("auto-cpu", TWO))
+    await one.provisioned()
+    pids = [state.pid for state in node(scheduler).workers.values()]
+    async with rpc(one.address) as first, rpc(one.address) as second:
+        assert await asyncio.gather(first.terminate(), second.terminate(reason="twice")) == ["OK", "OK"]
+    assert len(pids) == 2
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    await one.finished()
 
 
 async def test_an_agent_in_standby_has_no_workers() -> None:
@@ -259,3 +329,55 @@ def test_spec_cluster_in_a_script() -> None:
     ):
         client.wait_for_workers(2, timeout=20)
         assert client.submit(sum, [40, 2]).result() == 42
+
+
+# -- launched ----------------------------------------------------------------------------------------------------------
+
+
+async def launched(scheduler: Scheduler, name: str, **settings: Any) -> Launched:
+    """Launch an agent of one worker in a process of its own."""
+    settings = {"options": {"mode": "auto-cpu", "config": TWO | {"nworkers": 1}, **HOST}, **settings}
+    # Otherwise the forkserver has another environment than the worker wants, which is spawned then.
+    pre_spawn = {key: str(value) for key, value in dask.config.get("distributed.nanny.pre-spawn-environ").items()}
+    told = Settings(scheduler=scheduler.address, name=name, pre_spawn=pre_spawn, **settings)
+    found = await LocalLauncher(name=name).launch(told, timeout=30)
+    await wait_until(lambda: node(scheduler, name).state == "ready", 20)
+    return found
+
+
+@pytest.mark.parametrize("how", ["signal", "end of stdin"])
+async def test_a_launched_agent_moves_its_data_unless_its_launcher_is_gone(scheduler: Scheduler, how: str) -> None:
+    one, two = await asyncio.gather(launched(scheduler, "a"), launched(scheduler, "b"))
+    try:
+        async with Client(scheduler.address, asynchronous=True) as client:
+            kept = await client.scatter(list(range(20)), hash=False)
+            if how == "signal":
+                os.kill(one.ready.pid, signal.SIGTERM)
+                assert await one.wait() == 0
+                assert await client.gather(kept) == list(range(20))
+                assert any("Node a: 10 keys (" in line for line in one.log.lines())
+            else:
+                await one.close(10)
+                assert await one.wait() == 0
+                (left,) = scheduler.workers.values()
+                assert len(left.has_what) == 10
+                assert not [line for line in one.log.lines() if "moved" in line or "with its data" in line]
+    finally:
+        await asyncio.gather(one.close(10), two.close(10))
+
+
+async def test_a_launched_agents_forkserver_imports_what_it_is_told(scheduler: Scheduler, tmp_path: Path) -> None:
+    note = "{os.getpid()} {'dask' in sys.modules}"
+    text = f"import os, sys\nwith open({str(tmp_path / 'seen')!r}, 'a') as file:\n    print(f{note!r}, file=file)\n"
+    (tmp_path / "preloaded_by_test.py").write_text(text)
+    config = {"agentcluster": {"forkserver": {"preload": ["preloaded_by_test", "distributed"]}}}
+    one = await launched(scheduler, "a", config=config, environ={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    try:
+        (line,) = (tmp_path / "seen").read_text().splitlines()
+        pid, dask_first = line.split()
+        assert int(pid) != one.ready.pid
+        assert dask_first == "False"
+        (worker,) = node(scheduler, "a").workers.values()
+        assert psutil.Process(worker.pid).ppid() == int(pid)
+    finally:
+        await one.close(10)

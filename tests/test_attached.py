@@ -6,6 +6,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +280,10 @@ async def test_tls(start: Start, certificates: dict[str, str]) -> None:
         await cluster.reprovision("uniform", {"nthreads": 1, "nworkers": 1, "memory_limit": "600MiB"})
         assert await client.submit(sum, [1, 3]) == 4
     await workerless(agent)
-    assert "Traceback" not in agent.output()
+    # A worker's own heartbeat may be under way when its scheduler closes, and says so with a traceback.
+    lines = agent.output().splitlines()
+    found = [before for before, line in pairwise(lines) if line.startswith("Traceback")]
+    assert [line for line in found if "during heartbeat" not in line] == []
 
 
 async def refused(error: type[Exception], match: str, **arguments: Any) -> None:

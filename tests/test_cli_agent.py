@@ -19,9 +19,9 @@ import pytest
 import pytest_asyncio
 from conftest import wait_until
 from dask.system import CPU_COUNT
-from distributed import Client, Scheduler
+from distributed import Client, Future, Scheduler
 from distributed.deploy.utils import nprocesses_nthreads
-from programs import AGENT, ROOT, SCHEDULER_WITHOUT, Start, gone, programs, start_scheduler
+from programs import AGENT, ROOT, SCHEDULER_WITHOUT, Program, Start, gone, programs, start_scheduler
 
 NOWHERE = "tcp://127.0.0.1:1"
 ONE = ("--nworkers", "1", "--nthreads", "1", "--memory-limit", "512MiB")
@@ -60,7 +60,7 @@ async def settled(client: Client, count: int = 1, state: str = "ready") -> dict[
         planned = {worker for node in found.values() for worker in node["plan"]}
         return found if planned == {str(w["name"]) for w in await workers(client)} else None
 
-    return await wait_until(look, 20)
+    return await wait_until(look, 40)
 
 
 async def workers(client: Client) -> list[dict[str, Any]]:
@@ -208,6 +208,64 @@ async def test_signal_ends_it_cleanly(
     await gone(tree)
     assert not scheduler.workers
     assert "Traceback" not in agent.output()
+
+
+@pytest.fixture
+async def holders(scheduler: Scheduler, client: Client, start: Start) -> tuple[Program, Program, list[Future]]:
+    """Two agents whose workers hold 200 keys, some on each."""
+    a, b = (start(*AGENT, scheduler.address, *ONE, "--name", name) for name in ("a", "b"))
+    await settled(client, 2)
+    kept = await client.scatter([f"value {number}" for number in range(200)], hash=False)
+    await wait_until(lambda: [len(ws.has_what) for ws in scheduler.workers.values()] == [100, 100])
+    return a, b, kept
+
+
+async def test_sigterm_moves_the_data_to_others(
+    scheduler: Scheduler, client: Client, holders: tuple[Program, Program, list[Future]]
+) -> None:
+    a, b, kept = holders
+    tree = a.kill(signal.SIGTERM)
+    assert await a.ended() == 0
+    await gone(tree)
+    assert [key for future in kept if not scheduler.tasks[key := future.key].who_has] == []
+    assert await client.gather(kept) == [f"value {number}" for number in range(200)]
+    assert sorted(await nodes(client)) == ["b"]
+    (line,) = [line for line in a.output().splitlines() if "moved" in line]
+    assert "Node a: 100 keys (" in line
+
+    began = time.monotonic()
+    b.kill(signal.SIGTERM)
+    assert await b.ended() == 0
+    assert time.monotonic() - began < 8
+    assert "Node b closes with its data: its workers hold the only copies of 200 keys" in b.output()
+    for agent in (a, b):
+        assert not [word for word in ("error", "exception", "traceback") if word in agent.output().lower()]
+
+
+async def test_sigint_ends_it_with_its_data(
+    scheduler: Scheduler, client: Client, holders: tuple[Program, Program, list[Future]]
+) -> None:
+    a, _, _kept = holders
+    a.kill(signal.SIGINT)
+    assert await a.ended() == 0
+    (left,) = scheduler.workers.values()
+    assert len(left.has_what) == 100
+    assert "moved" not in a.output()
+
+
+async def test_sigterm_beside_a_scheduler_that_does_not_answer(start: Start, tmp_path: Path) -> None:
+    dask_scheduler, address = await start_scheduler(start, tmp_path)
+    agent = start(*AGENT, address, *ONE, env={"DASK_AGENTCLUSTER__STOP_TIMEOUT": "500ms"})
+    async with Client(address, asynchronous=True) as client:
+        await settled(client)
+    dask_scheduler.popen.send_signal(signal.SIGSTOP)
+    try:
+        tree = agent.kill(signal.SIGTERM)
+        assert await agent.ended(8) == 0
+        await gone(tree)
+    finally:
+        dask_scheduler.popen.send_signal(signal.SIGCONT)
+    assert f"closes with its data: the scheduler at {address} did not answer" in agent.output()
 
 
 async def _empty(client: Client) -> bool:

@@ -470,11 +470,11 @@ def test_errors_in_a_script_close_everything() -> None:
 async def test_a_host_that_fails_can_be_left_out() -> None:
     hosts = ["local", "tcp://127.0.0.1:9"]
     with pytest.warns(UserWarning, match=r"host 127\.0\.0\.1 is left out"):
-        cluster = await AgentCluster(hosts=hosts, on_host_failure="warn", launch_timeout=2, asynchronous=True, **QUIET)
+        cluster = await AgentCluster(hosts=hosts, on_host_failure="warn", launch_timeout=8, asynchronous=True, **QUIET)
     async with cluster:
         assert list(cluster.workers) == ["local"]
     with pytest.raises(LaunchError, match=r"tcp://127\.0\.0\.1:9"):
-        await AgentCluster(hosts=hosts, launch_timeout=2, asynchronous=True, **QUIET)
+        await AgentCluster(hosts=hosts, launch_timeout=8, asynchronous=True, **QUIET)
 
 
 @pytest.fixture(autouse=True)

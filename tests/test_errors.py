@@ -24,6 +24,7 @@ from agentcluster.errors import (
     NodeExists,
     NodeNotFound,
     PreflightError,
+    RolloutBusy,
     SchedulerUnfit,
     SwapError,
     WorkerStartError,
@@ -73,8 +74,18 @@ EXAMPLES: list[tuple[AgentClusterError, dict[str, Any], str]] = [
     ),
     (
         SwapError("no room", "the workers that ran before still run"),
-        {"reason": "no room", "state": "the workers that ran before still run"},
+        {"reason": "no room", "state": "the workers that ran before still run", "report": None},
         "no room; the workers that ran before still run",
+    ),
+    (
+        SwapError("no room", "b changed", {"nodes": {"a": {"outcome": "failed"}}}),
+        {"reason": "no room", "state": "b changed", "report": {"nodes": {"a": {"outcome": "failed"}}}},
+        "no room; b changed",
+    ),
+    (
+        RolloutBusy("uniform", 12.3),
+        {"label": "uniform", "seconds": 12.3},
+        "a rollout to 'uniform' has run for 12 s; wait=True waits for it, cluster.rollout.cancel() ends it",
     ),
     (
         SchedulerUnfit("tcp://s:8786", "it has no plugin"),
@@ -177,6 +188,7 @@ def test_it_survives_a_pickle(error: AgentClusterError, facts: dict[str, Any], s
         (LaunchTimeout("h", "r"), TimeoutError),
         (WorkerStartError("n", {}), RuntimeError),
         (SwapError("r", "s"), RuntimeError),
+        (RolloutBusy("uniform", 1), RuntimeError),
         (SchedulerUnfit("a", "r"), RuntimeError),
     ],
 )

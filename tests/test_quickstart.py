@@ -108,6 +108,25 @@ async def test_a_late_agent_keeps_the_mode_that_it_was_given(client: Client, add
     assert sorted(await pids(client)) == ["box-1", "late-0"]
 
 
+async def test_a_late_agent_that_was_given_no_mode_gets_that_of_the_others(
+    client: Client, address: str, start: Start
+) -> None:
+    await joined(client, start(*AGENT, address, *SMALL))
+    one = {"nthreads": 1, "memory_limit": "300MiB"}
+    await client.scheduler.reprovision_nodes(mode="uniform", config=one)
+    late = start(*AGENT, address, "--name", "late")
+
+    async def there() -> Any:
+        assert late.popen.poll() is None, late.output()
+        node = (await client.scheduler.get_nodes()).get("late")
+        return node if node and node["state"] == "ready" else None
+
+    node = await wait_until(there, 30)
+    assert (node["mode"], node["config"]) == ("uniform", one)
+    assert {worker["nthreads"] for worker in node["plan"].values()} == {1}
+    assert len(node["plan"]) == node["hardware"]["cpus"]
+
+
 @pytest.mark.gpu_stub
 async def test_gpu_workers_replace_cpu_workers_and_back(
     client: Client, address: str, start: Start, tmp_path_factory: pytest.TempPathFactory

@@ -151,14 +151,41 @@ def test_select() -> None:
         nodes.select(["a", "d"])
 
 
-def test_a_mode_asked_for_by_name_wins_over_the_nodes_own_and_that_over_the_default() -> None:
-    nodes = Registry(NONE)
-    plain = joined(nodes, "plain")
-    own = nodes.register("own", "tcp://own:1", HARDWARE, now=0, own_mode=CPU)
-    named = nodes.register("named", "tcp://named:1", HARDWARE, now=0, own_mode=CPU)
-    nodes.wanted["named"] = GPU
-    assert [nodes.mode_for(node) for node in (plain, own, named)] == [NONE, CPU, GPU]
-    assert Registry().mode_for(plain) == Mode("auto-cpu")
+UNIFORM, MIXED = Mode("uniform", {"nthreads": 1}), Mode("mixed")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "own", "default", "fallback", "expected"),
+    [
+        (GPU, CPU, NONE, UNIFORM, GPU),
+        (None, CPU, NONE, UNIFORM, CPU),
+        (None, None, NONE, UNIFORM, NONE),
+        (None, None, Mode("auto-cpu"), UNIFORM, Mode("auto-cpu")),
+        (None, None, None, UNIFORM, UNIFORM),
+        (None, None, None, None, Mode("auto-cpu")),
+    ],
+    ids=["by name", "by hand", "set for all", "set to the built-in", "fallback", "built-in"],
+)
+def test_the_first_mode_that_was_said_wins(
+    wanted: Mode | None, own: Mode | None, default: Mode | None, fallback: Mode | None, expected: Mode
+) -> None:
+    nodes = Registry()
+    node = nodes.register("n", "tcp://n:1", HARDWARE, now=0, own_mode=own, fallback=fallback)
+    if wanted is not None:
+        nodes.wanted["n"] = wanted
+    before = nodes.default
+    if default is not None:
+        nodes.default = default
+    assert nodes.mode_for(node) == expected
+    # Undone, it is as if nobody had ever set one.
+    nodes.default = before
+    assert nodes.mode_for(node) == (wanted or own or fallback or Mode("auto-cpu"))
+
+
+def test_a_registry_that_is_made_with_a_mode_has_it_set() -> None:
+    nodes = Registry(MIXED)
+    node = nodes.register("n", "tcp://n:1", HARDWARE, now=0, fallback=UNIFORM)
+    assert nodes.mode_for(node) == MIXED
 
 
 def test_a_node_is_stale_after_its_time_to_live() -> None:

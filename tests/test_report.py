@@ -12,6 +12,7 @@ from agentcluster.registry import Node
 from agentcluster.report import Nodes, Report, html_table, text_table
 
 GIB = 2**30
+STEPS = ("start", "drain", "retire", "stop")
 EVIL = "<script>alert('x')</script> & co"
 
 
@@ -22,6 +23,7 @@ class Cells(html.parser.HTMLParser):
         super().__init__()
         self.rows: list[list[str]] = []
         self.tags: set[str] = set()
+        self.text = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
@@ -32,6 +34,7 @@ class Cells(html.parser.HTMLParser):
             self.rows[-1].append("")
 
     def handle_data(self, data: str) -> None:
+        self.text += data
         if self.rows and self.rows[-1] and self.lasttag in ("td", "th"):
             self.rows[-1][-1] += data
 
@@ -131,21 +134,80 @@ def test_a_plan_is_not_told_as_a_change() -> None:
 
 def test_a_report_as_text() -> None:
     done = report(
-        NodeReport("a", "uniform", old=("a-0", "a-1", "a-2"), new=("a-3",), kept=(), keys=2, start=0.5, retire=0.25),
-        NodeReport("b", "uniform", old=(), new=("b-1", "b-2"), kept=("b-0",), nbytes=10, stop=2),
+        NodeReport(
+            "a", "uniform", "changed", old=("a-0", "a-1", "a-2"), new=("a-3",), keys=2, start=0.5, drain=3, retire=0.25
+        ),
+        NodeReport("b", "uniform", "failed", old=(), new=("b-1", "b-2"), kept=("b-0",), nbytes=10, stop=2),
     )
     assert (done.keys, done.nbytes) == (2, 10)
-    head, *rows = [line.split("  ") for line in repr(done).splitlines()[1:]]
-    cells = [[cell.strip() for cell in row if cell.strip()] for row in (head, *rows)]
-    assert cells == [
-        list(Report.HEADER),
-        ["a", "uniform", "a-0 … a-2 (3)", "a-3", "-", "2", "0 B", "0.50 s", "0.25 s", "0.00 s"],
-        ["b", "uniform", "-", "b-1 b-2", "b-0", "0", "10 B", "0.00 s", "0.00 s", "2.00 s"],
+    assert repr(done).splitlines()[0] == done.summary()
+    assert cells(repr(done)) == [
+        [
+            "node",
+            "mode",
+            "outcome",
+            "went",
+            "came",
+            "stayed",
+            "keys moved",
+            "bytes moved",
+            "start",
+            "drain",
+            "retire",
+            "stop",
+        ],
+        ["a", "uniform", "changed", "a-0 … a-2 (3)", "a-3", "-", "2", "0 B", "0.50 s", "3.00 s", "0.25 s", "0.00 s"],
+        ["b", "uniform", "failed", "-", "b-1 b-2", "b-0", "0", "10 B", "0.00 s", "0.00 s", "0.00 s", "2.00 s"],
     ]
 
 
+def cells(text: str) -> list[list[str]]:
+    """Return the cells of a table as text, without the line above it."""
+    rows = (line.split("  ") for line in text.splitlines()[1:])
+    return [[cell.strip() for cell in row if cell.strip()] for row in rows]
+
+
+def test_what_was_unusual_is_shown_and_why() -> None:
+    done = report(
+        NodeReport("a", "uniform", "changed", strategy="replace", because="asked for", rerun=2),
+        NodeReport("b", "uniform", "rolled back", bound=("x (resources {'GPU': 1})", "and 7 more")),
+    )
+    assert done.rerun == 2
+    table = [dict(zip(done.header(), row, strict=True)) for row in done.rows()]
+    assert [(row["outcome"], row["tasks rerun"]) for row in table] == [("changed, replace", "2"), ("rolled back", "0")]
+    notes = [
+        "a: old workers went first: asked for",
+        "b: no worker could run these tasks any more: x (resources {'GPU': 1}), and 7 more",
+    ]
+    assert repr(done).splitlines()[-2:] == notes
+    text = Cells(done._repr_html_()).text
+    assert all(note in text for note in notes)
+
+
+def test_a_plan_tells_what_would_be() -> None:
+    plan = report(
+        NodeReport("a", "uniform", old=("a-0", "a-1", "a-2"), new=("a-new-0",), keys=2, nbytes=10),
+        NodeReport("b", "uniform", strategy="replace", because="no room", old=("b-0",), new=("b-new-0",)),
+        NodeReport("c", "uniform", new=("c-new-0",), kept=("c-0",)),
+        NodeReport("d", "none", old=("d-0",)),
+        NodeReport("e", "uniform", kept=("e-0",)),
+        dry_run=True,
+    )
+    assert repr(plan).splitlines() == [
+        "uniform: planned only, nothing was changed",
+        "node  mode     order                     go             come     stay  keys to move  bytes to move",
+        "a     uniform  new start, then old stop  a-0 … a-2 (3)  a-new-0  -     2             10 B",
+        "b     uniform  old stop, then new start  b-0            b-new-0  -     0             0 B",
+        "c     uniform  new start                 -              c-new-0  c-0   0             0 B",
+        "d     none     old stop                  d-0            -        -     0             0 B",
+        "e     uniform  nothing changes           -              -        e-0   0             0 B",
+        "b: old workers go first: no room",
+    ]
+    assert Cells(plan._repr_html_()).rows == [list(plan.header()), *map(list, plan.rows())]
+
+
 def test_a_report_in_html_is_escaped() -> None:
-    text = Report(EVIL, {EVIL: NodeReport(EVIL, EVIL, old=(EVIL,))}, seconds=1)._repr_html_()
-    cells = Cells(text)
-    assert cells.rows[1][:3] == [EVIL, EVIL, EVIL]
+    node = NodeReport(EVIL, EVIL, old=(EVIL,), because=EVIL, bound=(EVIL,))
+    cells = Cells(Report(EVIL, {EVIL: node}, seconds=1)._repr_html_())
+    assert cells.rows[1][:4] == [EVIL, EVIL, "unchanged", EVIL]
     assert cells.tags == {"p", "table", "tr", "th", "td"}

@@ -52,6 +52,8 @@ FLAGS = {
     "nthreads": "--nthreads",
     "memory_limit": "--memory-limit",
 }
+#: What ``dask worker`` starts without options: one worker with all threads.
+LIKE_DASK_WORKER = Mode("auto-cpu", {"nworkers": 1})
 SHAPE = {"n_workers": "nworkers", "nthreads": "nthreads", "memory_limit": "memory_limit"}
 
 
@@ -63,7 +65,9 @@ def _from_dask_worker() -> list[click.Parameter]:
 @click.command(
     name="agent",
     params=_from_dask_worker(),
-    epilog="Without --mode, --spec or --spec-file it starts what `dask worker` would: one worker with all threads.",
+    epilog="Without any option that says what runs it has the mode that was set for the scheduler's nodes; when none "
+    "was set it starts what `dask worker` would: one worker with all threads. On SIGTERM it has the data of its "
+    "workers moved to others before it ends, on SIGINT it ends at once.",
 )
 @click.option("--mode", default=None, help="What runs here first, one of: auto-cpu, auto-gpu, auto, mixed, …")
 @click.option("--config", "mode_config", default=None, help="Options of the mode, as JSON.")
@@ -116,6 +120,7 @@ def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
         "scheduler": scheduler,
         "name": options["name"],
         "mode": mode,
+        "fallback": LIKE_DASK_WORKER if mode is None and not options["standby"] else None,
         "security": security,
         "death_timeout": seconds("--death-timeout", options["death_timeout"]) if options["death_timeout"] else None,
         "host": options["host"],
@@ -180,7 +185,7 @@ def _listen(address: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mode(options: dict[str, Any], given: Any) -> Mode | None:
-    """Return the first mode; None leaves it to whoever adopts this agent."""
+    """Return the first mode that was given by hand; None leaves it to the scheduler, or to who adopts this agent."""
     if options["standby"]:
         for option in FLAGS:
             if given(option):
@@ -196,8 +201,9 @@ def _mode(options: dict[str, Any], given: Any) -> Mode | None:
             raise ConfigError(f"--spec says what runs, so --mode {name!r} cannot be given with it")
         name, config = "spec", {"spec": spec, **config}
     if name is None:
-        # What `dask worker` does: one worker, all threads.
-        name, config = "auto-cpu", {"nworkers": 1, **config}
+        if not config and not shape:
+            return None
+        name, config = LIKE_DASK_WORKER.name, {**LIKE_DASK_WORKER.config, **config}
     if shape.get("nworkers") == "auto":
         del shape["nworkers"]
         config.pop("nworkers", None)
@@ -235,21 +241,28 @@ def _json(option: str, text: str) -> Any:
 
 
 async def _run(arguments: dict[str, Any]) -> None:
-    ended = asyncio.Event()
+    ended, hurry = asyncio.Event(), asyncio.Event()
+
+    def end(*events: asyncio.Event) -> None:
+        for event in events:
+            event.set()
+
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
+    loop.add_signal_handler(signal.SIGTERM, end, ended)
+    loop.add_signal_handler(signal.SIGINT, end, ended, hurry)
     agent = Agent(**arguments)
     work = asyncio.ensure_future(_live(agent))
-    end = asyncio.ensure_future(ended.wait())
+    over = asyncio.ensure_future(ended.wait())
     try:
-        await asyncio.wait([work, end], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([work, over], return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             work.result()
     finally:
-        for task in (work, end):
+        for task in (work, over):
             task.cancel()
-        await asyncio.gather(work, end, return_exceptions=True)
+        await asyncio.gather(work, over, return_exceptions=True)
+        if ended.is_set():
+            await agent.retire(hurry)
         await agent.close(reason="signal" if ended.is_set() else "end")
 
 

@@ -2,7 +2,8 @@
 
 ``python -m agentcluster.cli.launched`` reads one :class:`~agentcluster.launch.protocol.Settings` line from stdin, says
 one :class:`~agentcluster.launch.protocol.Ready` line on stdout, logs to stderr, and lives until stdin ends or SIGTERM
-comes; then it stops its workers and exits with 0. When it cannot start it says why in one line and exits with 1.
+comes; then it stops its workers and exits with 0. On SIGTERM it first has their data moved to other nodes; when stdin
+ended the cluster is gone, and nobody wants them. When it cannot start it says why in one line and exits with 1.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Mapping, Sequence
 
     from agentcluster.launch.protocol import Ready, Settings
 
@@ -33,7 +35,7 @@ def main() -> None:
         settings = Settings.decode(line)
         os.environ.update(settings.environ)
         if settings.role == "agent":
-            forkserver.warm(forkserver.pre_spawn_environ(settings.pre_spawn))
+            forkserver.warm(forkserver.pre_spawn_environ(settings.pre_spawn), _preload(settings.config))
         lifeline = threading.Event()
         threading.Thread(target=_watch_stdin, args=(lifeline,), daemon=True, name="lifeline").start()
         _run(settings, lifeline)
@@ -41,6 +43,18 @@ def main() -> None:
         _fail(str(error), error)
     except Exception as error:  # such as a TypeError from an option; the launcher shows the last line to its user
         _fail(f"{type(error).__name__}: {error}", error)
+
+
+def _preload(config: Mapping[str, Any]) -> Sequence[str]:
+    """Return the modules that the forkserver imports: those of the settings, which hold them when they differ."""
+    from agentcluster import forkserver
+
+    found: Any = config
+    for key in ("agentcluster", "forkserver", "preload"):
+        found = found.get(key) if isinstance(found, dict) else None
+    # What is no list of names is refused with the rest of the configuration, once that can be imported.
+    good = isinstance(found, list) and all(isinstance(name, str) for name in found)
+    return found if good else forkserver.PRELOAD
 
 
 def _fail(why: str, error: Exception) -> NoReturn:
@@ -79,10 +93,15 @@ async def _serve(settings: Settings, lifeline: threading.Event) -> None:
     from distributed.security import Security
 
     loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
-    _at_end.append(lambda: loop.call_soon_threadsafe(ended.set))
+    ended, hurry = asyncio.Event(), asyncio.Event()
+
+    def end(*events: asyncio.Event) -> None:
+        for event in events:
+            event.set()
+
+    loop.add_signal_handler(signal.SIGTERM, end, ended)
+    loop.add_signal_handler(signal.SIGINT, end, ended, hurry)
+    _at_end.append(lambda: loop.call_soon_threadsafe(end, ended, hurry))
     if lifeline.is_set():
         return
     server = _server(settings, Security(**settings.security))
@@ -96,7 +115,8 @@ async def _serve(settings: Settings, lifeline: threading.Event) -> None:
                 await dask_setup(server)
             sys.stdout.write(_introduce(settings, server).encode() + "\n")
             sys.stdout.flush()
-            await _first(ended, asyncio.ensure_future(server.finished()))
+            if await _first(ended, asyncio.ensure_future(server.finished())) and settings.role == "agent":
+                await server.retire(hurry)
     finally:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)

@@ -260,10 +260,14 @@ class Supervisor:
         starts = {name: asyncio.ensure_future(_ready(worker.server)) for name, worker in batch.items()}
         if not starts:
             return {}
-        _, late = await asyncio.wait(starts.values(), timeout=timeout)
-        for start in late:
-            start.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        late: set[asyncio.Future[None]] = set(starts.values())
+        try:
+            _, late = await asyncio.wait(starts.values(), timeout=timeout)
+        finally:
+            # All of them, when this call is cancelled: also the errors of those that are done have to be taken.
+            for start in late:
+                start.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         failures = {}
         for name, start in starts.items():
             if start in late:

@@ -1,6 +1,6 @@
-"""A change of workers on one or many nodes, as pure state machines: events in, commands out.
+"""A few nodes that change together, as a pure state machine: events in, commands out.
 
-A :class:`Wave` changes a few nodes together. With the strategy ``surge``::
+With the strategy ``surge``::
 
     starting ──all started──▶ retiring ──confirmed──▶ stopping ──all stopped──▶ done
        │                         │
@@ -14,19 +14,15 @@ again, data first, and leaves the old as they were. With ``replace`` the old go 
     retiring ──confirmed──▶ stopping ──all stopped──▶ starting ──all started──▶ done
        │                                                  │
        └─refused─▶ failed (old run)                       └─failed─▶ restoring (the old plan) ──▶ failed
-
-A :class:`Rollout` is waves, one after the other, with pauses, and with what happens when one fails: those before it are
-brought back, or left, or the next ones go on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
 Strategy = Literal["surge", "replace"]
-OnFailure = Literal["rollback", "stop", "continue"]
 Phase = Literal["new", "starting", "retiring", "stopping", "returning", "undoing", "restoring", "done", "failed"]
 
 
@@ -131,11 +127,16 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class GiveUpStarting:
+    """Wait no longer for workers that start; the answers are failures, or those that were quicker."""
+
+
+@dataclass(frozen=True)
 class GiveUpRetiring:
     """Stop moving data; the answer is a refusal, or a confirmation that was quicker."""
 
 
-Command = Start | RetireOld | RetireNew | Stop | GiveUpRetiring
+Command = Start | RetireOld | RetireNew | Stop | GiveUpStarting | GiveUpRetiring
 Step = tuple["Wave", Sequence[Command]]
 
 
@@ -185,7 +186,9 @@ class Wave:
     def failed_nodes(self) -> frozenset[str]:
         """Nodes that have not got their new workers, or not only them."""
         if self.phase == "failed":
-            return frozenset(change.node for change in self.changes)
+            # Where the old went first, the new that did come are all that there is.
+            changed = self.started if self.strategy == "replace" else frozenset()
+            return frozenset(change.node for change in self.changes) - changed
         return frozenset(node for node, _ in self.failures if node)
 
     def workers(self, what: Literal["go", "come"], nodes: frozenset[str] | None = None) -> tuple[str, ...]:
@@ -196,6 +199,8 @@ class Wave:
 
 def begin(wave: Wave) -> Step:
     """Return a wave's first state after ``new``, and its first commands."""
+    if wave.cancelled is not None:
+        return replace(wave, phase="failed", failures=(("", wave.cancelled),)), []
     return _start(wave) if wave.strategy == "surge" else _retire(wave)
 
 
@@ -310,149 +315,13 @@ def _restore_settled(wave: Wave, node: str) -> Step:
 
 
 def _cancel(wave: Wave, why: str) -> Step:
-    """Remember it where the old workers can still be had; data that is on its way is asked to stop."""
+    """Remember it where the old workers can still be had; what is under way is given up."""
     if wave.cancelled is not None or wave.over:
         return wave, []
-    if wave.phase in ("new", "starting") and wave.strategy == "surge":
+    if wave.phase == "new":
         return replace(wave, cancelled=why), []
+    if wave.phase == "starting" and wave.strategy == "surge":
+        return replace(wave, cancelled=why), [GiveUpStarting()]
     if wave.phase == "retiring":
         return replace(wave, cancelled=why), [GiveUpRetiring()]
     return wave, []
-
-
-# -- many waves --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Waves, one after the other.
-
-    Attributes
-    ----------
-    waves
-        Nodes of each wave, in order.
-    on_failure
-        What happens to the others when a wave fails: ``rollback`` brings those that were changed back, ``stop`` leaves
-        them, ``continue`` goes on.
-    position
-        Index of the next wave.
-    state
-        ``running`` a wave, ``paused`` before the next, ``back`` while changed nodes are brought back, or ``over``.
-    pausing
-        Whether to pause when the wave that runs has ended.
-    changed, failed
-        Nodes that have their new workers, and that have not.
-    cancelled
-        Why no further wave begins.
-    """
-
-    waves: tuple[tuple[str, ...], ...]
-    on_failure: OnFailure = "rollback"
-    position: int = 0
-    state: Literal["new", "running", "paused", "back", "over"] = "new"
-    pausing: bool = False
-    changed: tuple[str, ...] = ()
-    failed: tuple[str, ...] = field(default=())
-    cancelled: str | None = None
-
-
-@dataclass(frozen=True)
-class WaveEnded:
-    """The wave that ran has ended; `failed` names its nodes that have not got their new workers."""
-
-    failed: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class BackEnded:
-    """The nodes that were to be brought back are back, but for `failed`."""
-
-    failed: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Pause:
-    """Begin no further wave until :class:`Resume`."""
-
-
-@dataclass(frozen=True)
-class Resume:
-    """Go on."""
-
-
-@dataclass(frozen=True)
-class Cancel:
-    """Begin no further wave, and treat what was changed as `on_failure` says."""
-
-    why: str
-
-
-@dataclass(frozen=True)
-class RunWave:
-    """Change these nodes."""
-
-    nodes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class RunBack:
-    """Bring these nodes back to the plan they had."""
-
-    nodes: tuple[str, ...]
-
-
-RolloutEvent = WaveEnded | BackEnded | Pause | Resume | Cancel
-RolloutCommand = RunWave | RunBack
-RolloutStep = tuple[Rollout, RolloutCommand | None]
-
-
-def roll(rollout: Rollout) -> RolloutStep:
-    """Return a rollout's first state after ``new``, and its first command."""
-    return _next(rollout)
-
-
-def roll_on(rollout: Rollout, event: RolloutEvent) -> RolloutStep:
-    """Return what follows from an event.
-
-    Raises
-    ------
-    ValueError
-        When the event cannot be true in this state.
-    """
-    match event:
-        case WaveEnded(failed) if rollout.state == "running":
-            nodes = rollout.waves[rollout.position]
-            rollout = replace(
-                rollout,
-                position=rollout.position + 1,
-                changed=(*rollout.changed, *(node for node in nodes if node not in failed)),
-                failed=(*rollout.failed, *(node for node in nodes if node in failed)),
-            )
-            return _next(rollout)
-        case BackEnded(failed) if rollout.state == "back":
-            return replace(rollout, state="over", changed=tuple(n for n in rollout.changed if n in failed)), None
-        case Pause():
-            return (rollout if rollout.state == "over" else replace(rollout, pausing=True)), None
-        case Resume():
-            rollout = replace(rollout, pausing=False)
-            return _next(rollout) if rollout.state == "paused" else (rollout, None)
-        case Cancel(why):
-            rollout = replace(rollout, cancelled=rollout.cancelled or why)
-            return _next(rollout) if rollout.state == "paused" else (rollout, None)
-        case WaveEnded() | BackEnded():
-            raise ValueError(f"{event} cannot happen while {rollout.state}")
-        case _:
-            assert_never(event)
-
-
-def _next(rollout: Rollout) -> RolloutStep:
-    bad = bool(rollout.failed) and rollout.on_failure != "continue"
-    if bad or rollout.cancelled is not None:
-        if rollout.on_failure != "stop" and rollout.changed:
-            return replace(rollout, state="back"), RunBack(rollout.changed)
-        return replace(rollout, state="over"), None
-    if rollout.position == len(rollout.waves):
-        return replace(rollout, state="over"), None
-    if rollout.pausing:
-        return replace(rollout, state="paused"), None
-    return replace(rollout, state="running"), RunWave(rollout.waves[rollout.position])

@@ -1,0 +1,246 @@
+"""One node's belonging to one scheduler: from its registration until it leaves, or the scheduler ends.
+
+A :class:`Membership` registers the node, brings the plugin along if the scheduler has none, says how the host and its
+workers are, and notices the scheduler's end. It owns the connection that stands for all this and the node's workers;
+:meth:`Membership.leave` gives both up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+from dask.utils import format_bytes
+from distributed.comm.core import Comm, CommClosedError, connect
+from distributed.core import clean_exception, rpc
+from distributed.protocol import pickle
+from distributed.security import Security
+
+from agentcluster import hardware
+from agentcluster.addresses import connection_args
+from agentcluster.config import Config
+from agentcluster.errors import PreflightError, SchedulerUnfit
+from agentcluster.model import Hardware, WorkerState, from_wire, to_wire
+from agentcluster.plugin import NAME, AgentPlugin
+from agentcluster.supervisor import RestartPolicy, Supervisor
+
+logger = logging.getLogger(__name__)
+
+NO_PLUGIN = (
+    "it has no agentcluster plugin and cannot import one: install agentcluster where the scheduler runs "
+    "(pip install agentcluster, same version), or start it with: dask scheduler --preload agentcluster"
+)
+
+#: Seconds that workers have for ending by themselves after their scheduler.
+ORPHAN_GRACE = 3.0
+
+IS_IT_THERE = "is one running there, and does it speak this protocol (tcp://, tls://)?"
+
+
+class Membership:
+    """What ties a node to a scheduler.
+
+    Parameters
+    ----------
+    scheduler
+        Address of the scheduler.
+    security
+        Credentials of the agent and its workers.
+    settings
+        The agent's configuration.
+    host_options
+        Keyword arguments for every worker on this host, whatever its mode.
+    on_end
+        Called once the scheduler is gone and the workers had their time to end after it.
+
+    Attributes
+    ----------
+    name
+        The name that the scheduler gave the node; "" before :meth:`join`.
+    supervisor
+        The node's workers.
+    """
+
+    def __init__(
+        self,
+        scheduler: str,
+        *,
+        security: Security,
+        settings: Config,
+        host_options: Mapping[str, Any],
+        on_end: Callable[[], None],
+    ) -> None:
+        self.scheduler = scheduler
+        self.name = ""
+        self.supervisor = Supervisor(
+            scheduler,
+            security=security,
+            host_options=host_options,
+            policy=RestartPolicy(
+                settings.worker_restart_limit,
+                settings.worker_restart_window,
+                settings.worker_restart_backoff,
+                settings.worker_restart_backoff_max,
+            ),
+            on_change=self._report,
+        )
+        self._connection = connection_args(security, scheduler)
+        self._settings = settings
+        self._on_end = on_end
+        self._stream: Comm | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def join(self, node: Mapping[str, Any], timeout: float | None = None) -> None:
+        """Register the node, and take part from then on.
+
+        Parameters
+        ----------
+        node
+            The arguments of :meth:`agentcluster.plugin.AgentPlugin.register_node`, as plain data.
+        timeout
+            Seconds for reaching the scheduler; None for dask's own.
+
+        Raises
+        ------
+        SchedulerUnfit
+            When the scheduler has no plugin and cannot have one.
+        OSError
+            When it cannot be reached.
+        """
+        comm = await self._reach(timeout)
+        try:
+            answer = await _register(comm, node)
+            if answer is None:
+                await self._bring_plugin(timeout)
+                answer = await _register(comm, node)
+            if answer is None:
+                raise SchedulerUnfit(self.scheduler, NO_PLUGIN)
+            _raise_remote(answer)
+        except BaseException:
+            comm.abort()
+            raise
+        self.name = answer["name"]
+        self._stream = comm
+        self._spawn(self._beat(comm, from_wire(Hardware, node["hardware"])), "agent heartbeat")
+        self._spawn(self._follow(comm), "agent follows scheduler")
+        logger.info("Node %s registered to: %s", self.name, self.scheduler)
+
+    async def provisioned(self, timeout: float) -> None:
+        """Wait until the node has the workers that it is meant to have, or raise why it has none."""
+        async with self._scheduler() as scheduler:
+            await scheduler.await_nodes(names=[self.name], timeout=timeout)
+
+    async def retire(self) -> None:
+        """Have the workers' data moved to other nodes and the workers stopped; log why not, where that cannot be.
+
+        The scheduler gets ``agentcluster.stop-timeout`` for moving the data, and as long again for all the rest.
+        """
+        if self._stream is None or not any(state.state == "running" for state in self.supervisor.states()):
+            return
+        seconds = self._settings.stop_timeout
+        try:
+            async with asyncio.timeout(2 * seconds), self._scheduler() as scheduler:
+                report = await scheduler.retire_node(name=self.name, drain="data", timeout=seconds, wait=seconds)
+        except (OSError, TimeoutError):
+            logger.info("Node %s closes with its data: the scheduler at %s did not answer", self.name, self.scheduler)
+        except Exception as error:  # whatever the scheduler answers, it does not keep this process from ending
+            why = error.refusals.get(self.name) if isinstance(error, PreflightError) else None
+            logger.info("Node %s closes with its data: %s", self.name, why or error)
+        else:
+            moved = report["nodes"][self.name]
+            logger.info(
+                "Node %s: %d keys (%s) moved to others", self.name, moved["keys"], format_bytes(moved["nbytes"])
+            )
+
+    async def leave(self) -> None:
+        """Take the node from the scheduler and stop its workers."""
+        stream, self._stream = self._stream, None
+        if stream is not None and not stream.closed():
+            # First, so that no more orders come; and before the reading task is cancelled, which aborts the stream.
+            with contextlib.suppress(CommClosedError, OSError):
+                await stream.write("leaving")
+            await stream.close()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.supervisor.close(self._settings.stop_timeout)
+
+    # -- joining -------------------------------------------------------------------------------------------------------
+
+    async def _reach(self, timeout: float | None) -> Comm:
+        try:
+            comm: Comm = await connect(self.scheduler, timeout=timeout, **self._connection)
+        except OSError as error:
+            raise OSError(f"scheduler at {self.scheduler} cannot be reached: {error}; {IS_IT_THERE}") from error
+        return comm
+
+    def _scheduler(self) -> Any:
+        return rpc(self.scheduler, connection_args=self._connection)
+
+    async def _bring_plugin(self, timeout: float | None) -> None:
+        comm = await self._reach(timeout)
+        try:
+            await comm.write(
+                {
+                    "op": "register_scheduler_plugin",
+                    "plugin": pickle.dumps(AgentPlugin()),
+                    "name": NAME,
+                    "idempotent": True,
+                }
+            )
+            answer = await comm.read()
+        finally:
+            await comm.close()
+        if isinstance(answer, Mapping) and answer.get("status") == "uncaught-error":
+            raise SchedulerUnfit(self.scheduler, f"{NO_PLUGIN}; it said: {answer.get('exception_text', '')}")
+
+    # -- taking part ---------------------------------------------------------------------------------------------------
+
+    def _report(self, state: WorkerState) -> None:
+        if self._stream is not None:
+            self._spawn(self._say({"workers": [to_wire(state)]}), f"agent reports {state.name}")
+
+    async def _beat(self, comm: Comm, host: Hardware) -> None:
+        while True:
+            load = await asyncio.to_thread(hardware.metrics, host)
+            await self._say({"workers": to_wire(self.supervisor.states()), "metrics": to_wire(load)})
+            await asyncio.sleep(self._settings.node_heartbeat_interval)
+
+    async def _say(self, message: Mapping[str, Any]) -> None:
+        stream = self._stream
+        if stream is not None and not stream.closed():
+            with contextlib.suppress(CommClosedError, OSError):
+                await stream.write(message)
+
+    async def _follow(self, comm: Comm) -> None:
+        """Wait for the end of the scheduler, and of the workers after it."""
+        with contextlib.suppress(CommClosedError, OSError):
+            await comm.read()
+        logger.info("Node %s lost the scheduler at %s", self.name, self.scheduler)
+        # The workers lost it too and end by themselves; a worker that is asked as well waits for its nanny, in vain.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ORPHAN_GRACE):
+                while self.supervisor.states():
+                    await asyncio.sleep(0.05)
+        self._on_end()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _register(comm: Comm, node: Mapping[str, Any]) -> Any:
+    await comm.write({"op": "register_node", **node, "stream": True})
+    return await comm.read()  # None where the scheduler does not know the call
+
+
+def _raise_remote(answer: Any) -> None:
+    """Raise the error that a handler on the other side answered with."""
+    if isinstance(answer, Mapping) and answer.get("status") == "uncaught-error":
+        _, error, _ = clean_exception(**answer)
+        raise error or SchedulerUnfit("", str(answer.get("exception_text")))
