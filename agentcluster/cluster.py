@@ -152,8 +152,7 @@ class AgentCluster(Operations):
         else:
             # Others may use this scheduler: its default is theirs, ours is for our nodes.
             ours = {name: to_wire(self._mode) for name in self.worker_spec} | own
-            current = await self.scheduler_comm.get_provision_mode()
-            await self.scheduler_comm.set_provision_mode(mode=current["mode"], config=current["config"], nodes=ours)
+            await self.scheduler_comm.set_provision_mode(nodes=ours)
         self._changed = asyncio.Event()
         self._refresher = asyncio.create_task(self._keep_nodes(), name="agentcluster nodes")
 

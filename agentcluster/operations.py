@@ -249,9 +249,7 @@ class Operations(SpecCluster):
             )
         if not self.shutdown_scheduler:
             # The default of a scheduler that others use is not ours.
-            current = await self.scheduler_comm.get_provision_mode()
-            ours = {launcher.name: to_wire(self._mode)}
-            await self.scheduler_comm.set_provision_mode(mode=current["mode"], config=current["config"], nodes=ours)
+            await self.scheduler_comm.set_provision_mode(nodes={launcher.name: to_wire(self._mode)})
         self.worker_spec[launcher.name] = self._blueprint.node(launcher)
         await self._correct_state()
         return launcher.name

@@ -1,0 +1,1 @@
+"""What agentcluster is measured with; run from the repository's root, not installed."""
