@@ -241,7 +241,9 @@ def test_a_key_that_is_unknown_is_never_ignored(value: Any, key: str) -> None:
 # -- what is not plain -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [{1, 2}, b"bytes", 1 + 2j, dict, local, range(3), object], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [{1, 2}, b"bytes", 1 + 2j, dict, local, range(3), object], ids=lambda value: type(value).__name__
+)
 def test_what_is_not_plain_travels_as_text(value: Any) -> None:
     wrapped = plain({"deep": [1, {"er": value}]})
     text = json.dumps(wrapped)
