@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from distributed import Scheduler, Status
 from distributed.metrics import monotonic, time
+
+from agentcluster.placement import placed
 
 Drain = Literal["tasks", "data", "now"]
 
@@ -28,17 +28,14 @@ INTERVAL = 0.005
 #: Seconds that are left to the scheduler for each second of looking.
 SHARE = 4
 
-#: Part of its memory limit up to which a worker on the same host is preferred: its copies cross no network.
-CROWDED = 0.6
-
 #: Seconds that a worker has to say that it works again.
 ANSWER = 10.0
 
 #: Seconds without progress after which the moving of a key is asked for again, of another worker perhaps.
 RETRY = 1.0
 
-#: Seconds between two looks for new results on workers whose tasks still run.
-AGAIN = 0.1
+#: Seconds that the workers which could take data may be gone, or paused: one that was killed is started again.
+GRACE = 3.0
 
 #: Seconds between two looks at each task that may still run.
 LOOK = 0.25
@@ -54,7 +51,7 @@ class Evacuation:
     Attributes
     ----------
     keys, nbytes
-        Worker name -> keys that only leaving workers held, and their bytes, before.
+        Worker name -> keys that only leaving workers held, and their bytes, when their tasks had ended.
     rerun
         Worker name -> tasks that ran there when their time was up, and run again elsewhere.
     drain
@@ -137,31 +134,33 @@ async def evacuate(
     Evacuation
         With a `problem` when not all could leave: then those that are still there take tasks again.
     """
-    keys, nbytes = only_copies(scheduler, names)
-    leaving = _Leaving(scheduler, names)
+    leaving = _Leaving(scheduler, names, progress)
     problem: str | None = None
     try:
         # A worker that crashes in between comes back under another address: the end is when no name is left.
         while problem is None and leaving.present():
             leaving.close_doors()
-            if drain != "now":
-                wait = drain_timeout if drain == "tasks" else 0.0
-                problem = await leaving.empty(wait, timeout, lambda: progress(leaving.progress(keys, nbytes)))
+            if leaving.drained is None:
+                problem = await leaving.drain(drain_timeout if drain == "tasks" else 0.0)
+            if problem is None and drain != "now":
+                problem = await leaving.empty(timeout)
             if problem is None:
                 await leaving.remove(force=drain == "now")
     finally:
         # Also after a cancellation: who asked for it may want to move data back to those that did not leave.
         leaving.open_doors()
         await leaving.reinstated()
-    return Evacuation(keys, nbytes, leaving.rerun, leaving.drained or 0.0, problem)
+    return Evacuation(leaving.keys, leaving.nbytes, leaving.rerun, leaving.drained or 0.0, problem)
 
 
 class _Leaving:
     """Workers that are to leave, and how far that is."""
 
-    def __init__(self, scheduler: Scheduler, names: Sequence[str]) -> None:
+    def __init__(self, scheduler: Scheduler, names: Sequence[str], tell: Callable[[Progress], None]) -> None:
         self.scheduler = scheduler
         self.names = frozenset(names)
+        self.tell = tell
+        self.keys, self.nbytes = only_copies(scheduler, names)
         self.stimulus_id = f"agentcluster-evacuate-{time()}"
         self.began = monotonic()
         self.drained: float | None = None
@@ -171,6 +170,7 @@ class _Leaving:
         self._looked = 0.0
         self._passed = 0.0
         self._running = 0
+        self._taken = float("-inf")
 
     def present(self) -> frozenset[Any]:
         """Return the workers of these names that are in the scheduler."""
@@ -205,9 +205,26 @@ class _Leaving:
         message = {"op": "worker-status-change", "status": status.name, "stimulus_id": self.stimulus_id}
         self.scheduler.worker_send(ws.address, message)
 
-    async def empty(self, wait: float, timeout: float, progress: Callable[[], None]) -> str | None:
-        """Wait until tasks have ended and every key has another copy; return why that cannot be."""
-        drain_ends = self.began + wait
+    async def drain(self, wait: float) -> str | None:
+        """Wait until the tasks there have ended, or their time is up; return why the workers will not get empty.
+
+        No copies are made meanwhile. Dask drops one of two copies, here that of the worker that leaves, and a new
+        worker that then proves to be no good would have the only one.
+        """
+        while (now := monotonic()) < self.began + wait and self.running_tasks(now):
+            if now - self._passed > LOOK:
+                self.pass_on()
+            if (problem := self.hopeless(now)) is not None:
+                return problem
+            self.tell(self.progress())
+            await self.rest(now)
+        self.drained = monotonic() - self.began
+        self.keys, self.nbytes = only_copies(self.scheduler, self.names)
+        return None
+
+    async def empty(self, timeout: float) -> str | None:
+        """Wait until every key has another copy; return why that cannot be."""
+        ends = self.began + (self.drained or 0.0) + timeout
         asked = moved = monotonic()
         self._pending = self.lonely()
         self.ask_for(self._pending)
@@ -215,31 +232,32 @@ class _Leaving:
             now = monotonic()
             if self.prune():
                 moved = now
-            if self.drained is None and (now >= drain_ends or not self.running_tasks(now)):
-                self.drained = now - self.began
-            if self.drained is None and now - self._passed > LOOK:
-                self.pass_on()
-            if not self._pending:
-                # While tasks still run there is no hurry, and each look goes through all keys.
-                if self.drained is not None or now - asked > AGAIN:
-                    self._pending = self.lonely()
-                    self.ask_for(self._pending)
-                    asked = moved = now
-                    if not self._pending and self.drained is not None:
-                        return None
-            elif now - max(asked, moved) > RETRY:
+            if not self._pending or now - max(asked, moved) > RETRY:
                 self._pending = self.lonely()  # some of the old ones may be released by now
                 self.ask_for(self._pending)
                 asked = now
-            if any(ws.actors for ws in self.present()):
-                return f"actors cannot be moved: {self.describe()}"
-            if self._pending and not self.recipients():
-                return f"data could not be moved to another worker: {self.describe()}"
-            if self.drained is not None and now > self.began + self.drained + timeout:
+            if not self._pending:
+                return None
+            if (problem := self.hopeless(now)) is not None:
+                return problem
+            if now > ends:
                 return f"data could not be moved within {timeout:g} s: {self.describe()}"
-            progress()
-            # A look at many keys and tasks takes its time, which is the scheduler's: it gets most of it.
-            await asyncio.sleep(min(max(INTERVAL, SHARE * (monotonic() - now)), LOOK))
+            self.tell(self.progress())
+            await self.rest(now)
+
+    async def rest(self, began: float) -> None:
+        """Leave time to the scheduler: a look at many keys and tasks, since `began`, takes of it."""
+        await asyncio.sleep(min(max(INTERVAL, SHARE * (monotonic() - began)), LOOK))
+
+    def hopeless(self, now: float) -> str | None:
+        """Say why the data will not be moved, when that is plain."""
+        if any(ws.actors for ws in self.present()):
+            return f"actors cannot be moved: {self.describe()}"
+        if self.recipients():
+            self._taken = now
+        elif now - self._taken > GRACE and self.lonely():
+            return f"data could not be moved to another worker: {self.describe()}"
+        return None
 
     async def remove(self, force: bool) -> None:
         """Take the workers out, all in one step of the event loop, unless one holds a key that none else has.
@@ -281,22 +299,8 @@ class _Leaving:
         return [ws for ws in self.scheduler.running if ws not in leaving]
 
     def ask_for(self, tasks: Sequence[Any]) -> None:
-        """Ask other workers to fetch copies: the ones with most room first, on the same host where there are some."""
-        by_host: dict[str | None, list[tuple[float, int, Any]]] = defaultdict(list)
-        for number, ws in enumerate(self.recipients()):
-            for host in (ws.host, None):
-                heapq.heappush(by_host[host], (ws.memory.optimistic / _room(ws), number, ws))
-        if not by_host:
-            return
-        wanted: defaultdict[str, list[Any]] = defaultdict(list)
-        for ts in tasks:
-            holder = next(iter(ts.who_has or ()), None)
-            near = by_host.get(holder.host if holder else None)
-            heap = near if near and near[0][0] < CROWDED else by_host[None]
-            load, number, ws = heap[0]
-            heapq.heapreplace(heap, (load + ts.get_nbytes() / _room(ws), number, ws))
-            wanted[ws.address].append(ts.key)
-        for address, keys in wanted.items():
+        """Ask other workers to fetch copies."""
+        for address, keys in placed(tasks, self.recipients()).items():
             self.scheduler.request_acquire_replicas(address, keys, stimulus_id=self.stimulus_id)
 
     # -- tasks ---------------------------------------------------------------------------------------------------------
@@ -342,12 +346,12 @@ class _Leaving:
 
     # -- words ---------------------------------------------------------------------------------------------------------
 
-    def progress(self, keys: dict[str, int], nbytes: dict[str, int]) -> Progress:
+    def progress(self) -> Progress:
         """Return how far it is; bytes are reckoned from the keys."""
-        all_keys, all_nbytes = sum(keys.values()), sum(nbytes.values())
-        moved = max(0, all_keys - len(self._pending))
+        keys, nbytes = sum(self.keys.values()), sum(self.nbytes.values())
+        moved = 0 if self.drained is None else max(0, keys - len(self._pending))
         tasks = sum(len(ws.processing) for ws in self.present())
-        return Progress(moved, all_keys, all_nbytes * moved // all_keys if all_keys else 0, all_nbytes, tasks)
+        return Progress(moved, keys, nbytes * moved // keys if keys else 0, nbytes, tasks)
 
     def describe(self) -> str:
         """Say which worker keeps which keys."""
@@ -359,11 +363,6 @@ class _Leaving:
             if some:
                 parts.append(f"worker {ws.name} keeps {', '.join(some[:3])}{more}")
         return "; ".join(sorted(parts)) or f"{', '.join(sorted(self.names))} could not leave"
-
-
-def _room(ws: Any) -> int:
-    """Return a worker's memory limit; one without is taken to have much."""
-    return ws.memory_limit or 2**40
 
 
 def _states(scheduler: Scheduler, names: Iterable[str]) -> list[Any]:

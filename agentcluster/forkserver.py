@@ -81,7 +81,7 @@ def warm(environ: Mapping[str, str], preload: Sequence[str] = PRELOAD) -> None:
 
     if forkserver._forkserver._forkserver_pid is not None:  # type: ignore[attr-defined]
         return  # somebody else's: nobody knows its environment, so workers are spawned
-    forkserver.set_forkserver_preload(list(preload))
+    forkserver.set_forkserver_preload([*preload, "agentcluster.prefork"])
     with environment(environ):
         forkserver.ensure_running()
         _server_environ = start_time_variables(os.environ)

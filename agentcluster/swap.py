@@ -8,18 +8,17 @@ happened.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from distributed import Scheduler, Status
+from distributed import Scheduler
 
 from agentcluster.allocate import Change
 from agentcluster.errors import AgentClusterError, WorkerStartError
-from agentcluster.evacuation import INTERVAL, Drain, Evacuation, Progress, evacuate
+from agentcluster.evacuation import Drain, Evacuation, Progress, evacuate
 from agentcluster.model import Mode, NodeReport, WorkerSpec, WorkerState, from_wire, to_wire
 from agentcluster.registry import Node
 from agentcluster.rollout import (
@@ -292,7 +291,6 @@ class Swap:
                 raise
             if not self._present(workers):
                 return Retired()
-            await self._working_again(workers)
             return RetireRefused(GIVEN_UP)
         except Exception as error:  # a fault in the scheduler must end the change, not hang it
             logger.exception("Moving data off %s failed", ", ".join(workers))
@@ -303,13 +301,6 @@ class Swap:
 
     def _present(self, workers: tuple[str, ...]) -> list[Any]:
         return [ws for ws in self.scheduler.workers.values() if str(ws.name) in workers]
-
-    async def _working_again(self, workers: tuple[str, ...]) -> None:
-        """Wait until workers that were to leave say that they go on: they are to take data back from the new ones."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.limits.stop):
-                while any(ws.status is Status.closing_gracefully for ws in self._present(workers)):
-                    await asyncio.sleep(INTERVAL)
 
     async def _stop(self, node: str, workers: tuple[str, ...]) -> None:
         try:

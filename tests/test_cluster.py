@@ -449,7 +449,7 @@ async def test_workers_that_do_not_start_leave_the_old_ones(cluster: AgentCluste
 def test_bad_arguments_start_nothing(arguments: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         AgentCluster(**arguments)
-    assert not [p for p in psutil.Process().children() if "agentcluster" in " ".join(p.cmdline())]
+    assert not [p for p in psutil.Process().children() if "agentcluster.cli" in " ".join(p.cmdline())]
 
 
 async def test_a_first_mode_that_cannot_be_closes_everything() -> None:

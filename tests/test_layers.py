@@ -28,6 +28,8 @@ LAYERS = {
     "allocate": 3,
     "registry": 3,
     "report": 3,
+    "placement": 3,
+    "prefork": 4,
     "progress": 4,
     "config": 4,
     "hardware": 4,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distributed import Nanny, Status
+from distributed.nanny import WorkerProcess
 from distributed.security import Security
 from distributed.utils import import_term, parse_ports
 
@@ -33,6 +34,9 @@ from agentcluster.supervisor.nanny import (
 __all__ = ["CUDA_WORKER", "METHOD_KEY", "RestartPolicy", "StartMethod", "Supervisor", "resolve"]
 
 logger = logging.getLogger(__name__)
+
+#: Seconds between two looks at whether a worker's process is ready; dask's own 0.05 are a tenth of a swap.
+POLL = 0.005
 
 CUDA_WORKER = "dask_cuda.CUDAWorker"
 NO_DEVICE = "CUDAWorker is several workers, one per GPU; use mode 'auto-gpu', which starts each of them with its device"
@@ -93,6 +97,7 @@ class Supervisor:
     on_change: Callable[[WorkerState], None] = lambda state: None
 
     def __post_init__(self) -> None:
+        WorkerProcess._init_msg_interval = POLL
         self._workers: dict[str, _Worker] = {}
 
     def states(self) -> tuple[WorkerState, ...]:

@@ -83,7 +83,7 @@ class Supervised:
                 result = await super().instantiate()  # type: ignore[misc]
             if result is not Status.running and (error := _last_words(queues)):
                 # A nanny before 2026.8 does not read what its process said when it ended right after.
-                await self.close(reason="nanny-instantiate-failed")  # type: ignore[attr-defined]
+                await self.close(reason="nanny-instantiate-failed")
                 raise error
         except Exception as error:
             # By now the nanny has closed itself, which must not read as "retired on purpose".
@@ -94,6 +94,22 @@ class Supervised:
             queues.clear()
         self.changed()
         return result
+
+    async def close(self, timeout: float = 5, reason: str = "nanny-close") -> Any:
+        nanny: Any = self
+        if nanny.status is not Status.running or nanny.process is None or nanny.process.status is not Status.running:
+            return await super().close(timeout=timeout, reason=reason)  # type: ignore[misc]
+        # Nanny stops listening before its worker has ended. A worker whose heartbeat has just found it out of the
+        # scheduler says so to its nanny first, and would wait to be heard until it is killed.
+        nanny.close_gracefully(reason=reason)
+        try:
+            await self.kill(timeout=timeout, reason=reason)
+        except BaseException:
+            nanny.process = None  # as Nanny does: it would wait again for a process that does not end
+            raise
+        finally:
+            await super().close(timeout=timeout, reason=reason)  # type: ignore[misc]
+        return "OK"
 
     async def kill(self, timeout: float = 5, reason: str = "nanny-kill") -> None:
         process = self.process  # type: ignore[attr-defined]
@@ -121,7 +137,7 @@ class Supervised:
                 f"last with exit code {exitcode}; not restarted"
             )
             logger.error("Worker %s %s", self.name, self.problem)  # type: ignore[attr-defined]
-            await self.close(reason="crash-loop")  # type: ignore[attr-defined]
+            await self.close(reason="crash-loop")
             return
         logger.warning(
             "Worker %s ended with exit code %d; restart in %.1f s",
