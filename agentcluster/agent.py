@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import socket
-from collections import deque
 from collections.abc import Coroutine, Generator, Mapping, Sequence
 from typing import Any, Self
 
@@ -23,8 +22,10 @@ from distributed.security import Security
 
 from agentcluster import hardware, modes
 from agentcluster.addresses import connection_args, listen_address, scheduler_address
+from agentcluster.alone import Alone
 from agentcluster.config import Config
 from agentcluster.errors import AgentClusterError, ConfigError, SchedulerUnfit, WorkerStartError
+from agentcluster.logs import LastLines
 from agentcluster.membership import IS_IT_THERE, Membership
 from agentcluster.model import Hardware, Mode, WorkerSpec, from_wire, to_wire, unpickled
 from agentcluster.supervisor import StartMethod, Supervisor
@@ -63,6 +64,9 @@ class Agent(Server):
         Where the agent itself listens, when that is not where its workers do.
     death_timeout : str or float, optional
         Seconds for reaching the scheduler; default is ``distributed.comm.timeouts.connect``.
+    lasting : bool, optional
+        Stay when the last worker was retired, by a client or a cluster manager, and wait for others; without it the
+        agent ends then, as ``dask worker`` does. An agent that was adopted stays.
     **worker_options
         Keyword arguments for every worker on this host, whatever its mode (``local_directory``, ``resources``, …).
 
@@ -89,6 +93,7 @@ class Agent(Server):
         port: int | None = None,
         listen_host: str | None = None,
         death_timeout: str | float | None = None,
+        lasting: bool = False,
         **worker_options: Any,
     ) -> None:
         self.settings = Config.load()
@@ -100,6 +105,7 @@ class Agent(Server):
         self.given_name = name if name is not None else self.settings.node_name
         self.node_name = str(self.given_name if self.given_name is not None else socket.gethostname())
         self.hardware = Hardware(self.node_name, 0, 0)
+        self.lasting = lasting
         self._where: dict[str, Any] = {"host": host, "interface": interface, "protocol": protocol}
         self._own_place: dict[str, Any] = {"port": port or 0, "listen_host": listen_host}
         self._worker_options = worker_options
@@ -109,8 +115,7 @@ class Agent(Server):
         self._callers: list[Comm] = []
         self._held = False
         self._closing: asyncio.Task[str] | None = None
-        self._log: deque[str] = deque(maxlen=self.settings.log_lines)
-        self._handler = _Keep(self._log)
+        self._lines = LastLines(self.settings.log_lines)
         super().__init__(
             handlers={
                 "check_workers": self.check_workers,
@@ -155,7 +160,7 @@ class Agent(Server):
 
     async def start_unsafe(self) -> Agent:
         """Listen, detect the hardware, and join the scheduler if there is one to join."""
-        logging.getLogger("agentcluster").addHandler(self._handler)
+        self._lines.begin()
         StartMethod.acquire()
         self._held = True
         await super().start_unsafe()
@@ -182,13 +187,13 @@ class Agent(Server):
     async def _join(self, scheduler: str) -> None:
         """Register this node with a scheduler, and take orders from it."""
         adopted = self._adopted
-        membership = Membership(
-            scheduler,
-            security=self.security,
-            settings=self.settings,
-            host_options={k: v for k, v in {**self._where, **self._worker_options}.items() if v is not None},
-            on_end=lambda: self._after_scheduler(adopted),
-        )
+        terms: dict[str, Any] = {
+            "security": self.security,
+            "settings": self.settings,
+            "host_options": {k: v for k, v in {**self._where, **self._worker_options}.items() if v is not None},
+            "lasting": self.lasting or adopted is not None,
+            "on_end": lambda why: self._after(why, adopted),
+        }
         own = {} if adopted is not None else {"mode": self.own_mode, "fallback": self.fallback}
         node = {
             "name": self.node_name,
@@ -197,17 +202,26 @@ class Agent(Server):
             "exact": self.given_name is not None,
             **{key: to_wire(mode) for key, mode in own.items() if mode is not None},
         }
-        await membership.join(node, self.death_timeout)
+        membership = Membership(scheduler, **terms)
+        try:
+            await membership.join(node, self.death_timeout)
+        except SchedulerUnfit as unfit:
+            mode = self.own_mode or self.fallback
+            if mode is None or adopted is not None:
+                raise
+            logger.warning("Node %s cannot be reprovisioned: %s", self.node_name, unfit)
+            membership = Alone(scheduler, **terms, mode=mode)
+            await membership.join(node, self.death_timeout)
         self.node_name = membership.name
         self._membership = membership
         self._joined.set()
 
-    def _after_scheduler(self, adopted: asyncio.Event | None) -> None:
+    def _after(self, why: str, adopted: asyncio.Event | None) -> None:
         """End too, or return to standby."""
         if adopted is not None:
             adopted.set()
         elif self._closing is None:
-            self._closing = asyncio.create_task(self._close("scheduler-gone"))
+            self._closing = asyncio.create_task(self._close(why))
 
     async def provisioned(self) -> None:
         """Wait until this node has the workers that it is meant to have.
@@ -259,7 +273,7 @@ class Agent(Server):
         if self._held:
             self._held = False
             StartMethod.release()
-        logging.getLogger("agentcluster").removeHandler(self._handler)
+        self._lines.end()
         return "OK"
 
     # -- calls ---------------------------------------------------------------------------------------------------------
@@ -296,7 +310,7 @@ class Agent(Server):
 
     async def agent_logs(self) -> list[str]:
         """Return the last lines that this agent logged."""
-        return list(self._log)
+        return self._lines.lines()
 
     async def adopt(
         self,
@@ -381,15 +395,3 @@ async def _either(*awaitables: Coroutine[Any, Any, Any]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _Keep(logging.Handler):
-    """Keeps the last formatted lines."""
-
-    def __init__(self, lines: deque[str]) -> None:
-        super().__init__(logging.INFO)
-        self.lines = lines
-        self.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(self.format(record))

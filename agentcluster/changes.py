@@ -69,7 +69,7 @@ class Changes:
     def __post_init__(self) -> None:
         self._turn = asyncio.Lock()
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._last: tuple[dict[str, NodePlan], Mode] | None = None
+        self._last: tuple[dict[str, NodePlan], Mode, dict[str, Mode]] | None = None
 
     # -- wishes --------------------------------------------------------------------------------------------------------
 
@@ -148,7 +148,7 @@ class Changes:
         """Bring the nodes that the last rollout changed back to the plans that they had before it."""
         if self._last is None:
             raise ConfigError("there is no rollout to undo")
-        before, default = self._last
+        before, default, wanted = self._last
         names = [name for name in before if name in self.registry.nodes and self.registry.get(name).state != "lost"]
         async with self._nodes(names, terms) as nodes:
             wishes = {}
@@ -159,6 +159,7 @@ class Changes:
             report = await self._roll("undo", wishes, terms)
             if not terms.dry_run:
                 self.registry.default = default
+                self.registry.wanted = {**wanted, **self.registry.wanted}
             return report
 
     def mode_of(self, node: Node) -> Mode:
@@ -207,7 +208,7 @@ class Changes:
         if terms.dry_run:
             return preflight.described(self.scheduler, rolling.report(), proposals)
         self.rolling = rolling
-        self._last = (rolling.before, self.registry.default)
+        self._last = (rolling.before, self.registry.default, dict(self.registry.wanted))
         bound = preflight.bound_tasks(self.scheduler, proposals)
         try:
             report = await rolling.run()

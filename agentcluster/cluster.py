@@ -14,7 +14,6 @@ from typing import Any, Literal, Self
 
 from distributed import Scheduler
 from distributed.core import Status
-from distributed.protocol import pickle
 from distributed.security import Security
 
 from agentcluster import credentials, modes
@@ -22,10 +21,12 @@ from agentcluster.config import Config
 from agentcluster.entries import Blueprint, NodeProcess, is_address, is_remote
 from agentcluster.errors import AgentClusterError, ConfigError, NodeNotFound, SchedulerUnfit
 from agentcluster.launch import Host, launchers_for
+from agentcluster.membership import NO_PLUGIN
 from agentcluster.model import Mode, to_wire
 from agentcluster.operations import Operations, seconds
-from agentcluster.plugin import NAME, AgentPlugin, dask_setup
+from agentcluster.plugin import NAME, dask_setup
 from agentcluster.report import Nodes
+from agentcluster.shipping import shipped
 
 logger = logging.getLogger(__name__)
 
@@ -159,17 +160,13 @@ class AgentCluster(Operations):
     async def _have_plugin(self) -> None:
         if isinstance(self.scheduler, Scheduler):
             await dask_setup(self.scheduler)
-        elif await self.scheduler_comm.get_provision_mode() is None:
-            try:
-                await self.scheduler_comm.register_scheduler_plugin(
-                    plugin=pickle.dumps(AgentPlugin()), name=NAME, idempotent=True
-                )
-            except Exception as error:  # whatever importing our package raised over there
-                raise SchedulerUnfit(
-                    self.scheduler.address,
-                    f"agentcluster cannot be loaded there ({error}); install it where the scheduler runs, or start it "
-                    f"with: dask scheduler --preload agentcluster",
-                ) from error
+            return
+        try:
+            await self.scheduler_comm.register_scheduler_plugin(plugin=shipped(), name=NAME, idempotent=True)
+        except Exception as error:  # whatever importing our package raised over there
+            # It may be there all the same: by --preload, on a scheduler that takes no plugins from others.
+            if await self.scheduler_comm.get_provision_mode() is None:
+                raise SchedulerUnfit(self.scheduler.address, f"{NO_PLUGIN}; it said: {error}") from error
 
     def __await__(self) -> Generator[Any, Any, Self]:
         try:

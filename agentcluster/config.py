@@ -6,13 +6,11 @@ Importing this module adds ``agentcluster.yaml`` to :mod:`dask.config` as defaul
 
 from __future__ import annotations
 
-import logging
 import math
-import sys
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import dask.config
@@ -21,12 +19,12 @@ from dask.utils import parse_timedelta
 
 from agentcluster.errors import ConfigError, suggest
 
-__all__ = ["Config", "log_to_stderr", "overrides"]
+__all__ = ["Config", "overrides"]
 
 ROOT = "agentcluster"
 
-with Path(__file__).with_name("agentcluster.yaml").open() as file:
-    defaults: dict[str, Any] = yaml.safe_load(file)
+# Through the loader: in a scheduler the package may have no directory (:mod:`agentcluster.shipping`).
+defaults: dict[str, Any] = yaml.safe_load(pkgutil.get_data("agentcluster", "agentcluster.yaml") or b"")
 
 dask.config.update_defaults(defaults)
 
@@ -219,13 +217,3 @@ def _difference(values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str
         elif key not in known or value != default:
             found[key] = value
     return found
-
-
-def log_to_stderr() -> None:
-    """Send the package's INFO lines to stderr, in the form that dask's configuration has for its own."""
-    logger = logging.getLogger("agentcluster")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(dask.config.get("distributed.admin.log-format", None)))
-    logger.addHandler(handler)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -315,16 +316,20 @@ class _Leaving:
         self._passed = monotonic()
         if stealing is None:
             return
+        given: Counter[Any] = Counter()  # what they were given just now does not show in their state yet
         for ws in self.present():
             for ts in list(ws.processing):
                 others = () if ts in ws.executing or ts in ws.long_running else self.takers(ts)
                 if others:
-                    stealing.move_task_request(ts, ws, min(others, key=lambda each: each.occupancy))
+                    taker = min(others, key=lambda each: (len(each.processing) + given[each]) / (each.nthreads or 1))
+                    given[taker] += 1
+                    stealing.move_task_request(ts, ws, taker)
 
     def takers(self, ts: Any) -> list[Any]:
         """Return the workers that could run a task instead."""
-        valid = self.scheduler.valid_workers(ts)
-        return [ws for ws in self.recipients() if valid is None or ws in valid]
+        valid, others = self.scheduler.valid_workers(ts), self.recipients()
+        fit = [ws for ws in others if valid is None or ws in valid]
+        return fit or (others if ts.loose_restrictions else [])
 
     def running_tasks(self, now: float) -> int:
         """Count the tasks that run on leaving workers, as far as can be known.

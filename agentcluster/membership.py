@@ -16,7 +16,6 @@ from typing import Any
 from dask.utils import format_bytes
 from distributed.comm.core import Comm, CommClosedError, connect
 from distributed.core import clean_exception, rpc
-from distributed.protocol import pickle
 from distributed.security import Security
 
 from agentcluster import hardware
@@ -24,13 +23,14 @@ from agentcluster.addresses import connection_args
 from agentcluster.config import Config
 from agentcluster.errors import PreflightError, SchedulerUnfit
 from agentcluster.model import Hardware, WorkerState, from_wire, to_wire
-from agentcluster.plugin import NAME, AgentPlugin
+from agentcluster.plugin import NAME, RETIRED
+from agentcluster.shipping import shipped
 from agentcluster.supervisor import RestartPolicy, Supervisor
 
 logger = logging.getLogger(__name__)
 
 NO_PLUGIN = (
-    "it has no agentcluster plugin and cannot import one: install agentcluster where the scheduler runs "
+    "it does not take the agentcluster plugin that was sent to it: install agentcluster where the scheduler runs "
     "(pip install agentcluster, same version), or start it with: dask scheduler --preload agentcluster"
 )
 
@@ -53,8 +53,11 @@ class Membership:
         The agent's configuration.
     host_options
         Keyword arguments for every worker on this host, whatever its mode.
+    lasting
+        Whether the node stays when its last worker was retired.
     on_end
-        Called once the scheduler is gone and the workers had their time to end after it.
+        Called with the reason, once, when the node is at its end: the scheduler is gone and the workers had their time
+        to end after it, or the last worker was retired.
 
     Attributes
     ----------
@@ -71,7 +74,8 @@ class Membership:
         security: Security,
         settings: Config,
         host_options: Mapping[str, Any],
-        on_end: Callable[[], None],
+        lasting: bool,
+        on_end: Callable[[str], None],
     ) -> None:
         self.scheduler = scheduler
         self.name = ""
@@ -89,6 +93,7 @@ class Membership:
         )
         self._connection = connection_args(security, scheduler)
         self._settings = settings
+        self._lasting = lasting
         self._on_end = on_end
         self._stream: Comm | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -112,12 +117,12 @@ class Membership:
         """
         comm = await self._reach(timeout)
         try:
-            answer = await _register(comm, node)
-            if answer is None:
-                await self._bring_plugin(timeout)
-                answer = await _register(comm, node)
-            if answer is None:
-                raise SchedulerUnfit(self.scheduler, NO_PLUGIN)
+            problem = await _bring_plugin(comm)
+            # Even so: where plugins cannot be sent, it may be there by --preload.
+            await comm.write({"op": "register_node", **node, "stream": True})
+            answer = await comm.read()
+            if answer is None:  # dask's way to say that it does not know the call
+                raise SchedulerUnfit(self.scheduler, f"{NO_PLUGIN}; it said: {problem}" if problem else NO_PLUGIN)
             _raise_remote(answer)
         except BaseException:
             comm.abort()
@@ -181,23 +186,6 @@ class Membership:
     def _scheduler(self) -> Any:
         return rpc(self.scheduler, connection_args=self._connection)
 
-    async def _bring_plugin(self, timeout: float | None) -> None:
-        comm = await self._reach(timeout)
-        try:
-            await comm.write(
-                {
-                    "op": "register_scheduler_plugin",
-                    "plugin": pickle.dumps(AgentPlugin()),
-                    "name": NAME,
-                    "idempotent": True,
-                }
-            )
-            answer = await comm.read()
-        finally:
-            await comm.close()
-        if isinstance(answer, Mapping) and answer.get("status") == "uncaught-error":
-            raise SchedulerUnfit(self.scheduler, f"{NO_PLUGIN}; it said: {answer.get('exception_text', '')}")
-
     # -- taking part ---------------------------------------------------------------------------------------------------
 
     def _report(self, state: WorkerState) -> None:
@@ -217,16 +205,20 @@ class Membership:
                 await stream.write(message)
 
     async def _follow(self, comm: Comm) -> None:
-        """Wait for the end of the scheduler, and of the workers after it."""
+        """Wait for the end of the scheduler, and of the workers after it; or to hear that all were retired."""
         with contextlib.suppress(CommClosedError, OSError):
-            await comm.read()
+            while await comm.read() != RETIRED or self._lasting:
+                pass
+            logger.info("Node %s ends: its workers were retired", self.name)
+            self._on_end("workers-retired")
+            return
         logger.info("Node %s lost the scheduler at %s", self.name, self.scheduler)
         # The workers lost it too and end by themselves; a worker that is asked as well waits for its nanny, in vain.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ORPHAN_GRACE):
                 while self.supervisor.states():
                     await asyncio.sleep(0.05)
-        self._on_end()
+        self._on_end("scheduler-gone")
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(coroutine, name=name)
@@ -234,9 +226,17 @@ class Membership:
         task.add_done_callback(self._tasks.discard)
 
 
-async def _register(comm: Comm, node: Mapping[str, Any]) -> Any:
-    await comm.write({"op": "register_node", **node, "stream": True})
-    return await comm.read()  # None where the scheduler does not know the call
+async def _bring_plugin(comm: Comm) -> str | None:
+    """Have the scheduler take the plugin, unless it has one; return what it said against it.
+
+    It is sent without asking: a call that a scheduler does not know makes it log a traceback.
+    """
+    await comm.write({"op": "register_scheduler_plugin", "plugin": shipped(), "name": NAME, "idempotent": True})
+    answer = await comm.read()
+    if not isinstance(answer, Mapping):
+        return None
+    _, error, _ = clean_exception(**answer)
+    return str(error)  # without "…Error": dask-jobqueue takes a line with that word for a failed start
 
 
 def _raise_remote(answer: Any) -> None:

@@ -80,6 +80,11 @@ class Hardware:
     gpu_problem: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    def describe(self) -> str:
+        """Say in a few words what the host has."""
+        gpus = f", {len(self.gpus)} GPUs" if self.gpus else ""
+        return f"{self.cpus} cores, {self.memory / 2**30:.1f} GiB{gpus}"
+
 
 @dataclass(frozen=True)
 class Mode:

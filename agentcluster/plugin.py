@@ -7,6 +7,7 @@ true, and answers; what a change means and how it is carried out is :mod:`agentc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
@@ -29,6 +30,9 @@ from agentcluster.rolling import Terms
 logger = logging.getLogger(__name__)
 
 NAME = "agentcluster"
+
+#: What an agent hears when the last of its workers was retired, and not by a change of its node's plan.
+RETIRED = "retired"
 T = TypeVar("T")
 
 
@@ -149,7 +153,7 @@ class AgentPlugin(SchedulerPlugin):
             )
         except AgentClusterError as error:
             return error_message(error, status="uncaught-error")
-        logger.info("Node %s joined: %s", node.name, _describe(node.hardware))
+        logger.info("Node %s joined: %s", node.name, node.hardware.describe())
         if stream:
             await comm.write({"status": "OK", "name": node.name})
         self._spawn(self.changes.provision(node), f"provision {node.name}")
@@ -351,10 +355,15 @@ class AgentPlugin(SchedulerPlugin):
     def _worker_changed(self, node: Node, state: WorkerState) -> None:
         if state.state in ("retired", "failed"):
             logger.info("Worker %s of node %s %s", state.name, node.name, state.problem or "was retired")
-            node.drop(state.name)
+            if node.drop(state.name) and not state.problem and node.name in self._streams:
+                self._spawn(self._say_retired(self._streams[node.name]), f"tell {node.name}")
             node.problem = f"worker {state.name} {state.problem}" if state.problem else node.problem
         elif state.name in node.plan.workers:
             node.workers[state.name] = state
+
+    async def _say_retired(self, stream: Comm) -> None:
+        with contextlib.suppress(CommClosedError, OSError):
+            await stream.write(RETIRED)
 
     def _lose(self, node: Node, why: str) -> None:
         if node.state != "lost":
@@ -384,11 +393,6 @@ class AgentPlugin(SchedulerPlugin):
         task = asyncio.create_task(coroutine, name=f"agentcluster: {name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _describe(hardware: Hardware) -> str:
-    gpus = f", {len(hardware.gpus)} GPUs" if hardware.gpus else ""
-    return f"{hardware.cpus} cores, {hardware.memory / 2**30:.1f} GiB{gpus}"
 
 
 async def dask_setup(scheduler: Scheduler) -> None:

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dask.utils import natural_sort_key
+
 from agentcluster.errors import NodeExists, NodeNotFound
 from agentcluster.model import Hardware, HostMetrics, Mode, NodePlan, WorkerSpec, WorkerState, to_wire
 
@@ -131,14 +133,19 @@ class Node:
         self.to("planned" if self.plan.workers else "emptied")
         self.problem = None
 
-    def drop(self, worker: str) -> None:
-        """Take a worker that was closed on purpose, or given up, out of the plan; during a swap, when that ends."""
+    def drop(self, worker: str) -> bool:
+        """Take a worker that was closed on purpose, or given up, out of the plan; during a swap, when that ends.
+
+        Says whether it was the last one of a node that has no swap.
+        """
         if self.state == "swapping":
             self.ended.add(worker)
         elif worker in self.plan.workers:
             self._without(worker)
             if self.state in ("ready", "standby"):
                 self.to("planned" if self.plan.workers else "emptied")
+                return not self.plan.workers
+        return False
 
     def _without(self, worker: str) -> None:
         if worker in self.plan.workers:
@@ -245,9 +252,10 @@ class Registry:
             raise NodeNotFound(name, self.nodes) from None
 
     def select(self, names: Iterable[str] | str | None) -> list[Node]:
-        """Return the named nodes, or all that are not lost."""
+        """Return the named nodes as they were named, or all that are not lost as one would sort them by hand."""
         if names is None:
-            return [node for node in self.nodes.values() if node.state != "lost"]
+            there = [node for node in self.nodes.values() if node.state != "lost"]
+            return sorted(there, key=lambda node: natural_sort_key(node.name))
         chosen = [names] if isinstance(names, str) else list(names)
         return [self.get(name) for name in dict.fromkeys(chosen)]
 

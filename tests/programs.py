@@ -20,8 +20,20 @@ ROOT = Path(__file__).parents[1]
 AGENT = ("-m", "agentcluster.cli.agent")
 SCHEDULER = ("-m", "distributed.cli.dask_scheduler")
 
-#: dask's scheduler where agentcluster is not installed.
+#: dask's scheduler where agentcluster is not installed: neither from the checkout nor as what pip installed.
 SCHEDULER_WITHOUT = (
+    "-c",
+    "import os, sys\n"
+    "sys.path[:] = [p for p in sys.path if not os.path.isdir(os.path.join(p or '.', 'agentcluster'))]\n"
+    "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f).lower()]\n"
+    "from importlib.util import find_spec\n"
+    "assert find_spec('agentcluster') is None\n"
+    "from distributed.cli.dask_scheduler import main\n"
+    "main()\n",
+)
+
+#: The same, where it cannot be imported in any way.
+SCHEDULER_AGAINST = (
     "-c",
     "import sys; sys.modules['agentcluster'] = None; from distributed.cli.dask_scheduler import main; main()",
 )

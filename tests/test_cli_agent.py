@@ -21,7 +21,21 @@ from conftest import wait_until
 from dask.system import CPU_COUNT
 from distributed import Client, Future, Scheduler
 from distributed.deploy.utils import nprocesses_nthreads
-from programs import AGENT, ROOT, SCHEDULER_WITHOUT, Program, Start, gone, programs, start_scheduler
+from programs import (
+    AGENT,
+    ROOT,
+    SCHEDULER,
+    SCHEDULER_AGAINST,
+    SCHEDULER_WITHOUT,
+    Program,
+    Start,
+    gone,
+    programs,
+    start_scheduler,
+)
+
+import agentcluster
+from agentcluster.errors import PreflightError
 
 NOWHERE = "tcp://127.0.0.1:1"
 ONE = ("--nworkers", "1", "--nthreads", "1", "--memory-limit", "512MiB")
@@ -345,17 +359,86 @@ async def test_many_agents_at_once_register_the_plugin_once(start: Start, tmp_pa
         await gone(tree)
 
 
-async def test_scheduler_without_agentcluster(start: Start, tmp_path: Path) -> None:
-    _, address = await start_scheduler(start, tmp_path, command=SCHEDULER_WITHOUT)
-    agent = start(*AGENT, address, *ONE)
-    assert await agent.ended() == 1
-    said = sentence(agent.output())
-    assert f"scheduler at {address} cannot hold nodes" in said
-    assert "pip install agentcluster" in said
-    assert "dask scheduler --preload agentcluster" in said
+async def test_scheduler_without_agentcluster_gets_it(start: Start, tmp_path: Path) -> None:
+    scheduler, address = await start_scheduler(start, tmp_path, command=SCHEDULER_WITHOUT)
+    start(*AGENT, address, *ONE, "--name", "a")
+    start(*AGENT, address, *ONE, "--name", "b")
     async with Client(address, asynchronous=True) as client:
-        assert await client.submit(sum, [1, 2], pure=False).cancel() is None
-        assert await workers(client) == []
+        await wait_until(async_len(client, 2), 40)  # before there is a plugin, nobody may ask for nodes
+        await settled(client, 2)
+
+        def home(dask_scheduler: Scheduler) -> str:
+            import agentcluster.plugin
+
+            assert type(dask_scheduler.plugins["agentcluster"]) is agentcluster.plugin.AgentPlugin
+            return f"{agentcluster.plugin.__file__} {agentcluster.__version__}"
+
+        assert await client.run_on_scheduler(home) == f"shipped/agentcluster/plugin.py {agentcluster.__version__}"
+        kept = await client.scatter([f"value {i}" for i in range(20)], hash=False)
+        with pytest.raises(PreflightError, match="no GPU"):
+            await client.scheduler.reprovision_nodes(mode="auto-gpu")
+        await client.scheduler.reprovision_nodes(mode="uniform", config={"nworkers": 2, "memory_limit": "300MiB"})
+        assert len(await workers(client)) == 4
+        assert await client.gather(kept) == [f"value {i}" for i in range(20)]
+    assert "agentcluster" not in str([each.name for each in tmp_path.iterdir()])
+    assert "Traceback" not in scheduler.output()
+
+
+@pytest.mark.parametrize("options", [(), ("--mode", "uniform")], ids=["fallback", "mode"])
+async def test_scheduler_that_cannot_have_agentcluster(start: Start, tmp_path: Path, options: tuple[str, ...]) -> None:
+    scheduler, address = await start_scheduler(start, tmp_path, command=SCHEDULER_AGAINST)
+    one, other = (start(*AGENT, address, *ONE, *options, "--name", name) for name in ("a", "b"))
+    async with Client(address, asynchronous=True) as client:
+        await wait_until(async_len(client, 2), 40)
+        for agent in (one, other):
+            (warning,) = [line for line in agent.output().splitlines() if "WARNING" in line]
+            assert f"cannot be reprovisioned: scheduler at {address} cannot hold nodes" in warning
+            assert "pip install agentcluster" in warning
+            assert "dask scheduler --preload agentcluster" in warning
+        kept = await client.scatter([f"value {i}" for i in range(20)], hash=False)
+        tree = one.kill(signal.SIGTERM)
+        assert await one.ended() == 0
+        await gone(tree)
+        assert await client.gather(kept) == [f"value {i}" for i in range(20)]
+        tree = [psutil.Process(other.pid), *other.children()]
+    scheduler.kill()
+    assert await other.ended() == 0
+    await gone(tree)
+
+
+def async_len(client: Client, count: int) -> Any:
+    async def look() -> bool:
+        return len(await workers(client)) == count
+
+    return look
+
+
+@pytest.mark.parametrize("command", [SCHEDULER, SCHEDULER_AGAINST], ids=["plugin", "no plugin"])
+async def test_it_ends_when_its_workers_were_retired(start: Start, tmp_path: Path, command: tuple[str, ...]) -> None:
+    _, address = await start_scheduler(start, tmp_path, command=command)
+    agent = start(*AGENT, address, "--nworkers", "2", "--nthreads", "1", "--memory-limit", "300MiB", "--name", "a")
+    async with Client(address, asynchronous=True) as client:
+        await wait_until(async_len(client, 2), 40)
+        first, second = await workers(client)
+        await client.retire_workers([first["address"]])
+        await wait_until(lambda: len(agent.children()) <= 3)
+        assert agent.popen.poll() is None
+        tree = [psutil.Process(agent.pid), *agent.children()]
+        await client.scheduler.retire_workers(workers=[second["address"]], close_workers=True)
+        assert await agent.ended() == 0
+        await gone(tree)
+    assert "error" not in agent.output().lower()
+    assert "exception" not in agent.output().lower()
+
+
+async def test_it_stays_when_a_client_wants_no_workers(scheduler: Scheduler, client: Client, start: Start) -> None:
+    agent = start(*AGENT, scheduler.address, *ONE)
+    await settled(client)
+    await client.scheduler.reprovision_nodes(mode="none")
+    await settled(client, state="standby")
+    await client.scheduler.reprovision_nodes(mode="uniform", config={"nworkers": 1, "memory_limit": "300MiB"})
+    await settled(client)
+    assert agent.popen.poll() is None
 
 
 async def test_two_agents_of_one_name(scheduler: Scheduler, client: Client, start: Start) -> None:

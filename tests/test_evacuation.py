@@ -179,6 +179,31 @@ async def test_a_running_task_is_waited_for_and_what_was_not_begun_goes_elsewher
     assert world.scheduler.tasks[running.key].suspicious == 0
 
 
+async def test_what_was_not_begun_is_spread(world: World) -> None:
+    where = [world.workers["a"].address]
+    go = Event("go", client=world.client)
+
+    def task(i: int) -> int:
+        Event("go").wait()
+        return i
+
+    tasks = world.client.map(task, range(21), workers=where, allow_other_workers=True, pure=False)
+    a, b, c = (world.scheduler.workers[world.workers[name].address] for name in "abc")
+    await wait_until(lambda: len(a.processing) + len(b.processing) + len(c.processing) == 21)
+    given = {}
+
+    async def leave() -> Evacuation:
+        return await evacuate(world.scheduler, ["a"], LONG, drain_timeout=LONG)
+
+    leaving = asyncio.create_task(leave())
+    await wait_until(lambda: len(a.processing) <= 1)
+    given = {len(b.processing), len(c.processing)}
+    await go.set()
+    assert (await leaving).problem is None
+    assert max(given) - min(given) <= 2, given
+    assert sorted(await world.client.gather(tasks)) == list(range(21))
+
+
 async def test_time_is_up_for_a_running_task(world: World) -> None:
     def wait_for_it() -> str:
         Event("go").wait(20)

@@ -151,6 +151,12 @@ def test_select() -> None:
         nodes.select(["a", "d"])
 
 
+def test_all_nodes_are_in_the_order_of_their_names() -> None:
+    nodes = Registry()
+    gpu10, gpu2, cpu = (joined(nodes, name) for name in ("gpu-10", "gpu-2", "cpu"))
+    assert nodes.select(None) == [cpu, gpu2, gpu10]
+
+
 UNIFORM, MIXED = Mode("uniform", {"nthreads": 1}), Mode("mixed")
 
 

@@ -24,6 +24,7 @@ from distributed.core import connect
 
 from agentcluster import AgentCluster
 from agentcluster.errors import ConfigError, PreflightError, RolloutBusy, SwapError
+from agentcluster.model import Mode, to_wire
 from agentcluster.rolling import TOPIC
 
 QUIET = {"scheduler_options": {"dashboard": False, "dashboard_address": ":0"}}
@@ -31,7 +32,7 @@ ONE = {"nworkers": 1, "nthreads": 1}
 NEXT = {**ONE, "env": {"PLAN": "next"}}
 OTHER = {**ONE, "env": {"PLAN": "other"}}
 
-#: As they are named; the order in which they joined is another one.
+#: In the order of their names, which is that of a rollout; the order in which they joined is another one.
 ALL = ["local", "local.2", "local.3"]
 
 #: How many events there were when the nodes had joined.
@@ -143,11 +144,11 @@ async def at_step(cluster: AgentCluster, node: str, step: str) -> None:
 
 
 async def test_a_canary_goes_first_then_as_many_as_may(three: AgentCluster) -> None:
-    dry = await three.reprovision("auto-cpu", NEXT, nodes=ALL, canary=True, max_parallel=2, dry_run=True)
+    dry = await three.reprovision("auto-cpu", NEXT, canary=True, max_parallel=2, dry_run=True)
     assert set(plans(three).values()) == {""}
     assert {node.outcome for node in dry.nodes.values()} == {"unchanged"}
     assert not told(three, "began")
-    report = await three.reprovision("auto-cpu", NEXT, nodes=ALL, canary=True, max_parallel=2)
+    report = await three.reprovision("auto-cpu", NEXT, canary=True, max_parallel=2)
     assert [event["waves"] for event in told(three, "began")] == [[["local"], ["local.2", "local.3"]]]
     happened = [(e["node"], e["step"]) for e in told(three, "step")]
     assert happened.index(("local", "ready")) < min(happened.index((n, "start")) for n in ("local.2", "local.3"))
@@ -337,14 +338,17 @@ async def test_a_client_that_dies_changes_nothing(one: AgentCluster) -> None:
 async def test_undo_and_undo_that(two: AgentCluster) -> None:
     with pytest.raises(ConfigError, match="there is no rollout to undo"):
         await two.rollout.undo()
+    scheduler, registry = two.scheduler_comm, two.scheduler.extensions["agentcluster"].registry
     await two.reprovision("auto-cpu", NEXT, nodes="local")
+    await scheduler.set_provision_mode(nodes={"local.3": to_wire(Mode("none"))})
     await two.reprovision("uniform", {**OTHER, "nworkers": 2})
-    scheduler = two.scheduler_comm
+    assert "local.3" not in registry.wanted
     assert (await scheduler.get_provision_mode())["mode"] == "uniform"
     report = await two.rollout.undo()
     assert plans(two) == {"local": "next", "local.2": ""}
     assert {node.mode for node in report.nodes.values()} == {"auto-cpu"}
     assert (await scheduler.get_provision_mode())["mode"] == "auto-cpu"
+    assert registry.wanted["local.3"] == Mode("none")
     await two.rollout.undo()
     assert plans(two) == {"local": "other,other", "local.2": "other,other"}
     assert (await scheduler.get_provision_mode())["mode"] == "uniform"

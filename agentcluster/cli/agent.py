@@ -19,8 +19,8 @@ from distributed.proctitle import enable_proctitle_on_children, enable_proctitle
 from distributed.utils import json_load_robust
 
 from agentcluster.agent import Agent, seconds
-from agentcluster.config import log_to_stderr
 from agentcluster.errors import AgentClusterError, ConfigError, suggest
+from agentcluster.logs import log_to_stderr
 from agentcluster.model import Mode
 from agentcluster.modes import names, parse
 

@@ -78,7 +78,7 @@ def _run(settings: Settings, lifeline: threading.Event) -> None:
     from distributed.compatibility import asyncio_run
     from distributed.config import get_loop_factory
 
-    from agentcluster.config import log_to_stderr
+    from agentcluster.logs import log_to_stderr
     from agentcluster.model import unpickled
 
     log_to_stderr()
@@ -147,7 +147,8 @@ def _server(settings: Settings, security: Any) -> Any:
     if settings.role == "agent":
         from agentcluster.agent import Agent
 
-        return Agent(settings.scheduler, name=settings.name, security=security, **unpickled(settings.options))
+        options = unpickled(settings.options)
+        return Agent(settings.scheduler, name=settings.name, security=security, lasting=True, **options)
     from distributed import Scheduler
 
     return Scheduler(security=security, **unpickled(settings.options))
