@@ -171,7 +171,8 @@ class _Leaving:
         self._looked = 0.0
         self._passed = 0.0
         self._running = 0
-        self._taken = float("-inf")
+        # A worker that joined just now may not have said yet that it runs.
+        self._taken = self.began if len(scheduler.workers) > len(self.present()) else float("-inf")
 
     def present(self) -> frozenset[Any]:
         """Return the workers of these names that are in the scheduler."""

@@ -28,6 +28,9 @@ from agentcluster.report import Nodes, Report
 
 logger = logging.getLogger(__name__)
 
+#: Seconds in which the news of a swap, one for each worker, are gathered before the scheduler is asked for its nodes.
+GATHER = 0.2
+
 
 class Operations(SpecCluster):
     """What can be asked of a cluster that runs; the base of :class:`~agentcluster.AgentCluster`."""
@@ -285,6 +288,7 @@ class Operations(SpecCluster):
             try:
                 async with asyncio.timeout(self._sync_interval):
                     await self._changed.wait()
+                    await asyncio.sleep(GATHER)
             except TimeoutError:
                 pass
             self._changed.clear()

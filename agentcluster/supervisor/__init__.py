@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,10 @@ __all__ = ["CUDA_WORKER", "METHOD_KEY", "RestartPolicy", "StartMethod", "Supervi
 logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at whether a worker's process is ready; dask's own 0.05 are a tenth of a swap.
-POLL = 0.005
+POLL = 0.01
+
+#: What a server measures of its process and its event loop, 50 times a second. The agent does it, in the same process.
+MEASURED_ONCE = ("tick", "ticks", "monitor")
 
 CUDA_WORKER = "dask_cuda.CUDAWorker"
 NO_DEVICE = "CUDAWorker is several workers, one per GPU; use mode 'auto-gpu', which starts each of them with its device"
@@ -146,14 +149,9 @@ class Supervisor:
         taken = sorted(set(specs) & set(self._workers))
         if taken:
             raise ConfigError(f"worker {taken[0]!r} already runs here")
-        failures: dict[str, str] = {}
-        with forkserver.environment({}):  # a nanny reads the environment, which must not be that of a worker just then
-            servers = self._build(specs, failures)
-        batch = {name: _Worker(name, specs[name], server) for name, server in servers.items()}
-        self._workers.update(batch)
+        batch: dict[str, _Worker] = {}
         try:
-            if not failures:
-                failures = await self._start_all(batch, timeout)
+            failures = await self._start_all(specs, batch, timeout)
         except BaseException:
             await self._discard(batch.values())
             raise
@@ -177,21 +175,24 @@ class Supervisor:
         """Stop every worker."""
         await self.stop(list(self._workers), timeout)
 
-    def _build(self, specs: Mapping[str, WorkerSpec], failures: dict[str, str]) -> dict[str, Any]:
-        servers: dict[str, Any] = {}
+    def _build(self, specs: Mapping[str, WorkerSpec], failures: dict[str, str]) -> Iterator[tuple[str, Any]]:
+        """Yield each worker, built and not started; note in `failures` why one cannot be."""
         gpus = {name: spec for name, spec in specs.items() if spec.cls == CUDA_WORKER}
         for name, spec in specs.items():
             if name not in gpus:
                 try:
-                    servers[name] = self._instance(name, spec)
+                    server = self._instance(name, spec)
                 except Exception as error:  # a user's class may raise anything from its constructor
                     failures[name] = words(error)
+                else:
+                    yield name, server
         if gpus:
             try:
-                servers.update(self._cuda_nannies(gpus))
+                nannies = self._cuda_nannies(gpus)
             except Exception as error:  # as above: CUDAWorker passes on what NVML and RMM raise
                 failures.update(dict.fromkeys(gpus, words(error)))
-        return servers
+            else:
+                yield from nannies.items()
 
     def _arguments(self, name: str, spec: WorkerSpec, **more: Any) -> dict[str, Any]:
         arguments = {**self.host_options, **unpickled(spec.options), **more, "name": name}
@@ -218,7 +219,8 @@ class Supervisor:
         if issubclass(cls, Nanny):
             cls = supervised(cls)
             arguments["config"] = {**plain_method(), **(arguments.get("config") or {})}
-        return self._adopt(cls(self.scheduler, **arguments))
+        with forkserver.environment({}):  # a nanny reads the environment, which must not be that of a worker just then
+            return self._adopt(cls(self.scheduler, **arguments))
 
     def _cuda_nannies(self, specs: Mapping[str, WorkerSpec]) -> dict[str, Any]:
         """Build dask-cuda's nannies, one per wanted device.
@@ -258,22 +260,33 @@ class Supervisor:
             # Nanny would put these into this process's environment, under other workers that are being started; they
             # are in the forkserver's, and in its env.
             server.pre_spawn_env = {}  # type: ignore[attr-defined]
+            for each in MEASURED_ONCE:
+                server.periodic_callbacks.pop(each, None)  # type: ignore[attr-defined]
             server.changed = lambda: self._report(server.name)  # type: ignore[attr-defined]
         return server
 
-    async def _start_all(self, batch: Mapping[str, _Worker], timeout: float) -> dict[str, str]:
-        starts = {name: asyncio.ensure_future(_ready(worker.server)) for name, worker in batch.items()}
-        if not starts:
-            return {}
-        late: set[asyncio.Future[None]] = set(starts.values())
+    async def _start_all(
+        self, specs: Mapping[str, WorkerSpec], batch: dict[str, _Worker], timeout: float
+    ) -> dict[str, str]:
+        """Build and start workers, which `batch` gets; return why some did not start."""
+        failures: dict[str, str] = {}
+        starts: dict[str, asyncio.Future[None]] = {}
+        late: set[asyncio.Future[None]] = set()
         try:
-            _, late = await asyncio.wait(starts.values(), timeout=timeout)
+            for name, server in self._build(specs, failures):
+                batch[name] = self._workers[name] = _Worker(name, specs[name], server)
+                starts[name] = asyncio.ensure_future(_ready(server))
+                late.add(starts[name])
+                await asyncio.sleep(0)  # its process is made while the next is built
+            if not failures and starts:
+                _, late = await asyncio.wait(starts.values(), timeout=timeout)
         finally:
             # All of them, when this call is cancelled: also the errors of those that are done have to be taken.
             for start in late:
                 start.cancel()
             await asyncio.gather(*late, return_exceptions=True)
-        failures = {}
+        if failures:
+            return failures
         for name, start in starts.items():
             if start in late:
                 failures[name] = f"had not joined {self.scheduler} after {timeout:g} s"
