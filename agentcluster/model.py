@@ -220,6 +220,8 @@ class NodeReport:
         Whether new workers came before old ones went (``surge``) or after (``replace``), and why they could not before.
     old, new
         Names of the workers that went and that came.
+    shape
+        What those that came are, such as ``2 x 4 threads, 8.00 GiB``.
     kept
         Names of the workers that stayed as they were.
     keys, nbytes
@@ -239,6 +241,7 @@ class NodeReport:
     because: str = ""
     old: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
+    shape: str = ""
     kept: tuple[str, ...] = ()
     keys: int = 0
     nbytes: int = 0

@@ -45,8 +45,14 @@ def _workers(names: Sequence[str]) -> str:
     return f"{names[0]} … {names[-1]} ({len(names)})"
 
 
-def _shape(plan: Mapping[str, Mapping[str, Any]], workers: Mapping[str, Any]) -> str:
-    """Say what workers run: ``2 x 4 threads, 8.00 GiB``."""
+def shape_of(plan: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say what workers are: ``2 x 4 threads, 8.00 GiB``.
+
+    Parameters
+    ----------
+    plan
+        Worker name -> a :class:`~agentcluster.model.WorkerSpec` as plain data.
+    """
     shapes: dict[str, int] = {}
     for spec in plan.values():
         threads = spec.get("nthreads")
@@ -99,7 +105,7 @@ class Nodes(Mapping[str, Mapping[str, Any]]):
                 name,
                 node["state"],
                 node["mode"],
-                _shape(node["plan"], node["workers"]),
+                shape_of(node["plan"]),
                 str(node["hardware"]["cpus"]),
                 format_bytes(node["hardware"]["memory"]),
                 str(len(node["hardware"]["gpus"])),
@@ -170,7 +176,9 @@ class Report:
         workers = (_workers(node.old), _workers(node.new), _workers(node.kept))
         moved = (str(node.keys), format_bytes(node.nbytes))
         if self.dry_run:
-            return (node.node, node.mode, _order(node), *workers, *moved)
+            # Those that would come have no names yet.
+            go, _, stay = workers
+            return (node.node, node.mode, _order(node), go, node.shape or "-", stay, *moved)
         outcome = f"{node.outcome}, {node.strategy}" if node.strategy != "surge" else node.outcome
         seconds = (f"{each:.2f} s" for each in (node.start, node.drain, node.retire, node.stop))
         rerun = (str(node.rerun),) if self.rerun else ()

@@ -21,6 +21,7 @@ from agentcluster.errors import AgentClusterError, WorkerStartError
 from agentcluster.evacuation import Drain, Evacuation, Progress, evacuate
 from agentcluster.model import Mode, NodeReport, WorkerSpec, WorkerState, from_wire, to_wire
 from agentcluster.registry import Node
+from agentcluster.report import shape_of
 from agentcluster.rollout import (
     Cancelled,
     Command,
@@ -375,5 +376,6 @@ def planned(name: str, proposal: Proposal) -> NodeReport:
         because=proposal.because,
         old=proposal.change.go,
         new=tuple(proposal.named),
+        shape=shape_of(to_wire(proposal.named)) if proposal.named else "",
         kept=tuple(proposal.change.keep),
     )

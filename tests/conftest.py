@@ -26,6 +26,11 @@ import dask
 import distributed
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long one example takes says what else the machine does; a test has its deadline as a whole.
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
 
 #: Seconds that leftovers of a test have to go.
 SETTLE = 5.0

@@ -20,6 +20,7 @@ import pytest_asyncio
 from conftest import wait_until
 from dask.system import CPU_COUNT
 from distributed import Client, Future, Scheduler
+from distributed.cli.dask_worker import main as dask_worker
 from distributed.deploy.utils import nprocesses_nthreads
 from programs import (
     AGENT,
@@ -35,6 +36,7 @@ from programs import (
 )
 
 import agentcluster
+from agentcluster.cli.agent import main
 from agentcluster.errors import PreflightError
 
 NOWHERE = "tcp://127.0.0.1:1"
@@ -452,6 +454,58 @@ async def test_two_agents_of_one_name(scheduler: Scheduler, client: Client, star
     assert (await settled(client))["box"]["address"] == before["address"]
 
 
+# -- options of dask worker --------------------------------------------------------------------------------------------
+
+
+def test_it_has_the_options_of_dask_worker() -> None:
+    ours = {name for parameter in main.params for name in parameter.opts}
+    theirs = {name for parameter in dask_worker.params for name in parameter.opts}
+    assert theirs <= ours
+
+
+async def test_what_every_worker_gets_whatever_its_mode(
+    scheduler: Scheduler, client: Client, start: Start, tmp_path: Path
+) -> None:
+    (tmp_path / "said.py").write_text(
+        "import click, os\n"
+        "@click.command()\n"
+        "@click.option('--word')\n"
+        "def dask_setup(worker, word):\n"
+        "    worker.word = word\n"
+    )  # fmt: skip
+    (tmp_path / "own.py").write_text("from distributed import Worker\nclass Own(Worker):\n    pass\n")
+    (tmp_path / "nanny_said.py").write_text(
+        f"def dask_setup(nanny):\n    open({str(tmp_path / 'nannies')!r}, 'a').write('x')\n"
+    )
+    agent = start(
+        *AGENT,
+        scheduler.address,
+        *ONE,
+        *("--worker-class", "own.Own", "--pid-file", str(tmp_path / "pid"), "--dashboard-address", "127.0.0.1:0"),
+        *("--lifetime", "1 hour", "--lifetime-stagger", "1 minute", "--lifetime-restart"),
+        *("--preload-nanny", "nanny_said", "--preload", "said", "--word", "hello"),
+        env={"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+    )
+    await settled(client)
+    assert (tmp_path / "pid").read_text() == str(agent.pid)
+
+    def look(dask_worker: Any) -> tuple[Any, ...]:
+        lifetime = dask_worker.lifetime
+        return type(dask_worker).__qualname__, dask_worker.word, 3500 < lifetime < 3700, dask_worker.lifetime_restart
+
+    for nannies in (1, 3):
+        found = await client.run(look)
+        assert set(found.values()) == {("Own", "hello", True, True)}
+        assert len(found) == (1 if nannies == 1 else 2)
+        assert (tmp_path / "nannies").read_text() == "x" * nannies
+        mode = {"nworkers": 2, "nthreads": 1, "memory_limit": "300MiB"}
+        if nannies == 1:
+            await client.scheduler.reprovision_nodes(mode="uniform", config=mode)
+    agent.kill(signal.SIGTERM)
+    assert await agent.ended() == 0
+    assert not (tmp_path / "pid").exists()
+
+
 # -- what it refuses ---------------------------------------------------------------------------------------------------
 
 
@@ -523,6 +577,11 @@ WRONG = [
     (["--standby", "--listen-address", "foo://127.0.0.1:0"], ["--listen-address", "'foo'"]),
     (["--standby", "--listen-address", "tcp://127.0.0.1:0", "--host", "127.0.0.1"], ["--host", "both"]),
     ([NOWHERE, "--nmworkers", "2"], ["--nmworkers", "--nworkers"]),
+    ([NOWHERE, "--worker-port", "3000"], ["--worker-port", "side by side"]),
+    ([NOWHERE, "--no-nanny"], ["--no-nanny", "restarts"]),
+    ([NOWHERE, "--worker-class", "os.Worker"], ["--worker-class 'os.Worker'", "module.Class"]),
+    ([NOWHERE, "--pid-file", "/no/such/directory/pid"], ["--pid-file '/no/such/directory/pid'", "No such file"]),
+    ([NOWHERE, "more"], ["unexpected extra argument", "more"]),
     ([NOWHERE, "--tls-ca-file", "/no/such/file"], ["--tls-ca-file", "/no/such/file"]),
 ]
 

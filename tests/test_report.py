@@ -185,22 +185,23 @@ def test_what_was_unusual_is_shown_and_why() -> None:
 
 
 def test_a_plan_tells_what_would_be() -> None:
+    four = "1 x 4 threads"
     plan = report(
-        NodeReport("a", "uniform", old=("a-0", "a-1", "a-2"), new=("a-new-0",), keys=2, nbytes=10),
-        NodeReport("b", "uniform", strategy="replace", because="no room", old=("b-0",), new=("b-new-0",)),
-        NodeReport("c", "uniform", new=("c-new-0",), kept=("c-0",)),
+        NodeReport("a", "uniform", old=("a-0", "a-1", "a-2"), new=("a-new-0",), shape=four, keys=2, nbytes=10),
+        NodeReport("b", "uniform", strategy="replace", because="no room", old=("b-0",), new=("b-1",), shape="1 GPU"),
+        NodeReport("c", "uniform", new=("c-new-0",), shape=four, kept=("c-0",)),
         NodeReport("d", "none", old=("d-0",)),
         NodeReport("e", "uniform", kept=("e-0",)),
         dry_run=True,
     )
     assert repr(plan).splitlines() == [
         "uniform: planned only, nothing was changed",
-        "node  mode     order                     go             come     stay  keys to move  bytes to move",
-        "a     uniform  new start, then old stop  a-0 … a-2 (3)  a-new-0  -     2             10 B",
-        "b     uniform  old stop, then new start  b-0            b-new-0  -     0             0 B",
-        "c     uniform  new start                 -              c-new-0  c-0   0             0 B",
-        "d     none     old stop                  d-0            -        -     0             0 B",
-        "e     uniform  nothing changes           -              -        e-0   0             0 B",
+        "node  mode     order                     go             come           stay  keys to move  bytes to move",
+        "a     uniform  new start, then old stop  a-0 … a-2 (3)  1 x 4 threads  -     2             10 B",
+        "b     uniform  old stop, then new start  b-0            1 GPU          -     0             0 B",
+        "c     uniform  new start                 -              1 x 4 threads  c-0   0             0 B",
+        "d     none     old stop                  d-0            -              -     0             0 B",
+        "e     uniform  nothing changes           -              -              e-0   0             0 B",
         "b: old workers go first: no room",
     ]
     assert Cells(plan._repr_html_()).rows == [list(plan.header()), *map(list, plan.rows())]

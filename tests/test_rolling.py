@@ -494,7 +494,7 @@ async def test_tasks_that_no_worker_could_run_are_named(one: AgentCluster, tmp_p
         expected = ("busy (resources {'BIG': 1})", "waiting (resources {'BIG': 1})")
         report = await one.reprovision("auto-cpu", NEXT, dry_run=True)
         assert report.nodes["local"].bound == expected
-        for said in (*expected, "new start, then old stop", "local-new-0"):
+        for said in (*expected, "new start, then old stop", "1 x 1 thread"):
             assert said in repr(report)
         assert (
             not (await one.reprovision("auto-cpu", {**NEXT, "resources": {"BIG": 2}}, dry_run=True))

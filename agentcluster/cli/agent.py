@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
+import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,7 +19,7 @@ from distributed.comm.addressing import get_address_host_port
 from distributed.compatibility import asyncio_run
 from distributed.config import get_loop_factory
 from distributed.proctitle import enable_proctitle_on_children, enable_proctitle_on_current
-from distributed.utils import json_load_robust
+from distributed.utils import import_term, json_load_robust
 
 from agentcluster.agent import Agent, seconds
 from agentcluster.errors import AgentClusterError, ConfigError, suggest
@@ -24,24 +27,29 @@ from agentcluster.logs import log_to_stderr
 from agentcluster.model import Mode
 from agentcluster.modes import names, parse
 
-#: Options of ``dask worker`` that mean the same here; they are taken from its own command.
-SAME_AS_DASK_WORKER = (
-    "scheduler",
-    "tls_ca_file",
-    "tls_cert",
-    "tls_key",
+#: Parameters of ``dask worker`` that have another meaning here.
+OURS = ("listen_address", "version")
+
+#: Those that are refused: they say where one worker is, and here are any number of them, during a swap old and new.
+ONE_WORKER = ("worker_port", "nanny_port", "contact_address")
+
+#: Options of ``dask worker`` that every worker gets as they are, whatever its mode.
+FOR_WORKERS = (
     "host",
     "interface",
     "protocol",
-    "nthreads",
-    "n_workers",
-    "name",
-    "memory_limit",
     "local_directory",
-    "resources",
-    "scheduler_file",
-    "death_timeout",
+    "scheduler_sni",
+    "dashboard",
+    "dashboard_address",
+    "lifetime",
+    "lifetime_stagger",
+    "lifetime_restart",
+    "preload",
+    "preload_argv",
+    "preload_nanny",
 )
+
 #: The options that say what runs, as the user types them.
 FLAGS = {
     "mode": "--mode",
@@ -58,12 +66,20 @@ SHAPE = {"n_workers": "nworkers", "nthreads": "nthreads", "memory_limit": "memor
 
 
 def _from_dask_worker() -> list[click.Parameter]:
-    by_name = {parameter.name: parameter for parameter in dask_worker.params}
-    return [by_name[name] for name in SAME_AS_DASK_WORKER]
+    return [parameter for parameter in dask_worker.params if parameter.name not in OURS]
+
+
+class _Command(click.Command):
+    """Leaves options that it does not know to a preload, where one is given."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.ignore_unknown_options = any(arg.partition("=")[0] == "--preload" for arg in args)
+        return super().parse_args(ctx, args)
 
 
 @click.command(
     name="agent",
+    cls=_Command,
     params=_from_dask_worker(),
     epilog="Without any option that says what runs it has the mode that was set for the scheduler's nodes; when none "
     "was set it starts what `dask worker` would: one worker with all threads. On SIGTERM it has the data of its "
@@ -92,11 +108,21 @@ def main(context: click.Context, /, **options: Any) -> None:
         arguments = _arguments(options, lambda name: _given(context, name))
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
+    if options["pid_file"]:
+        _write_pid_file(options["pid_file"])
     try:
         asyncio_run(_run(arguments), loop_factory=get_loop_factory())
     except (AgentClusterError, OSError, TimeoutError) as error:
         click.echo(f"dask-agent: {' '.join(str(error).split()) or type(error).__name__}", err=True)
         sys.exit(1)
+
+
+def _write_pid_file(path: str) -> None:
+    try:
+        Path(path).write_text(str(os.getpid()))
+    except OSError as error:
+        raise click.UsageError(f"--pid-file {path!r} cannot be written: {error.strerror}") from None
+    atexit.register(Path(path).unlink, missing_ok=True)
 
 
 def _given(context: click.Context, name: str) -> bool:
@@ -105,6 +131,12 @@ def _given(context: click.Context, name: str) -> bool:
 
 def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
     """Return the keyword arguments of :class:`Agent` that the options mean."""
+    if not options["nanny"]:
+        raise ConfigError("--no-nanny cannot be given: an agent restarts and stops its workers by their nannies")
+    for name in ONE_WORKER:
+        if options[name] is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} cannot be given: it is about one worker, and here old and new run side by side")
     scheduler = _scheduler(options)
     mode = _mode(options, given)
     security = {
@@ -123,15 +155,21 @@ def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
         "fallback": LIKE_DASK_WORKER if mode is None and not options["standby"] else None,
         "security": security,
         "death_timeout": seconds("--death-timeout", options["death_timeout"]) if options["death_timeout"] else None,
-        "host": options["host"],
-        "interface": options["interface"],
-        "protocol": options["protocol"],
-        "local_directory": options["local_directory"],
         "resources": _resources(options["resources"]) if options["resources"] else None,
+        "worker_class": _worker_class(options["worker_class"]) if given("worker_class") else None,
+        **{key: options[key] if options[key] not in ((), "") else None for key in FOR_WORKERS if key in options},
     }
     if options["listen_address"]:
         arguments.update(_listen(options["listen_address"], options))
     return {key: value for key, value in arguments.items() if value is not None}
+
+
+def _worker_class(name: str) -> str:
+    try:
+        import_term(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"--worker-class {name!r} cannot be imported: {error}; give it as module.Class") from None
+    return name
 
 
 def _resources(text: str) -> Any:

@@ -218,6 +218,8 @@ class Supervisor:
             arguments = {k: v for k, v in arguments.items() if k in allowed or k not in self.host_options}
         if issubclass(cls, Nanny):
             cls = supervised(cls)
+            if isinstance(worker_class := arguments.get("worker_class"), str):
+                arguments["worker_class"] = resolve(worker_class)
             arguments["config"] = {**plain_method(), **(arguments.get("config") or {})}
         with forkserver.environment({}):  # a nanny reads the environment, which must not be that of a worker just then
             return self._adopt(cls(self.scheduler, **arguments))
