@@ -208,7 +208,7 @@ async def test_nobody_there() -> None:
     began = time.monotonic()
     with pytest.raises(LaunchError, match=r"tcp://127\.0\.0\.1:1 .*dask-agent --standby"):
         await adopting("tcp://127.0.0.1:1", launch_timeout=2)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
 
 
 async def test_not_an_agent() -> None:
@@ -216,7 +216,7 @@ async def test_not_an_agent() -> None:
         began = time.monotonic()
         with pytest.raises(LaunchError, match="no agent"):
             await adopting(cluster.scheduler_address, launch_timeout=5)
-        assert time.monotonic() - began < 7
+        assert time.monotonic() - began < 20
 
 
 async def test_silent_listener() -> None:
@@ -226,7 +226,7 @@ async def test_silent_listener() -> None:
         began = time.monotonic()
         with pytest.raises(LaunchTimeout, match=f"127.0.0.1:{port}.* no answer within 2 s"):
             await adopting(f"tcp://127.0.0.1:{port}", launch_timeout=2)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
     finally:
         silent.close()
         for writer in _held:
@@ -291,7 +291,7 @@ async def refused(error: type[Exception], match: str, **arguments: Any) -> None:
     began = time.monotonic()
     with pytest.raises(error, match=match):
         await adopting(arguments.pop("address"), launch_timeout=3, **arguments)
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 18
 
 
 async def test_tls_mismatch(start: Start, certificates: dict[str, str]) -> None:

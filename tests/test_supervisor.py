@@ -248,7 +248,7 @@ async def test_a_late_start(supervisor: Watched, scheduler: Scheduler, tmp_path:
     specs = {"n-1": worker(), "n-2": worker(options={"preload": [str(hangs)]})}
     with pytest.raises(WorkerStartError, match=f"n-2: had not joined {scheduler.address} after 2 s") as caught:
         await supervisor.start(specs, 2.0)
-    assert loop.time() - began < 10
+    assert loop.time() - began < 20
     assert set(caught.value.failures) == {"n-2"}
     assert supervisor.states() == (before,)
     await wait_until(lambda: workers_now() == {before.pid})
@@ -429,7 +429,7 @@ async def test_a_worker_that_waits_for_its_restart_can_be_stopped(supervise: Fac
     await wait_until(lambda: (state := supervisor.state("n-0")) and (state.state, state.restarts) == ("restarting", 2))
     began = asyncio.get_running_loop().time()
     await supervisor.close(STOP)
-    assert asyncio.get_running_loop().time() - began < 2
+    assert asyncio.get_running_loop().time() - began < 6
     assert supervisor.states() == ()
 
 
