@@ -132,7 +132,12 @@ class Ours:
 
 
 def _shape(workers: int, memory: str, number: int) -> dict[str, Any]:
-    options = {"nthreads": 1, "memory_limit": memory, "resources": {f"swap-{number}": 1}}
+    options = {
+        "nthreads": 1,
+        "memory_limit": memory,
+        "resources": {f"swap-{number}": 1},
+        "silence_logs": logging.ERROR,  # as LocalCluster's are
+    }
     return {"spec": {"cls": "dask.distributed.Nanny", "opts": options}, "nworkers": workers}
 
 
