@@ -15,7 +15,8 @@ import dask
 import psutil
 import pytest
 from conftest import wait_until
-from distributed import Client, Nanny, Scheduler, SchedulerPlugin, Worker, rpc
+from distributed import Client, Nanny, Scheduler, SchedulerPlugin, Status, Worker, rpc
+from distributed.process import AsyncProcess
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -264,6 +265,40 @@ async def test_a_start_that_is_cancelled(supervisor: Watched, tmp_path: Path) ->
         await starting
     assert supervisor.states() == ()
     await wait_until(lambda: not workers_now())
+
+
+async def test_a_worker_that_gets_ready_while_it_is_made_to_end(
+    supervisor: Watched, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    started = asyncio.ensure_future(supervisor.start({"n-0": worker()}, START))
+    server = await _being_started(supervisor)
+    process, kill = server.process, AsyncProcess.kill
+
+    async def late(self: Any) -> None:
+        await wait_until(process.running.is_set)  # its word of success has come
+        await kill(self)
+        await wait_until(lambda: process.process is None)
+
+    monkeypatch.setattr(AsyncProcess, "kill", late)
+    async with asyncio.timeout(STOP * 2):
+        await supervisor.close(STOP)
+        await asyncio.wait([started])  # what it says depends on who was first
+    assert "did not end in order" not in caplog.text
+    assert not workers_now()
+    assert supervisor.states() == ()
+
+
+async def _being_started(supervisor: Watched) -> Any:
+    """Return the nanny of the first worker, once its process is being made."""
+    found: list[Any] = []
+
+    def starting() -> bool:
+        found[:] = [worker.server for worker in supervisor._workers.values()]
+        process = found[0].process if found else None
+        return process is not None and process.status is Status.starting
+
+    await wait_until(starting)
+    return found[0]
 
 
 async def test_a_scheduler_that_is_not_there(supervisor: Watched) -> None:

@@ -183,18 +183,25 @@ async def _abandon(process: Any) -> None:
 
     After a start that was cancelled or failed to make a process it would not even do that, but raise.
     """
-    nobody_waits = process.running.is_set()
+    somebody_starts = not process.running.is_set()
+    # Waited for from now on: a word of success that crosses the kill sets it, and the end of the process clears it again.
+    started = asyncio.ensure_future(process.running.wait())
+    await asyncio.sleep(0)
+    if process.status is not Status.starting:
+        started.cancel()
+        return
     try:
         await process.process.kill()  # queued behind the start, so it ends one that is just being made too
     except Exception as error:  # whatever there is to say of a process that was never made
         logger.debug("There was no worker process to end: %s", words(error))
+        started.cancel()
         process.process.close()
         process.child_stop_q.close()
         process.process = process.child_stop_q = process.init_result_q = None
         process.status = Status.stopped
         return
-    if not nobody_waits:
-        await process.running.wait()
+    if somebody_starts:
+        await started
         if process.process is None:
             # Before 2026.8 a word of success that crossed the kill makes it "running".
             process.status = Status.stopped
