@@ -152,7 +152,9 @@ class Membership:
         seconds = self._settings.stop_timeout
         try:
             async with asyncio.timeout(2 * seconds), self._scheduler() as scheduler:
-                report = await scheduler.retire_node(name=self.name, drain="data", timeout=seconds, wait=seconds)
+                report = await scheduler.retire_node(
+                    name=self.name, ends=True, drain="data", timeout=seconds, wait=seconds
+                )
         except (OSError, TimeoutError):
             logger.info("Node %s closes with its data: the scheduler at %s did not answer", self.name, self.scheduler)
         except Exception as error:  # whatever the scheduler answers, it does not keep this process from ending

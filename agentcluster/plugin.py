@@ -274,8 +274,10 @@ class AgentPlugin(SchedulerPlugin):
         return await self.changes.scale(n, nodes, from_wire(Terms, terms, "scale_nodes"))
 
     @_answer
-    async def retire_node(self, name: str, **terms: Any) -> dict[str, Any]:
-        """Move a node's data to others and stop its workers; the node stays, in standby."""
+    async def retire_node(self, name: str, ends: bool = False, **terms: Any) -> dict[str, Any]:
+        """Move a node's data to others and stop its workers; the node stays, in standby, unless its agent `ends`."""
+        if ends:
+            self.registry.get(name).tracked = ()
         return await self.changes.empty(name, from_wire(Terms, terms, "retire_node"))
 
     @_answer

@@ -95,9 +95,9 @@ class _Command(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         options = [each for each in self.get_params(ctx) if isinstance(each, click.Option)]
         rows = {each.name: row for each in options if (row := each.get_help_record(ctx))}
-        for title, names in SECTIONS.items():
+        for title, section in SECTIONS.items():
             with formatter.section(title):
-                formatter.write_dl([rows.pop(name) for name in names if name in rows])
+                formatter.write_dl([rows.pop(name) for name in section if name in rows])
         with formatter.section("Other options"):
             formatter.write_dl(list(rows.values()))
 
