@@ -32,4 +32,5 @@ class Notifier:
         lines = [f"STATUS={' '.join(status.split())}", *([f"{state}=1"] if state else [])]
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.settimeout(1)  # of a systemd that does not read
-            sender.sendto("\n".join(lines).encode(), self._address)
+            sender.connect(self._address)
+            sender.send("\n".join(lines).encode())
