@@ -160,8 +160,8 @@ async def test_not_ready_without_a_scheduler(start: Start, notify: NotifySocket)
     assert [message for message in notify.look() if "READY" in message] == []
 
 
-async def test_wrong_option(start: Start, notify: NotifySocket) -> None:
-    agent = start(*AGENT, "tcp://127.0.0.1:1", "--mode", "auto-cqu", env={"NOTIFY_SOCKET": notify.address})
+async def test_unknown_option(start: Start, notify: NotifySocket) -> None:
+    agent = start(*AGENT, "tcp://127.0.0.1:1", "--nmworkers", "2", env={"NOTIFY_SOCKET": notify.address})
     # Starting it again would not help.
     assert str(await agent.ended(END)) == setting(UNITS[0], "RestartPreventExitStatus")
     assert notify.look() == []
