@@ -121,10 +121,10 @@ async def nodes(client: Client) -> dict[str, Any]:
 
 
 async def ready(client: Client, names: Sequence[str], timeout: float = 60) -> dict[str, Any]:
-    """Return the nodes once they are those of these names, each with all its workers."""
+    """Return the nodes once they are those of these names, each with all its workers; killed ones do not count."""
 
     async def look() -> dict[str, Any] | None:
-        found = await nodes(client)
+        found = {name: node for name, node in (await nodes(client)).items() if node["state"] != "lost"}
         settled = all(each["state"] == "ready" for each in found.values())
         return found if settled and sorted(found) == sorted(names) else None
 
@@ -132,11 +132,13 @@ async def ready(client: Client, names: Sequence[str], timeout: float = 60) -> di
 
 
 async def reprovision(client: Client, nworkers: int) -> dict[str, Any]:
-    """Give every node that many workers, as any client can; return what became of the nodes."""
-    config = {"nworkers": nworkers, "nthreads": 1, "memory_limit": "256MiB"}
+    """Give every node that many other workers, as any client can; return what became of the nodes."""
+    config = {"nworkers": nworkers, "nthreads": 1, "memory_limit": f"{300 + nworkers}MiB"}
     report = await client.scheduler.reprovision_nodes(mode="auto-cpu", config=config)
-    assert {node["outcome"] for node in report["nodes"].values()} == {"changed"}, report
-    return dict(report["nodes"])
+    changed = {name: node for name, node in report["nodes"].items() if node["outcome"] == "changed"}
+    assert changed, report
+    assert all(node["new"] and node["old"] and not node["stayed"] for node in changed.values()), report
+    return changed
 
 
 def names(scheduler: Any) -> set[str]:
