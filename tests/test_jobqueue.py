@@ -37,9 +37,8 @@ class Jobs:
 
     cluster: Any
     client: Client
-    #: All jobs that it started: the process of each, and the file with what it wrote.
+    #: The processes of all jobs that it started.
     started: list[psutil.Process] = field(default_factory=list)
-    logs: dict[int, Path] = field(default_factory=dict)
 
     def pids(self) -> dict[str, int]:
         """Return the processes of the jobs that the manager knows, by name."""
@@ -56,10 +55,6 @@ class Jobs:
         if jobs:
             await ready(self.client, list(self.pids()))
         return self.pids()
-
-    def output(self) -> str:
-        """Return what all jobs wrote to stderr."""
-        return "\n".join(file.read_text() for file in self.logs.values())
 
 
 Open = Callable[..., AbstractAsyncContextManager[Jobs]]
@@ -85,7 +80,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
                 finally:
                     opened.started.append(psutil.Process(self.process.pid))
                     subprocesses.append(self.process)
-                    log = opened.logs[self.process.pid] = tmp_path / f"job-{self.process.pid}.log"
+                    log = tmp_path / f"job-{self.process.pid}.log"
                     reading.append(asyncio.ensure_future(_read(self.process.stderr, log)))
 
         dask.config.set({"distributed.deploy.lost-worker-timeout": LOST})
@@ -143,25 +138,23 @@ async def test_jobs_are_reprovisioned_under_load_and_stay(jobs: Open) -> None:
         assert opened.pids() == before
         assert all(process.is_running() for process in opened.started)
         await data.check(client)
-        del data
 
-        # the manager's own scaling goes on: a job less, one more, none
+        # the manager's own scaling goes on: a job less, whose data moves first, one more, none
         tree = trees(opened.started)
         (kept,) = (await opened.scale(1)).items()
         assert kept in before.items()
-        assert await client.gather(client.map(lambda x: x + 1, range(100))) == list(range(1, 101))
+        await data.check(client)
         after = await opened.scale(2)
         assert kept in after.items()
         assert len(set(after.values()) - set(before.values())) == 1
         await reprovision(client, 1)
         assert names(cluster.scheduler) == set(after)
-        assert await client.gather(client.map(lambda x: x + 2, range(100))) == list(range(2, 102))
+        await data.check(client)
+        del data
         tree += trees([psutil.Process(pid) for pid in after.values()])
         await opened.scale(0)
         await gone(tree, 15)
         await wait_until(lambda: not cluster.scheduler.workers)
-        said = opened.output().lower()
-    assert not [word for word in ("error", "exception", "traceback") if word in said], said
 
 
 async def test_a_job_whose_workers_were_all_taken_away_stays(jobs: Open) -> None:
@@ -217,11 +210,10 @@ async def test_jobs_of_several_workers(jobs: Open) -> None:
                 assert len(cluster.scheduler.running) == 2 * nworkers
         await asyncio.sleep(LOST + 0.5)
         assert opened.pids() == before
-        await data.check(client)
-        del data
         tree = trees(opened.started)
         (kept,) = (await opened.scale(1)).items()
         assert kept in before.items()
-        assert await client.gather(client.map(lambda x: x + 1, range(100))) == list(range(1, 101))
+        await data.check(client)
+        del data
         await opened.scale(0)
         await gone(tree, 15)

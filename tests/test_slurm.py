@@ -111,13 +111,7 @@ def processes(slurm: Slurm, job: str) -> list[psutil.Process]:
     return found
 
 
-def said(folder: Path) -> str:
-    """Return what jobs wrote, without what Slurm itself writes there when it cancels one."""
-    lines = [line for file in sorted(folder.iterdir()) for line in file.read_text().splitlines()]
-    return "\n".join(line for line in lines if not line.startswith("slurmstepd"))
-
-
-async def test_an_allocation_is_reprovisioned_and_stays(slurm: Slurm, jobs: Open, tmp_path: Path) -> None:
+async def test_an_allocation_is_reprovisioned_and_stays(slurm: Slurm, jobs: Open) -> None:
     async with jobs() as (cluster, client):
         allocations = await scaled(cluster, client, slurm, 2)
         assert names(cluster.scheduler) == set(allocations)
@@ -132,31 +126,32 @@ async def test_an_allocation_is_reprovisioned_and_stays(slurm: Slurm, jobs: Open
         assert slurm.jobs() == began
         assert {str(name): str(job.job_id) for name, job in cluster.workers.items()} == allocations
         await data.check(client)
-        del data
 
-        # the manager's own scaling goes on: one more, one less, none
+        # the manager's own scaling goes on: one more, two less, whose data moves first, none
         three = await scaled(cluster, client, slurm, 3)
         assert three.items() > allocations.items()
         one = await scaled(cluster, client, slurm, 1)
         assert one.items() < three.items()
-        assert await client.gather(client.map(lambda x: x + 1, range(100))) == list(range(1, 101))
+        await data.check(client)
+        del data
         tree = processes(slurm, *one.values())
         await scaled(cluster, client, slurm, 0)
         await gone(tree, 30)
         await wait_until(lambda: not cluster.scheduler.workers)
-    written = said(tmp_path / "jobs").lower()
-    assert not [word for word in ("error", "exception", "traceback") if word in written], written
 
 
-async def test_data_of_a_job_that_slurm_cancels_moves_to_others(slurm: Slurm, jobs: Open) -> None:
+async def test_data_of_a_job_that_is_cancelled_moves_to_others(slurm: Slurm, jobs: Open) -> None:
     """Slurm sends SIGTERM to all processes of the job at once, and waits (KillWait) before it kills."""
     async with jobs() as (cluster, client):
         allocations = await scaled(cluster, client, slurm, 2)
         await reprovision(client, 2)
         data = await Data.put(client)
-        (kept,) = (await scaled(cluster, client, slurm, 1)).items()
-        assert kept in allocations.items()
+        name, job = allocations.popitem()
+        slurm.run("scancel", job)
+        await ready(client, list(allocations))
+        await wait_until(lambda: len(cluster.scheduler.workers) == 2)
         await data.check(client)
+        await wait_until(lambda: name not in cluster.workers)  # the manager has noticed
 
 
 async def test_a_manager_that_adapts(slurm: Slurm, jobs: Open) -> None:

@@ -137,7 +137,7 @@ async def reprovision(client: Client, nworkers: int) -> dict[str, Any]:
     report = await client.scheduler.reprovision_nodes(mode="auto-cpu", config=config)
     changed = {name: node for name, node in report["nodes"].items() if node["outcome"] == "changed"}
     assert changed, report
-    assert all(node["new"] and node["old"] and not node["stayed"] for node in changed.values()), report
+    assert all(node["new"] and not node["kept"] for node in changed.values()), report
     return changed
 
 
