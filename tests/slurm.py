@@ -2,7 +2,7 @@
 
 They are Debian's ``munge`` and ``slurm-wlm``, started in the foreground with ports, a key, a socket and a state of
 their own, so a Slurm that the machine has already is neither asked nor touched. Cgroups are not used: processes of a
-job are found by their parents. The node claims more cores than the machine has, so that tests do not wait for each
+job are found by their process group, also when the job's shell, which is their parent, ended first. The node claims more cores than the machine has, so that tests do not wait for each
 other's jobs.
 """
 
@@ -42,7 +42,7 @@ StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/spool
 SlurmctldPidFile={directory}/slurmctld.pid
 SlurmdPidFile={directory}/slurmd.pid
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 MpiDefault=none
 MailProg=/bin/true

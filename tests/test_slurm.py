@@ -72,6 +72,7 @@ def jobs(slurm: Slurm, tmp_path: Path) -> Open:
                 cores=1,
                 processes=1,
                 memory="256MiB",
+                job_script_prologue=["trap : TERM"],  # or the shell ends first, and Slurm kills what it leaves
                 interface=loopback,
                 local_directory=str(tmp_path / "scratch"),
                 log_directory=str(tmp_path / "jobs"),
@@ -164,6 +165,7 @@ async def test_a_manager_that_adapts(slurm: Slurm, jobs: Open) -> None:
             assert sorted(slurm.jobs()) == sorted(two.values())
         one = await settled(cluster, client, slurm, 1)
         assert one.items() < two.items()
+        assert len(cluster.scheduler.running) == 2
         await data.check(client)
 
 
@@ -223,7 +225,7 @@ async def test_srun_with_a_scheduler_file(slurm: Slurm, start: Start, tmp_path: 
 
 RUNNER = """
 import json, sys
-from dask_jobqueue import SLURMRunner
+from dask_jobqueue.slurm import SLURMRunner
 from distributed import Client
 
 with SLURMRunner(
