@@ -228,23 +228,28 @@ import json, sys
 from dask_jobqueue.slurm import SLURMRunner
 from distributed import Client
 
-with SLURMRunner(
-    scheduler_file=sys.argv[1],
-    scheduler_options={"host": "127.0.0.1", "dashboard": False, "dashboard_address": ":0"},
-    worker_class="agentcluster.Agent",
-    worker_options={"nthreads": 1, "memory_limit": "256MiB"},
-) as runner:
-    with Client(runner) as client:
+def shape(nworkers):
+    return {"mode": "auto-cpu", "config": {"nworkers": nworkers, "nthreads": 1, "memory_limit": "256MiB"}}
+
+def main():
+    with SLURMRunner(
+        scheduler_file=sys.argv[1],
+        scheduler_options={"host": "127.0.0.1", "dashboard": False, "dashboard_address": ":0"},
+        worker_class="agentcluster.Agent",
+        worker_options=shape(1),
+    ) as runner, Client(runner) as client:
         client.wait_for_workers(runner.n_workers, timeout=60)
         kept = client.scatter(list(range(40)), hash=False)
         found = [sorted(str(w["name"]) for w in client.scheduler_info(n_workers=-1)["workers"].values())]
         for nworkers in 2, 1:
-            config = {"nworkers": nworkers, "nthreads": 1, "memory_limit": "256MiB"}
-            report = client.sync(client.scheduler.reprovision_nodes, mode="auto-cpu", config=config)
+            report = client.sync(client.scheduler.reprovision_nodes, **shape(nworkers))
             found.append(sorted(node["outcome"] for node in report["nodes"].values()))
             assert client.gather(client.map(lambda x: x + 1, range(100), pure=False)) == list(range(1, 101))
         assert client.gather(kept) == list(range(40))
         print(json.dumps(found), flush=True)
+
+if __name__ == "__main__":
+    main()
 """
 
 
