@@ -2,8 +2,8 @@
 
 They are Debian's ``munge`` and ``slurm-wlm``, started in the foreground with ports, a key, a socket and a state of
 their own, so a Slurm that the machine has already is neither asked nor touched. Cgroups are not used: processes of a
-job are found by their process group, also when the job's shell, which is their parent, ended first. The node claims more cores than the machine has, so that tests do not wait for each
-other's jobs.
+job are found by their process group, also when the job's shell, which is their parent, ended first. The node claims
+more cores than the machine has, so that tests do not wait for each other's jobs.
 """
 
 from __future__ import annotations
