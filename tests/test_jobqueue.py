@@ -174,7 +174,7 @@ async def test_a_job_whose_workers_were_all_taken_away_stays(jobs: Open) -> None
 async def test_a_manager_that_adapts(jobs: Open) -> None:
     async with jobs() as opened:
         cluster, client = opened.cluster, opened.client
-        cluster.adapt(minimum_jobs=1, maximum_jobs=2, interval="200ms", wait_count=10, target_duration="500ms")
+        cluster.adapt(minimum_jobs=1, maximum_jobs=2, interval="200ms", wait_count=15, target_duration="500ms")
         await opened.settled(1)
         for nworkers in (2, 1, 3):
             async with working(client, cluster.scheduler) as data:

@@ -157,7 +157,7 @@ async def test_data_of_a_job_that_is_cancelled_moves_to_others(slurm: Slurm, job
 
 async def test_a_manager_that_adapts(slurm: Slurm, jobs: Open) -> None:
     async with jobs() as (cluster, client):
-        cluster.adapt(minimum_jobs=1, maximum_jobs=2, interval="200ms", wait_count=10, target_duration="500ms")
+        cluster.adapt(minimum_jobs=1, maximum_jobs=2, interval="200ms", wait_count=15, target_duration="500ms")
         await settled(cluster, client, slurm, 1)
         async with working(client, cluster.scheduler) as data:
             two = await settled(cluster, client, slurm, 2)
