@@ -1,0 +1,1 @@
+"""What single cluster managers need beyond ``dask-agent`` itself."""
