@@ -17,6 +17,9 @@ from distributed.scheduler import WorkerState
 
 from agentcluster.registry import Registry
 
+#: What a node's own names for its workers end with.
+NUMBERED = re.compile(r"-\d+$")
+
 
 class Counts:
     """The workers of a scheduler, less those that stand for no name that a manager gave.
@@ -43,11 +46,11 @@ class Counts:
         """Return the addresses of workers that no manager knows, though one knows their node."""
         nodes = [node for node in self.registry.nodes.values() if node.tracked]
         known = {name for node in nodes for name in node.tracked}
-        ours = re.compile("|".join(re.escape(node.name) for node in nodes) + r"-\d+") if nodes else None
+        theirs = {node.name for node in nodes}
         return {
             ws.address
             for ws in self.scheduler.workers.values()
-            if ours is not None and str(ws.name) not in known and ours.fullmatch(str(ws.name))
+            if str(ws.name) not in known and NUMBERED.sub("", str(ws.name)) in theirs
         }
 
     def candidates(self, workers: Iterable[WorkerState]) -> list[WorkerState]:
@@ -81,7 +84,7 @@ class Counts:
         return math.ceil(target * counted / workers) if workers else target
 
     def tell_gateway(self, address: str) -> None:
-        """Keep a worker that just came from dask-gateway's own count, which has it already, where it is one too many."""
+        """Take a worker that just came from dask-gateway's own count again, where that is not to have it."""
         service = self.scheduler.services.get("gateway")
         ws = self.scheduler.workers.get(address)
         if service is not None and ws is not None and address in self.uncounted():
