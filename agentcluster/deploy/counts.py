@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from distributed import Scheduler
+from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import WorkerState
 
 from agentcluster.registry import Registry
@@ -21,7 +21,7 @@ from agentcluster.registry import Registry
 NUMBERED = re.compile(r"-\d+$")
 
 
-class Counts:
+class Counts(SchedulerPlugin):
     """The workers of a scheduler, less those that stand for no name that a manager gave.
 
     Parameters
@@ -39,6 +39,7 @@ class Counts:
     def install(self) -> None:
         """Have the scheduler ask here first when somebody asks about numbers of workers."""
         scheduler: Any = self.scheduler
+        scheduler.add_plugin(self, name="agentcluster-counts")
         scheduler.workers_to_close = scheduler.handlers["workers_to_close"] = self.workers_to_close
         scheduler.adaptive_target = scheduler.handlers["adaptive_target"] = self.adaptive_target
 
@@ -53,7 +54,7 @@ class Counts:
             if str(ws.name) not in known and NUMBERED.sub("", str(ws.name)) in theirs
         }
 
-    def candidates(self, workers: Iterable[WorkerState]) -> list[WorkerState]:
+    def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[WorkerState]) -> list[WorkerState]:
         """Return the workers that a manager may choose from: those that stand for a whole name of its own."""
         uncounted = self.uncounted()
         return [ws for ws in workers if ws.address not in uncounted]
@@ -83,9 +84,12 @@ class Counts:
             return counted - (workers - target)
         return math.ceil(target * counted / workers) if workers else target
 
-    def tell_gateway(self, address: str) -> None:
-        """Take a worker that just came from dask-gateway's own count again, where that is not to have it."""
-        service = self.scheduler.services.get("gateway")
-        ws = self.scheduler.workers.get(address)
-        if service is not None and ws is not None and address in self.uncounted():
+    async def add_worker(self, scheduler: Scheduler, worker: str) -> None:
+        """Take a worker out of dask-gateway's own count again, where that is not to have it.
+
+        The gateway's plugin counts it when it comes; what is asynchronous here is awaited after that.
+        """
+        service = scheduler.services.get("gateway")
+        ws = scheduler.workers.get(worker)
+        if service is not None and ws is not None and worker in self.uncounted():
             service.active_workers.discard(ws.name)
