@@ -27,7 +27,7 @@ dask_gateway = pytest.importorskip("dask_gateway", reason="needs dask-gateway (e
 pytest.importorskip("dask_gateway_server", reason="needs dask-gateway-server[local] (extra 'deploy')")
 pytest.importorskip("sqlalchemy", reason="needs dask-gateway-server[local], with sqlalchemy (extra 'deploy')")
 
-pytestmark = [pytest.mark.deploy, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.deploy, pytest.mark.slow, pytest.mark.timeout(180)]
 
 CONFIG = """
 c.DaskGateway.backend_class = "dask_gateway_server.backends.local.UnsafeLocalBackend"
