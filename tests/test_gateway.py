@@ -278,13 +278,16 @@ async def test_more_workers_than_the_gateway_asked_for(server: Server) -> None:
         assert (server.names(), server.stopped()) == (names, [])
         await load.check()
 
-        # What it counts are hosts now: one less is a whole one less, one more is one more.
+        # What it counts are hosts now: one less is a whole one less, one more is one more. The workers that it does not
+        # know have the least to move, so they would be the first to go.
+        heavy = [await client.scatter(bytes(10**6), workers=[name], hash=False) for name in names]
         await cluster.scale(1)
         await wait_for_count(client, 2)
         await wait_until(lambda: len(server.agents()) == 1, 30)
         await server.heartbeats()
         assert len(await workers_of(client)) == 2
         assert len(server.stopped()) == 1
+        assert await client.gather(heavy) == [bytes(10**6)] * 2
         await load.check()
         await cluster.scale(3)
         await wait_until(lambda: len(server.names()) == 4, 60)
