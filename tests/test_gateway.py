@@ -53,6 +53,7 @@ LONG = 1.5
 ONE_WIDE = ("uniform", {"nworkers": 1, "nthreads": 2, "memory_limit": "512MiB"})
 ONE = ("auto-cpu", {"nworkers": 1, "nthreads": 1, "memory_limit": "512MiB"})
 TWO = ("auto-cpu", {"nworkers": 2, "nthreads": 1, "memory_limit": "512MiB"})
+THREE = ("auto-cpu", {"nworkers": 3, "nthreads": 1, "memory_limit": "512MiB"})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -322,7 +323,7 @@ async def test_nothing_runs_and_the_names_stay(server: Server) -> None:
         assert (server.names(), server.stopped()) == (names, [])
 
 
-@pytest.mark.parametrize("mode", [ONE_WIDE, TWO], ids=["one-worker", "two-workers"])
+@pytest.mark.parametrize("mode", [ONE_WIDE, THREE], ids=["one-worker", "three-workers"])
 async def test_adapt(server: Server, mode: tuple[str, Mapping[str, Any]]) -> None:
     async with cluster_of(server, 1) as (cluster, client):
         await reprovision(client, mode)

@@ -1,1 +1,0 @@
-"""What single cluster managers need beyond ``dask-agent`` itself."""
