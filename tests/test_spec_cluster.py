@@ -32,7 +32,9 @@ async def cluster_of(keys: Any, entry: dict[str, Any]) -> AsyncIterator[tuple[Sp
     dask.config.set({"distributed.deploy.lost-worker-timeout": f"{LOST}s"})
     scheduler = {"cls": Scheduler, "options": SCHEDULER}
     async with (
-        SpecCluster(workers=dict.fromkeys(keys, entry), worker=entry, scheduler=scheduler, asynchronous=True) as cluster,
+        SpecCluster(
+            workers=dict.fromkeys(keys, entry), worker=entry, scheduler=scheduler, asynchronous=True
+        ) as cluster,
         Client(cluster, asynchronous=True) as client,
     ):
         yield cluster, client
