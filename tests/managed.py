@@ -1,4 +1,4 @@
-"""What the tests of deployment tools have in common: work that goes on while nodes are changed, and how to look at it."""
+"""What tests of deployment tools have in common: work that goes on while nodes are changed, and how to look at it."""
 
 from __future__ import annotations
 

@@ -66,6 +66,7 @@ async def test_script_of_a_provider() -> None:
     assert arguments[:4] == ["-m", "distributed.cli.dask_spec", "tcp://10.0.0.1:8786", "--spec"]
     spec = {"cls": "agentcluster.Agent", "opts": {"nthreads": 2, "name": worker.name}}
     assert yaml.safe_load(arguments[4]) == spec
+    await cluster.close()
 
 
 # -- machines as processes ---------------------------------------------------------------------------------------------

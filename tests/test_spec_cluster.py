@@ -217,7 +217,7 @@ async def test_dask_spec_from_a_file(start: Start, address: str, client: Client,
     file = tmp_path / "spec.yaml"
     file.write_text(
         "cls: agentcluster.Agent\n"
-        "opts: {name: blue, host: 127.0.0.1, mode: auto-cpu, config: {nworkers: 2, nthreads: 1, memory_limit: 300MiB}}\n"
+        "opts: {name: blue, host: 127.0.0.1, mode: auto-cpu, config: {nworkers: 2, memory_limit: 300MiB}}\n"
     )
     start(*SPEC, address, "--spec-file", file)
     await there(client, "blue-0", "blue-1")
