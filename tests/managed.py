@@ -87,10 +87,11 @@ async def there(client: Client, *expected: Any, timeout: float = 40) -> None:
     await wait_until(look, timeout)
 
 
-async def reprovision(client: Client, nworkers: int, **more: Any) -> dict[str, Any]:
+async def reprovision(client: Client, nworkers: int) -> dict[str, Any]:
     """Give every node as many small workers, none of which it had; return the nodes' reports."""
     before = {worker["address"] for worker in (await workers(client)).values()}
-    config = {**SHAPE, "nworkers": nworkers, **more}
+    # workers that are as they should be would stay
+    config = {"nthreads": 1, "nworkers": nworkers, "memory_limit": f"{300 + nworkers}MiB"}
     report = await client.scheduler.reprovision_nodes(mode="auto-cpu", config=config)
     assert {node["outcome"] for node in report["nodes"].values()} == {"changed"}, report
     assert not before & {worker["address"] for worker in (await workers(client)).values()}

@@ -139,16 +139,19 @@ async def test_adapt_counts_nodes(tmp_path: Path) -> None:
     async with cluster_of([0], ENTRY) as (cluster, client):
         await there(client, 0)
         await reprovision(client, 2)
+        cluster.adapt(minimum=3, maximum=3, interval="100ms")
+        await wait_until(lambda: set(cluster.workers) == {0, 1, 2} <= cluster.observed, 20)
+        await reprovision(client, 3)
         work = Work(client, tmp_path / "work")
         await work.begin()
-        cluster.adapt(minimum=2, maximum=2, interval="100ms")
-        await wait_until(lambda: set(cluster.workers) == {0, 1} <= cluster.observed, 20)
-        assert len(cluster.scheduler.workers) == 4
         await work.all_there()
-        # idle, with data: one node is enough for it
-        cluster.adapt(minimum=1, maximum=4, interval="100ms", wait_count=2)
-        await wait_until(lambda: len(cluster.workers) == 1, 20)
-        await wait_until(lambda: len(cluster.scheduler.workers) == 2)
+        cluster.adapt(minimum=2, maximum=3, interval="100ms", wait_count=2)
+        await wait_until(lambda: len(cluster.workers) == 2, 20)
+        await wait_until(lambda: len(cluster.scheduler.workers) == 6)
+        await work.all_there()
+        cluster.adapt(minimum=2, maximum=9, interval="20ms", wait_count=2)
+        await nobody_is_given_up(cluster)
+        assert len(cluster.worker_spec) == 2
         await work.all_there()
 
 
