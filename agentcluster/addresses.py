@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from distributed.comm.addressing import (
@@ -13,7 +14,7 @@ from distributed.comm.addressing import (
 )
 from distributed.core import coerce_to_address
 from distributed.security import Security
-from distributed.utils import get_ip
+from distributed.utils import get_ip, parse_ports
 
 from agentcluster.errors import ConfigError
 
@@ -67,6 +68,28 @@ def listen_address(
         if not host and not interface:
             host = unparse_host_port(get_ip(get_address_host(scheduler)))
     return str(address_from_user_args(host=host, port=port, interface=interface, protocol=protocol, security=security))
+
+
+def room(worker_options: Mapping[str, Any]) -> int | None:
+    """Return how many workers the ports that they were given are for; None where any number of them can be.
+
+    Parameters
+    ----------
+    worker_options
+        Options for every worker of an agent, among them ``worker_port`` and ``nanny_port``, each a port or a range such
+        as ``"9000:9010"``, and ``contact_address``, which can be that of one worker only.
+    """
+    counts = [1] if worker_options.get("contact_address") else []
+    for key in ("worker_port", "nanny_port"):
+        try:
+            ports = parse_ports(worker_options.get(key))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{key} {worker_options[key]!r}: {error}; give a port or a range, such as 9000:9010"
+            ) from None
+        if ports not in ([None], [0]):
+            counts.append(len(ports))
+    return min(counts, default=None)
 
 
 def connection_args(security: Security, address: str | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Coroutine, Generator, Mapping, Sequence
+from collections.abc import Coroutine, Generator, Mapping
 from typing import Any, Self
 
 from dask.utils import parse_timedelta
@@ -21,13 +21,14 @@ from distributed.core import Server, Status, error_message
 from distributed.security import Security
 
 from agentcluster import hardware, modes
-from agentcluster.addresses import connection_args, listen_address, scheduler_address
+from agentcluster.addresses import connection_args, listen_address, room, scheduler_address
 from agentcluster.alone import Alone
 from agentcluster.config import Config
-from agentcluster.errors import AgentClusterError, ConfigError, SchedulerUnfit, WorkerStartError
+from agentcluster.errors import AgentClusterError, ConfigError, SchedulerUnfit
 from agentcluster.logs import LastLines
 from agentcluster.membership import IS_IT_THERE, Membership
-from agentcluster.model import Hardware, Mode, WorkerSpec, from_wire, to_wire, unpickled
+from agentcluster.model import Hardware, Mode, to_wire, unpickled
+from agentcluster.orders import Orders
 from agentcluster.supervisor import StartMethod, Supervisor
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,9 @@ class Agent(Server):
     ----------
     scheduler : str, optional
         Address of the scheduler. Without one the agent is in standby until it is adopted.
-    name : str, optional
-        The node's name; default is the host's own name, made unique by the scheduler.
+    name : str or int, optional
+        The node's name; default is the host's own name, made unique by the scheduler. Given to an agent that is not
+        `lasting` it is also the name of its first worker, as for ``dask worker``, and stays one of its workers'.
     mode : str or Mode, optional
         First mode of this node; default is what the scheduler has for its nodes.
     config : mapping or str, optional
@@ -82,7 +84,7 @@ class Agent(Server):
         self,
         scheduler: str | None = None,
         *,
-        name: str | None = None,
+        name: str | int | None = None,
         mode: str | Mode | None = None,
         config: Mapping[str, Any] | str | None = None,
         fallback: str | Mode | None = None,
@@ -118,9 +120,7 @@ class Agent(Server):
         self._lines = LastLines(self.settings.log_lines)
         super().__init__(
             handlers={
-                "check_workers": self.check_workers,
-                "start_workers": self.start_workers,
-                "stop_workers": self.stop_workers,
+                **Orders(self._serving).handlers(),
                 "agent_logs": self.agent_logs,
                 "adopt": self.adopt,
                 "terminate": self.terminate,
@@ -194,12 +194,17 @@ class Agent(Server):
             "lasting": self.lasting or adopted is not None,
             "on_end": lambda why: self._after(why, adopted),
         }
+        # Who gave the node its name, and did not stay to look after it, knows its workers by it.
+        tracked = self.given_name is not None and not terms["lasting"]
+        terms["spelling"] = {str(self.given_name): self.given_name} if tracked else {}
         own = {} if adopted is not None else {"mode": self.own_mode, "fallback": self.fallback}
         node = {
             "name": self.node_name,
             "address": self.address,
             "hardware": to_wire(self.hardware),
             "exact": self.given_name is not None,
+            "room": room(self._worker_options),
+            **({"given": self.given_name} if tracked else {}),
             **{key: to_wire(mode) for key, mode in own.items() if mode is not None},
         }
         membership = Membership(scheduler, **terms)
@@ -283,30 +288,6 @@ class Agent(Server):
         self._callers.append(comm)
         await self.close(reason=reason)
         return Status.dont_reply
-
-    async def check_workers(self, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-        """Return, for each worker that could not be started here, why; touches nothing."""
-        parsed = {name: from_wire(WorkerSpec, spec, f"worker {name}") for name, spec in specs.items()}
-        return (await self._serving()).check(parsed)
-
-    async def start_workers(self, specs: Mapping[str, Mapping[str, Any]], timeout: float) -> Any:
-        """Start workers; all of them, or none.
-
-        Returns
-        -------
-        dict
-            ``{"states": [WorkerState as plain data, …]}``, or ``{"failures": {worker name: why}}``: a scheduler does
-            not deserialize errors that its peers raise.
-        """
-        parsed = {name: from_wire(WorkerSpec, spec, f"worker {name}") for name, spec in specs.items()}
-        try:
-            return {"states": to_wire(await (await self._serving()).start(parsed, timeout))}
-        except WorkerStartError as error:
-            return {"failures": error.failures}
-
-    async def stop_workers(self, names: Sequence[str], timeout: float) -> None:
-        """Stop workers; returns when their processes have ended."""
-        await (await self._serving()).stop(names, timeout)
 
     async def agent_logs(self) -> list[str]:
         """Return the last lines that this agent logged."""

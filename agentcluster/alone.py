@@ -10,6 +10,7 @@ from typing import Any
 from agentcluster import modes
 from agentcluster.membership import Membership
 from agentcluster.model import Hardware, Mode, WorkerState, from_wire
+from agentcluster.registry import like_dask
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class Alone(Membership):
         """Start the workers."""
         self.name = node["name"]
         specs = modes.plan(self._mode, from_wire(Hardware, node["hardware"]), node=self.name)
-        named = {f"{self.name}-{number}": spec for number, spec in enumerate(specs)}
+        named = dict(zip(like_dask(self.name, len(specs)), specs, strict=True))
         await self.supervisor.start(named, self._settings.start_timeout)
 
     async def provisioned(self, timeout: float) -> None:

@@ -31,9 +31,11 @@ from agentcluster.errors import (
 )
 from agentcluster.evacuation import held
 from agentcluster.model import Mode, NodePlan, WorkerSpec
+from agentcluster.proposal import Proposal
 from agentcluster.registry import Node, Registry
 from agentcluster.rolling import Rolling, Terms
-from agentcluster.swap import Limits, Proposal
+from agentcluster.swap import Limits
+from agentcluster.tracked import Tracked
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ class Changes:
     rolling: Rolling | None = None
 
     def __post_init__(self) -> None:
+        self.tracked = Tracked(self.scheduler, self.registry, self.config.start_timeout)
         self._turn = asyncio.Lock()
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._last: tuple[dict[str, NodePlan], Mode, dict[str, Mode]] | None = None
@@ -82,7 +85,9 @@ class Changes:
             self.errors.pop(node.name, None)
             try:
                 specs = modes.plan(mode, node.hardware, node=node.name)
-                proposals = {node.name: self._proposal(node, allocate.Change({}, (), specs), mode)}
+                names = node.first_names(len(specs), {str(ws.name) for ws in self.scheduler.workers.values()})
+                named = dict(zip(names, specs, strict=True))
+                proposals = {node.name: Proposal(node, allocate.Change({}, (), specs), named, mode)}
                 await self._check(proposals, Terms())
                 await self._rolling(mode.name, proposals, Terms()).run()
             except AgentClusterError as error:
@@ -230,12 +235,13 @@ class Changes:
             retire=terms.timeout or self.config.retire_timeout,
             stop=self.config.stop_timeout,
         )
-        return Rolling(self.scheduler, label, proposals, terms, limits, self.notify)
+        return Rolling(self.scheduler, label, proposals, terms, limits, self.notify, self.tracked.pass_on)
 
     async def _check(self, proposals: Mapping[str, Proposal], terms: Terms) -> dict[str, Proposal]:
         """Choose each node's strategy, and raise every reason why the change cannot be as one error."""
         chosen = {name: preflight.with_strategy(self.scheduler, each, terms) for name, each in proposals.items()}
         refusals = preflight.immovable(self.scheduler, chosen, terms)
+        refusals |= {name: why for name, each in chosen.items() if (why := preflight.crowded(each))}
 
         async def ask(name: str, named: Mapping[str, WorkerSpec]) -> None:
             why = await preflight.ask_agent(self.scheduler, chosen[name].node, named, self.config.start_timeout)

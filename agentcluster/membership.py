@@ -55,6 +55,8 @@ class Membership:
         Keyword arguments for every worker on this host, whatever its mode.
     lasting
         Whether the node stays when its last worker was retired.
+    spelling
+        Worker name -> the object that the scheduler is to know the worker by, where that is not the name itself.
     on_end
         Called with the reason, once, when the node is at its end: the scheduler is gone and the workers had their time
         to end after it, or the last worker was retired.
@@ -75,6 +77,7 @@ class Membership:
         settings: Config,
         host_options: Mapping[str, Any],
         lasting: bool,
+        spelling: Mapping[str, Any],
         on_end: Callable[[str], None],
     ) -> None:
         self.scheduler = scheduler
@@ -90,6 +93,7 @@ class Membership:
                 settings.worker_restart_backoff_max,
             ),
             on_change=self._report,
+            spelling=spelling,
         )
         self._connection = connection_args(security, scheduler)
         self._settings = settings
@@ -148,7 +152,9 @@ class Membership:
         seconds = self._settings.stop_timeout
         try:
             async with asyncio.timeout(2 * seconds), self._scheduler() as scheduler:
-                report = await scheduler.retire_node(name=self.name, drain="data", timeout=seconds, wait=seconds)
+                report = await scheduler.retire_node(
+                    name=self.name, ends=True, drain="data", timeout=seconds, wait=seconds
+                )
         except (OSError, TimeoutError):
             logger.info("Node %s closes with its data: the scheduler at %s did not answer", self.name, self.scheduler)
         except Exception as error:  # whatever the scheduler answers, it does not keep this process from ending

@@ -31,6 +31,12 @@ logger = logging.getLogger(__name__)
 
 NAME = "agentcluster"
 
+CALLS = (
+    *("register_node", "unregister_node", "get_nodes", "await_nodes", "get_node_logs"),
+    *("get_provision_mode", "set_provision_mode", "reprovision_nodes", "scale_nodes", "retire_node"),
+    *("retire_node_workers", "undo_rollout", "rollout_status", "control_rollout"),
+)
+
 #: What an agent hears when the last of its workers was retired, and not by a change of its node's plan.
 RETIRED = "retired"
 T = TypeVar("T")
@@ -78,26 +84,10 @@ class AgentPlugin(SchedulerPlugin):
         self.config = Config.load()
         self._moved = asyncio.Condition()
         self.changes = Changes(scheduler, self.registry, self.config, self._notify)
+        self.changes.tracked.install()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._streams: dict[str, Comm] = {}
-        scheduler.handlers.update(
-            {
-                "register_node": self.register_node,
-                "unregister_node": self.unregister_node,
-                "get_nodes": self.get_nodes,
-                "await_nodes": self.await_nodes,
-                "get_provision_mode": self.get_provision_mode,
-                "set_provision_mode": self.set_provision_mode,
-                "reprovision_nodes": self.reprovision_nodes,
-                "scale_nodes": self.scale_nodes,
-                "retire_node": self.retire_node,
-                "retire_node_workers": self.retire_node_workers,
-                "undo_rollout": self.undo_rollout,
-                "rollout_status": self.rollout_status,
-                "control_rollout": self.control_rollout,
-                "get_node_logs": self.get_node_logs,
-            }
-        )
+        scheduler.handlers.update({call: getattr(self, call) for call in CALLS})
         self._spawn(self._expire(), "expire nodes")
 
     async def before_close(self) -> None:
@@ -117,6 +107,8 @@ class AgentPlugin(SchedulerPlugin):
         mode: Mapping[str, Any] | None = None,
         fallback: Mapping[str, Any] | None = None,
         exact: bool = True,
+        given: str | int | None = None,
+        room: int | None = None,
         stream: bool = False,
     ) -> Any:
         """Take an agent's node in, and give it its workers.
@@ -133,6 +125,10 @@ class AgentPlugin(SchedulerPlugin):
             A :class:`~agentcluster.model.Mode` as plain data, when the agent was given its own.
         fallback
             Likewise, for when nobody has set a default.
+        given
+            The name that a cluster manager gave the node, and whose workers it knows by it.
+        room
+            How many workers can be there at once, where the agent was given ports for so many.
         stream
             Keep the connection open: its messages are the agent's heartbeats, its end is the agent's.
 
@@ -141,16 +137,12 @@ class AgentPlugin(SchedulerPlugin):
         dict
             ``{"name": …}``, the name that the node got.
         """
+        known: dict[str, Any] = {"exact": exact, "given": given, "room": room}
         try:
-            node = self.registry.register(
-                name,
-                address,
-                from_wire(Hardware, hardware, "hardware"),
-                now=time.monotonic(),
-                own_mode=None if mode is None else from_wire(Mode, mode, "mode"),
-                fallback=None if fallback is None else from_wire(Mode, fallback, "fallback"),
-                exact=exact,
-            )
+            for key, own in (("own_mode", mode), ("fallback", fallback)):
+                known[key] = None if own is None else from_wire(Mode, own, key)
+            host = from_wire(Hardware, hardware, "hardware")
+            node = self.registry.register(name, address, host, now=time.monotonic(), **known)
         except AgentClusterError as error:
             return error_message(error, status="uncaught-error")
         logger.info("Node %s joined: %s", node.name, node.hardware.describe())
@@ -282,8 +274,10 @@ class AgentPlugin(SchedulerPlugin):
         return await self.changes.scale(n, nodes, from_wire(Terms, terms, "scale_nodes"))
 
     @_answer
-    async def retire_node(self, name: str, **terms: Any) -> dict[str, Any]:
-        """Move a node's data to others and stop its workers; the node stays, in standby."""
+    async def retire_node(self, name: str, ends: bool = False, **terms: Any) -> dict[str, Any]:
+        """Move a node's data to others and stop its workers; the node stays, in standby, unless its agent `ends`."""
+        if ends:
+            self.registry.get(name).tracked = ()
         return await self.changes.empty(name, from_wire(Terms, terms, "retire_node"))
 
     @_answer
@@ -355,15 +349,21 @@ class AgentPlugin(SchedulerPlugin):
     def _worker_changed(self, node: Node, state: WorkerState) -> None:
         if state.state in ("retired", "failed"):
             logger.info("Worker %s of node %s %s", state.name, node.name, state.problem or "was retired")
-            if node.drop(state.name) and not state.problem and node.name in self._streams:
-                self._spawn(self._say_retired(self._streams[node.name]), f"tell {node.name}")
+            last = node.drop(state.name) and node.given is None
+            if not state.problem and (node.forget(state.name) or last):
+                self._spawn(self._end(node), f"end {node.name}")
             node.problem = f"worker {state.name} {state.problem}" if state.problem else node.problem
         elif state.name in node.plan.workers:
             node.workers[state.name] = state
 
-    async def _say_retired(self, stream: Comm) -> None:
-        with contextlib.suppress(CommClosedError, OSError):
-            await stream.write(RETIRED)
+    async def _end(self, node: Node) -> None:
+        """Tell an agent that its workers were retired, when those that nobody retired by name have gone too."""
+        if node.plan.workers:
+            with contextlib.suppress(AgentClusterError, TimeoutError):
+                await self.changes.empty(node.name, Terms(drain="data"))
+        if stream := self._streams.get(node.name):
+            with contextlib.suppress(CommClosedError, OSError):
+                await stream.write(RETIRED)
 
     def _lose(self, node: Node, why: str) -> None:
         if node.state != "lost":

@@ -15,9 +15,9 @@ from distributed import Scheduler
 
 from agentcluster.evacuation import actors, only_copies, stranded
 from agentcluster.model import WorkerSpec, to_wire
+from agentcluster.proposal import Proposal
 from agentcluster.registry import Node
 from agentcluster.rolling import Terms
-from agentcluster.swap import Proposal
 
 #: Bytes that a worker takes before it holds anything.
 WORKER_MEMORY = 150 * 2**20
@@ -41,7 +41,10 @@ def with_strategy(scheduler: Scheduler, proposal: Proposal, terms: Terms) -> Pro
 
 def _no_room(scheduler: Scheduler, proposal: Proposal) -> str:
     """Say why old and new workers do not fit side by side on a node; "" when they do."""
-    hardware, metrics = proposal.node.hardware, proposal.node.metrics
+    hardware, metrics, room = proposal.node.hardware, proposal.node.metrics, proposal.node.room
+    change = proposal.change
+    if room is not None and len(change.keep) + len(change.go) + len(proposal.named) > room:
+        return f"its ports are for {room} workers at a time"
     _, nbytes = only_copies(scheduler, proposal.change.go)
     needed = len(proposal.named) * WORKER_MEMORY + sum(nbytes.values())
     free = hardware.memory - metrics.memory_used
@@ -77,6 +80,14 @@ def _pool(spec: WorkerSpec, memory: int) -> int:
         return int(parse_bytes(size))
     except ValueError:
         return 0  # starting the worker will say so, in dask-cuda's words
+
+
+def crowded(proposal: Proposal) -> str:
+    """Say why a node has no room for the workers that it is to have; "" when it has."""
+    room, count = proposal.node.room, len(proposal.change.keep) + len(proposal.named)
+    if room is None or count <= room:
+        return ""
+    return f"{count} workers need as many ports, and it has {room}; give it a range, as --worker-port 9000:9010"
 
 
 def immovable(scheduler: Scheduler, proposals: Mapping[str, Proposal], terms: Terms) -> dict[str, str]:

@@ -16,8 +16,8 @@ table :data:`TRANSITIONS`; an event that the table does not have for a state is 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dask.utils import natural_sort_key
@@ -61,6 +61,11 @@ EMPTY = NodePlan(revision=0, mode=Mode("none"))
 BUILT_IN = Mode("auto-cpu")
 
 
+def like_dask(name: str, count: int) -> list[str]:
+    """Return the names that ``dask worker --name NAME`` gives to `count` workers."""
+    return [name] if count == 1 else [f"{name}-{number}" for number in range(count)]
+
+
 @dataclass
 class Node:
     """One node.
@@ -89,6 +94,12 @@ class Node:
         Why the node is refused or lost, or what its last failed worker said.
     ended
         Workers that ended while a change is under way; whatever its end, no plan has them.
+    given
+        The name that a cluster manager gave the node, and knows its workers by; None when none does.
+    tracked
+        The names that it knows: those of the node's first workers.
+    room
+        How many workers can be there at once, old and new; None for any number.
     """
 
     name: str
@@ -104,6 +115,9 @@ class Node:
     heard: float = 0.0
     problem: str | None = None
     ended: set[str] = field(default_factory=set)
+    given: str | int | None = None
+    tracked: tuple[str, ...] = ()
+    room: int | None = None
     numbers: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
     def to(self, event: Event) -> None:
@@ -114,8 +128,37 @@ class Node:
             raise RuntimeError(f"node {self.name!r} got {event!r} while {self.state!r}") from None
 
     def take_names(self, count: int) -> list[str]:
-        """Return names for `count` new workers; a number is never given twice."""
-        return [f"{self.name}-{number}" for number in itertools.islice(self.numbers, count)]
+        """Return names for `count` new workers; a number is never given twice, a tracked name not at all."""
+        names = (f"{self.name}-{number}" for number in self.numbers)
+        return list(itertools.islice((name for name in names if name not in self.tracked), count))
+
+    def first_names(self, count: int, taken: Container[str]) -> list[str]:
+        """Return names for the first workers: as ``dask worker`` gives them, where a manager named the node."""
+        if self.given is None:
+            return self.take_names(count)
+        self.tracked = tuple(like_dask(self.name, max(count, 1)))
+        free = [name for name in self.tracked[:count] if name not in taken]
+        return free if len(free) == count else self.take_names(count)
+
+    def spelled(self, worker: str) -> str | int:
+        """Return a worker's name as the scheduler has it: a manager's own may be a number."""
+        return self.given if self.given is not None and worker == str(self.given) else worker
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give workers other names: old name -> new name."""
+
+        def now(name: str) -> str:
+            return names.get(name, name)
+
+        specs = {now(name): spec for name, spec in self.plan.workers.items()}
+        self.plan = replace(self.plan, workers=specs)
+        self.workers = {now(name): replace(state, name=now(name)) for name, state in self.workers.items()}
+        self.ended = set(map(now, self.ended))
+
+    def forget(self, worker: str) -> bool:
+        """Note that a worker was retired from outside; return whether it bore the last of the tracked names."""
+        before, self.tracked = self.tracked, tuple(name for name in self.tracked if name != worker)
+        return bool(before) and not self.tracked
 
     def adopt(self, mode: Mode, workers: Mapping[str, WorkerSpec]) -> None:
         """Make `workers` the node's plan, and settle its state."""
@@ -167,6 +210,7 @@ class Node:
             "workers": to_wire(self.workers),
             "metrics": to_wire(self.metrics),
             "problem": self.problem,
+            "tracked": list(self.tracked),
         }
 
 
@@ -202,6 +246,8 @@ class Registry:
         own_mode: Mode | None = None,
         fallback: Mode | None = None,
         exact: bool = True,
+        given: str | int | None = None,
+        room: int | None = None,
     ) -> Node:
         """Take a node in.
 
@@ -211,6 +257,10 @@ class Registry:
             The wanted name.
         exact
             Whether a taken name is an error; otherwise ``.2``, ``.3`` … is appended.
+        given
+            The name as a cluster manager gave it, where one did.
+        room
+            How many workers can be there at once; None for any number.
 
         Returns
         -------
@@ -229,7 +279,7 @@ class Registry:
             raise NodeExists(name, before.address)
         # The new agent has no workers yet, but a worker's name that was used stays used.
         numbers = self._numbers.setdefault(name, itertools.count())
-        node = Node(name, address, hardware, own_mode, fallback, heard=now, numbers=numbers)
+        node = Node(name, address, hardware, own_mode, fallback, heard=now, given=given, room=room, numbers=numbers)
         if before is not None:
             node.history = before.history
         self.nodes[name] = node

@@ -19,6 +19,7 @@ from agentcluster import allocate
 from agentcluster.errors import AgentClusterError, ConfigError, SwapError
 from agentcluster.evacuation import Drain
 from agentcluster.model import NodePlan, NodeReport, to_wire
+from agentcluster.proposal import Proposal, planned
 from agentcluster.rollout import (
     BackEnded,
     Cancel,
@@ -35,7 +36,8 @@ from agentcluster.rollout import (
     roll,
     roll_on,
 )
-from agentcluster.swap import Limits, Proposal, Swap, planned
+from agentcluster.swap import Limits, Swap
+from agentcluster.tracked import PassOn, keep_names
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +110,8 @@ class Rolling:
         How.
     notify
         Called after nodes changed their state.
+    pass_on
+        Called before workers leave a node and after it has changed; see :meth:`agentcluster.tracked.Tracked.pass_on`.
     """
 
     scheduler: Scheduler
@@ -116,6 +120,7 @@ class Rolling:
     terms: Terms
     limits: Limits
     notify: Callable[[], Coroutine[Any, Any, None]]
+    pass_on: PassOn = keep_names
     began: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
@@ -228,6 +233,7 @@ class Rolling:
                 drain="data" if back and self.terms.drain == "tasks" else self.terms.drain,
                 tolerant=self.terms.on_failure == "continue" or back,
                 tell=self._tell,
+                pass_on=self.pass_on,
             )
             if self.rollout.cancelled is not None and not back:
                 swap.cancel(self.rollout.cancelled)  # in the moment before the wave began

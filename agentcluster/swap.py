@@ -10,18 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distributed import Scheduler
 
-from agentcluster.allocate import Change
 from agentcluster.errors import AgentClusterError, WorkerStartError
 from agentcluster.evacuation import Drain, Evacuation, Progress, evacuate
-from agentcluster.model import Mode, NodeReport, WorkerSpec, WorkerState, from_wire, to_wire
-from agentcluster.registry import Node
-from agentcluster.report import shape_of
+from agentcluster.model import NodeReport, WorkerSpec, WorkerState, from_wire, to_wire
+from agentcluster.proposal import Proposal, planned
 from agentcluster.rollout import (
     Cancelled,
     Command,
@@ -38,11 +36,11 @@ from agentcluster.rollout import (
     StartFailed,
     Stop,
     Stopped,
-    Strategy,
     Wave,
     advance,
     begin,
 )
+from agentcluster.tracked import PassOn, keep_names
 
 logger = logging.getLogger(__name__)
 
@@ -71,32 +69,6 @@ class Limits:
     stop: float
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """What is to change on one node.
-
-    Attributes
-    ----------
-    node
-        The node.
-    change
-        Which workers stay, go and come.
-    named
-        The workers that come, by name.
-    mode
-        The mode that the node has afterwards.
-    strategy, because
-        Whether the new workers come before the old go, and why not, when they do not.
-    """
-
-    node: Node
-    change: Change
-    named: Mapping[str, WorkerSpec]
-    mode: Mode
-    strategy: Strategy = "surge"
-    because: str = ""
-
-
 @dataclass
 class Swap:
     """Carries out one wave.
@@ -115,6 +87,8 @@ class Swap:
         Whether a node whose workers do not start is left out.
     tell
         Called with a node's name, the step that it is in, and facts about it.
+    pass_on
+        Called before workers leave, and at the end.
     """
 
     scheduler: Scheduler
@@ -123,6 +97,7 @@ class Swap:
     drain: Drain = "tasks"
     tolerant: bool = False
     tell: Callable[[str, str, Mapping[str, Any]], None] = lambda node, step, facts: None
+    pass_on: PassOn = keep_names
     evacuation: Evacuation = field(default_factory=Evacuation)
     wave: Wave = field(default_factory=lambda: Wave(()))
 
@@ -135,6 +110,7 @@ class Swap:
         self._moving: asyncio.Future[Evacuation] | None = None
         self._given_up: set[type[Command]] = set()
         self._emptied: set[str] = set()
+        self._renamed: dict[str, str] = {}
         strategies = {proposal.strategy for proposal in self.proposals.values()}
         changes = []
         self._back: dict[str, dict[str, WorkerSpec]] = {}
@@ -166,7 +142,27 @@ class Swap:
             for name, proposal in self.proposals.items():
                 if proposal.node.state == "swapping":
                     self._settle(name, proposal)
+        await asyncio.gather(*(self._pass_on(each, each.node.plan.workers) for each in self.proposals.values()))
         return self.wave
+
+    async def _give_names(self, back: bool) -> None:
+        """Give the names of workers that are about to leave to those that stay: new ones, or when `back` the old."""
+
+        async def one(each: Proposal) -> None:
+            come, go = tuple(each.named) if each.strategy == "surge" else (), each.change.go
+            stay, leave = (go, come) if back else (come, go)
+            await self._pass_on(each, self._now([*each.change.keep, *stay]), self._now(leave))
+
+        await asyncio.gather(*map(one, self.proposals.values()))
+
+    async def _pass_on(self, proposal: Proposal, staying: Iterable[str], leaving: Collection[str] = ()) -> None:
+        renamed = await self.pass_on(proposal.node, staying, leaving)
+        planned = {now: name for name, now in self._renamed.items()}
+        self._renamed |= {planned.get(before, before): now for before, now in renamed.items()}
+
+    def _now(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return the names that workers have by now."""
+        return tuple(self._renamed.get(name, name) for name in names)
 
     async def _drive(self) -> None:
         running: set[asyncio.Task[None]] = set()
@@ -224,12 +220,14 @@ class Swap:
                 event = await self._start(node, workers)
                 self._seconds["start", node] = time.perf_counter() - began
             case RetireOld(workers):
+                await self._give_names(back=False)
                 event = await self._retire(workers, self.drain)
                 for name, proposal in self.proposals.items():
                     if proposal.change.go:
                         self._seconds["retire", name] = time.perf_counter() - began - self.evacuation.drain
                         self._seconds["drain", name] = self.evacuation.drain
             case RetireNew(workers):
+                await self._give_names(back=True)
                 event = await self._retire(workers, "data", back=True)
             case Stop(node, workers):
                 self.tell(node, "stop", {"workers": workers})
@@ -273,6 +271,7 @@ class Swap:
                 if proposal.change.go:
                     self.tell(name, "retire", vars(now))
 
+        workers = self._now(workers)
         if not back and GiveUpRetiring in self._given_up:
             return RetireRefused(GIVEN_UP)
         self._moving = asyncio.ensure_future(
@@ -306,7 +305,7 @@ class Swap:
     async def _stop(self, node: str, workers: tuple[str, ...]) -> None:
         try:
             async with asyncio.timeout(2 * self.limits.stop):
-                await self._agent(node).stop_workers(names=list(workers), timeout=self.limits.stop)
+                await self._agent(node).stop_workers(names=self._now(workers), timeout=self.limits.stop)
         except Exception as error:  # the scheduler turns whatever the agent raised into a plain Exception
             # The workers hold nothing and are out of the scheduler; if the agent is gone they ended with it.
             logger.warning("Node %s did not confirm the end of %s: %s", node, ", ".join(workers), error)
@@ -318,15 +317,17 @@ class Swap:
 
     def _settle(self, name: str, proposal: Proposal) -> None:
         node, wave = proposal.node, self.wave
-        old = {worker: spec for worker, spec in node.plan.workers.items() if worker not in proposal.change.go}
+        gone = self._now(proposal.change.go)
+        named = dict(zip(self._now(proposal.named), proposal.named.values(), strict=True))
+        old = {worker: spec for worker, spec in node.plan.workers.items() if worker not in gone}
         changed = wave.started if wave.strategy == "replace" else self._emptied
         if name in changed or (wave.over and name not in wave.failed_nodes):
-            node.adopt(proposal.mode, {**old, **proposal.named})
+            node.adopt(proposal.mode, {**old, **named})
         elif name in self._emptied:
             restored = self._back[name] if name in wave.restored else {}
             node.adopt(node.plan.mode, {**old, **restored})
         elif wave.both and name in wave.started:
-            node.adopt(proposal.mode, {**node.plan.workers, **proposal.named})
+            node.adopt(proposal.mode, {**node.plan.workers, **named})
         elif not node.plan.revision:
             node.to("refused")
             node.problem = self.why() or "it was not given its workers"
@@ -334,8 +335,9 @@ class Swap:
         else:
             node.settle()
         for state in self._started.get(name, ()):
-            if state.name in node.plan.workers:
-                node.workers[state.name] = state
+            [worker] = self._now([state.name])
+            if worker in node.plan.workers:
+                node.workers[worker] = replace(state, name=worker)
         self.tell(name, node.state, {"workers": tuple(node.plan.workers)})
         logger.info("Node %s runs %d workers in mode %s", name, len(node.plan.workers), node.plan.mode.name)
 
@@ -345,9 +347,11 @@ class Swap:
 
     def report(self, name: str) -> NodeReport:
         """Return what was done on one node."""
-        go = self.proposals[name].change.go
+        proposal = self.proposals[name]
+        go = self._now(proposal.change.go)
         return replace(
-            planned(name, self.proposals[name]),
+            planned(name, proposal),
+            new=self._now(proposal.named),
             keys=sum(self.evacuation.keys.get(worker, 0) for worker in go),
             nbytes=sum(self.evacuation.nbytes.get(worker, 0) for worker in go),
             rerun=sum(self.evacuation.rerun.get(worker, 0) for worker in go),
@@ -365,17 +369,3 @@ def _ending() -> bool:
     """Whether it is the task itself that was cancelled, and not what it waits for."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-def planned(name: str, proposal: Proposal) -> NodeReport:
-    """Return what is to be done on one node."""
-    return NodeReport(
-        node=name,
-        mode=proposal.mode.name,
-        strategy=proposal.strategy,
-        because=proposal.because,
-        old=proposal.change.go,
-        new=tuple(proposal.named),
-        shape=shape_of(to_wire(proposal.named)) if proposal.named else "",
-        kept=tuple(proposal.change.keep),
-    )

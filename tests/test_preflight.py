@@ -12,9 +12,9 @@ from distributed import Scheduler
 from agentcluster import allocate, preflight
 from agentcluster.model import Gpu, Hardware, HostMetrics, Mode, WorkerSpec
 from agentcluster.preflight import WORKER_MEMORY, with_strategy
+from agentcluster.proposal import Proposal
 from agentcluster.registry import Node
 from agentcluster.rolling import Terms
-from agentcluster.swap import Proposal
 
 GIB = 2**30
 CPU = WorkerSpec("cpu", "distributed.Nanny", nthreads=1)

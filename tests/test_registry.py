@@ -301,4 +301,5 @@ def test_a_snapshot_is_plain_data() -> None:
         "config": {"nworkers": 2},
         "revision": 1,
         "problem": "odd",
+        "tracked": [],
     }

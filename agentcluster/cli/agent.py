@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import json
+import logging
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import click
 import yaml
 from dask.config import get as dask_config
+from dask.system import CPU_COUNT
 from distributed.cli.dask_worker import main as dask_worker
 from distributed.comm.addressing import get_address_host_port
 from distributed.compatibility import asyncio_run
@@ -27,11 +29,10 @@ from agentcluster.logs import log_to_stderr
 from agentcluster.model import Mode
 from agentcluster.modes import names, parse
 
-#: Parameters of ``dask worker`` that have another meaning here.
-OURS = ("listen_address", "version")
+logger = logging.getLogger("agentcluster.cli")
 
-#: Those that are refused: they say where one worker is, and here are any number of them, during a swap old and new.
-ONE_WORKER = ("worker_port", "nanny_port", "contact_address")
+#: Parameters of ``dask worker`` that mean more, or another thing, here.
+OURS = ("listen_address", "version")
 
 #: Options of ``dask worker`` that every worker gets as they are, whatever its mode.
 FOR_WORKERS = (
@@ -48,6 +49,9 @@ FOR_WORKERS = (
     "preload",
     "preload_argv",
     "preload_nanny",
+    "worker_port",
+    "nanny_port",
+    "contact_address",
 )
 
 #: The options that say what runs, as the user types them.
@@ -69,8 +73,33 @@ def _from_dask_worker() -> list[click.Parameter]:
     return [parameter for parameter in dask_worker.params if parameter.name not in OURS]
 
 
+#: The sections of ``--help``, and what each has; an option of ``dask worker`` that is new to us comes last.
+SECTIONS = {
+    "What runs here first": ("mode", "mode_config", "spec", "spec_file", *SHAPE, "nanny", "worker_class"),
+    "Which scheduler": ("scheduler_file", "standby", "name", "death_timeout", "scheduler_sni"),
+    "Where it listens": (
+        *("host", "interface", "protocol", "listen_address", "contact_address", "worker_port", "nanny_port"),
+        *("dashboard", "dashboard_address"),
+    ),
+    "Encryption": ("tls_ca_file", "tls_cert", "tls_key"),
+    "For all workers, whatever runs": (
+        *("resources", "local_directory", "preload", "preload_argv", "preload_nanny"),
+        *("lifetime", "lifetime_stagger", "lifetime_restart"),
+    ),
+}
+
+
 class _Command(click.Command):
-    """Leaves options that it does not know to a preload, where one is given."""
+    """Leaves options that it does not know to a preload, where one is given; shows its help in sections."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [each for each in self.get_params(ctx) if isinstance(each, click.Option)]
+        rows = {each.name: row for each in options if (row := each.get_help_record(ctx))}
+        for title, section in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([rows.pop(name) for name in section if name in rows])
+        with formatter.section("Other options"):
+            formatter.write_dl(list(rows.values()))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.ignore_unknown_options = any(arg.partition("=")[0] == "--preload" for arg in args)
@@ -92,7 +121,11 @@ class _Command(click.Command):
 @click.option(
     "--standby", is_flag=True, help="Join no scheduler: wait to be adopted by AgentCluster(hosts=['tcp://…'])."
 )
-@click.option("--listen-address", default=None, help="Where the agent itself listens, such as tcp://0.0.0.0:8790.")
+@click.option(
+    "--listen-address",
+    default=None,
+    help="Where the worker listens, when it is one, such as tcp://0.0.0.0:9000. In standby: where the agent does.",
+)
 @click.version_option(package_name="agentcluster")
 @click.pass_context
 def main(context: click.Context, /, **options: Any) -> None:
@@ -106,22 +139,35 @@ def main(context: click.Context, /, **options: Any) -> None:
     enable_proctitle_on_children()
     try:
         arguments = _arguments(options, lambda name: _given(context, name))
+        if options["pid_file"]:
+            _write_pid_file(options["pid_file"])
     except ConfigError as error:
-        raise click.UsageError(str(error)) from error
-    if options["pid_file"]:
-        _write_pid_file(options["pid_file"])
+        raise _Refused(str(error)) from error
     try:
         asyncio_run(_run(arguments), loop_factory=get_loop_factory())
     except (AgentClusterError, OSError, TimeoutError) as error:
         click.echo(f"dask-agent: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+        if isinstance(error, TimeoutError):
+            logger.info("Timed out starting worker")
+            # As `dask worker`, and as `dask cuda worker`.
+            sys.exit(0 if (mode := arguments.get("mode")) is not None and mode.name == "auto-gpu" else 1)
         sys.exit(1)
+    finally:
+        logger.info("End worker")
+
+
+class _Refused(click.ClickException):
+    """A start that cannot be, said as ``dask worker`` says it."""
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"dask-agent: Failed to launch worker. {self.message}", err=True)
 
 
 def _write_pid_file(path: str) -> None:
     try:
         Path(path).write_text(str(os.getpid()))
     except OSError as error:
-        raise click.UsageError(f"--pid-file {path!r} cannot be written: {error.strerror}") from None
+        raise ConfigError(f"--pid-file {path!r} cannot be written: {error.strerror}") from None
     atexit.register(Path(path).unlink, missing_ok=True)
 
 
@@ -131,13 +177,8 @@ def _given(context: click.Context, name: str) -> bool:
 
 def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
     """Return the keyword arguments of :class:`Agent` that the options mean."""
-    if not options["nanny"]:
-        raise ConfigError("--no-nanny cannot be given: an agent restarts and stops its workers by their nannies")
-    for name in ONE_WORKER:
-        if options[name] is not None:
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} cannot be given: it is about one worker, and here old and new run side by side")
     scheduler = _scheduler(options)
+    options = {**options, **_places(options)}
     mode = _mode(options, given)
     security = {
         key: options[option]
@@ -150,7 +191,7 @@ def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
     }
     arguments = {
         "scheduler": scheduler,
-        "name": options["name"],
+        "name": _number(options["name"]),
         "mode": mode,
         "fallback": LIKE_DASK_WORKER if mode is None and not options["standby"] else None,
         "security": security,
@@ -159,7 +200,7 @@ def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
         "worker_class": _worker_class(options["worker_class"]) if given("worker_class") else None,
         **{key: options[key] if options[key] not in ((), "") else None for key in FOR_WORKERS if key in options},
     }
-    if options["listen_address"]:
+    if options["standby"] and options["listen_address"]:
         arguments.update(_listen(options["listen_address"], options))
     return {key: value for key, value in arguments.items() if value is not None}
 
@@ -208,18 +249,42 @@ def _scheduler_in(file: str, timeout: str | None) -> str:
         ) from error
 
 
+def _places(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that say where workers listen, in the form that all workers take."""
+    address, contact = options["listen_address"], options["contact_address"]
+    if options["standby"]:
+        return {}
+    if contact and not address:
+        raise ConfigError("--contact-address cannot go without --listen-address: it is how others reach that")
+    if not address:
+        return {}
+    if options["n_workers"] not in (None, "1"):
+        raise ConfigError("--listen-address cannot go with --nworkers above 1: it is where one worker listens")
+    if options["worker_port"]:
+        raise ConfigError("--listen-address cannot go with --worker-port: both say where to listen")
+    listen = _listen(address, options)
+    if contact:
+        _split("--contact-address", contact)
+    return {"host": listen["listen_host"], "worker_port": str(listen["port"]), "contact_address": contact or address}
+
+
 def _listen(address: str, options: dict[str, Any]) -> dict[str, Any]:
     if options["host"] or options["interface"]:
         raise ConfigError("--listen-address cannot go with --host or --interface: both say where to listen")
+    protocol, host, port = _split("--listen-address", address)
+    # host and protocol are those of the workers as well; they are reached otherwise than at the agent's 0.0.0.0
+    return {"listen_host": f"{protocol}://{host}" if protocol else host, "port": port}
+
+
+def _split(option: str, address: str) -> tuple[str, str, int]:
     protocol, _, rest = address.rpartition("://")
     if rest.startswith(":"):
         rest = f"0.0.0.0{rest}"
     try:
         host, port = get_address_host_port(f"{protocol or 'tcp'}://{rest}", strict=True)
     except ValueError as error:
-        raise ConfigError(f"--listen-address {address!r}: {error}; such as tcp://0.0.0.0:8790") from None
-    # host and protocol are those of the workers as well; they are reached otherwise than at the agent's 0.0.0.0
-    return {"listen_host": f"{protocol}://{host}" if protocol else host, "port": port}
+        raise ConfigError(f"{option} {address!r}: {error}; such as tcp://0.0.0.0:8790") from None
+    return protocol, host, port
 
 
 def _mode(options: dict[str, Any], given: Any) -> Mode | None:
@@ -239,13 +304,25 @@ def _mode(options: dict[str, Any], given: Any) -> Mode | None:
             raise ConfigError(f"--spec says what runs, so --mode {name!r} cannot be given with it")
         name, config = "spec", {"spec": spec, **config}
     if name is None:
-        if not config and not shape:
+        if not config and not shape and options["nanny"]:
             return None
         name, config = LIKE_DASK_WORKER.name, {**LIKE_DASK_WORKER.config, **config}
+    if not options["nanny"]:
+        return _without_nanny(name, options, shape)
     if shape.get("nworkers") == "auto":
         del shape["nworkers"]
         config.pop("nworkers", None)
     return parse(name, {**config, **{key: _number(value) for key, value in shape.items()}})
+
+
+def _without_nanny(mode: str, options: dict[str, Any], shape: dict[str, Any]) -> Mode:
+    """Return the mode that runs one worker in the agent's own process; what is reprovisioned later has nannies."""
+    if mode != LIKE_DASK_WORKER.name:
+        raise ConfigError(f"--no-nanny cannot go with mode {mode!r}: it is for one worker in mode auto-cpu")
+    if _number(shape.pop("nworkers", 1)) != 1:
+        raise ConfigError("--no-nanny cannot go with --nworkers above 1: the worker runs in the agent's process")
+    settings = {"nthreads": CPU_COUNT, **{key: _number(value) for key, value in shape.items()}}
+    return parse("spec", {"spec": {"cls": options["worker_class"], "opts": settings}})
 
 
 def _number(value: Any) -> Any:

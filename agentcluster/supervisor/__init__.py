@@ -28,6 +28,7 @@ from agentcluster.supervisor.nanny import (
     Supervised,
     plain_method,
     supervised,
+    tell_name,
     words,
 )
 
@@ -91,6 +92,8 @@ class Supervisor:
         When crashed workers are started again.
     on_change
         Called with a worker's new state.
+    spelling
+        Worker name -> what the scheduler is to know the worker by, where that is not the name itself but a number.
     """
 
     scheduler: str
@@ -98,6 +101,7 @@ class Supervisor:
     host_options: Mapping[str, Any] = field(default_factory=dict)
     policy: RestartPolicy = field(default_factory=RestartPolicy)
     on_change: Callable[[WorkerState], None] = lambda state: None
+    spelling: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         WorkerProcess._init_msg_interval = POLL
@@ -171,6 +175,14 @@ class Supervisor:
             worker.stopping = True
         await asyncio.gather(*(self._close(worker, timeout) for worker in workers))
 
+    async def rename(self, names: Mapping[str, str]) -> None:
+        """Give workers other names, old name -> new name, also for when they are started again."""
+        renamed = [worker for name, worker in self._workers.items() if name in names]
+        for worker in renamed:
+            worker.name = names[worker.name]
+        self._workers = {worker.name: worker for worker in self._workers.values()}
+        await asyncio.gather(*(tell_name(each.server, self.spelling.get(each.name, each.name)) for each in renamed))
+
     async def close(self, timeout: float) -> None:
         """Stop every worker."""
         await self.stop(list(self._workers), timeout)
@@ -195,7 +207,7 @@ class Supervisor:
                 yield from nannies.items()
 
     def _arguments(self, name: str, spec: WorkerSpec, **more: Any) -> dict[str, Any]:
-        arguments = {**self.host_options, **unpickled(spec.options), **more, "name": name}
+        arguments = {**self.host_options, **unpickled(spec.options), **more, "name": self.spelling.get(name, name)}
         if spec.nthreads is not None:
             arguments["nthreads"] = spec.nthreads
         if spec.memory_limit is not None:
@@ -211,7 +223,7 @@ class Supervisor:
 
     def _instance(self, name: str, spec: WorkerSpec) -> Any:
         cls = resolve(spec.cls)
-        arguments = self._arguments(name, spec)
+        arguments = _with_port(self._arguments(name, spec), "nanny_port" if issubclass(cls, Nanny) else "worker_port")
         allowed = modes.worker_keywords(cls)
         if allowed is not None:
             # Host options are for dask's workers; another class gets those of them that it knows.
@@ -237,7 +249,7 @@ class Supervisor:
         for name, spec in specs.items():
             if spec.device is None:
                 raise ConfigError(f"worker {name!r}: {NO_DEVICE}", key="cls")
-            arguments = self._arguments(name, spec)
+            arguments = _with_port(self._arguments(name, spec), "nanny_port")
             resources = arguments.pop("resources", {})
             env = arguments.pop("env", {})
             arguments["resources"] = " ".join(f"{key}={value!r}" for key, value in resources.items()) or None
@@ -264,7 +276,7 @@ class Supervisor:
             server.pre_spawn_env = {}  # type: ignore[attr-defined]
             for each in MEASURED_ONCE:
                 server.periodic_callbacks.pop(each, None)  # type: ignore[attr-defined]
-            server.changed = lambda: self._report(server.name)  # type: ignore[attr-defined]
+            server.changed = lambda: self._report(str(server.name))  # type: ignore[attr-defined]
         return server
 
     async def _start_all(
@@ -355,6 +367,12 @@ def _takes_timeout(close: Callable[..., Any]) -> bool:
     """Whether a worker's ``close`` can be told its seconds; SpecCluster, whose workers these are, never does."""
     parameters = inspect.signature(close).parameters
     return "timeout" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _with_port(arguments: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return arguments with the port that is a server's own under dask's name for it."""
+    port, others = arguments.get(key), {k: v for k, v in arguments.items() if k not in (key, "nanny_port")}
+    return others if port is None else {"port": port, **others}
 
 
 def _port(ports: Any, spec: WorkerSpec) -> int | None:

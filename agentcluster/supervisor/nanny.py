@@ -18,6 +18,8 @@ from typing import Any
 
 import dask
 from distributed import Status
+from distributed.comm.core import CommClosedError
+from distributed.protocol.pickle import dumps
 
 from agentcluster import forkserver
 from agentcluster.config import Config
@@ -184,7 +186,7 @@ async def _abandon(process: Any) -> None:
     After a start that was cancelled or failed to make a process it would not even do that, but raise.
     """
     somebody_starts = not process.running.is_set()
-    # Waited for from now on: a word of success that crosses the kill sets it, and the end of the process clears it again.
+    # Waited for from now on: a word of success that crosses the kill sets it, and the process's end clears it again.
     started = asyncio.ensure_future(process.running.wait())
     await asyncio.sleep(0)
     if process.status is not Status.starting:
@@ -212,6 +214,23 @@ async def _abandon(process: Any) -> None:
 @functools.cache
 def supervised(cls: Any) -> Any:
     return type(cls.__name__, (Supervised, cls), {"__module__": cls.__module__})
+
+
+def _take_name(name: str | int, dask_worker: Any) -> None:
+    """Run in a worker's process."""
+    dask_worker.name = name
+
+
+async def tell_name(server: Any, name: str | int) -> None:
+    """Have a nanny, or a worker without one, bear another name, and what the nanny runs now and later too."""
+    server.name = name
+    if (process := getattr(server, "process", None)) is None:
+        return
+    process.worker_kwargs["name"] = name
+    if process.status is Status.running:
+        with contextlib.suppress(OSError, CommClosedError):  # it ended just then
+            async with server.rpc(server.worker_address) as worker:
+                await worker.run(function=dumps(_take_name), args=dumps((name,)))
 
 
 def words(error: BaseException) -> str:

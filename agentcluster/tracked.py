@@ -1,0 +1,172 @@
+"""Names that a cluster manager tracks, kept alive through changes of a node.
+
+dask-jobqueue, the Kubernetes operator, dask-gateway and ``SpecCluster`` know a worker by the name that they gave it,
+and take a job whose worker's name is gone for lost. So before workers that bear such names leave, others of their node
+are renamed, in the scheduler and in their agent; a name for which nobody is left is borne by a
+:class:`~agentcluster.placeholder.Placeholder`. And who retires such a name means all of its node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from dask.utils import natural_sort_key
+from distributed import Scheduler
+from distributed.scheduler import WorkerStatusPlugin
+
+from agentcluster.model import WorkerSpec, to_wire
+from agentcluster.registry import Node, Registry
+
+logger = logging.getLogger(__name__)
+
+PLACEHOLDER = WorkerSpec(
+    "custom",
+    "distributed.Nanny",
+    # beside what it would have of its host's options
+    {
+        "worker_class": "agentcluster.placeholder.Placeholder",
+        "dashboard": False,
+        "lifetime": None,
+        "port": None,
+        "worker_port": None,
+        "contact_address": None,
+        "preload": (),
+        "preload_nanny": (),
+    },
+    nthreads=1,
+    memory_limit=0,
+)
+
+#: What a worker says when it retires itself, at the end of its lifetime; that is not its manager's wish.
+BY_ITSELF = "worker-close-gracefully"
+
+
+#: What gives the names of workers that leave a node to others; see :meth:`Tracked.pass_on`.
+PassOn = Callable[[Node, Iterable[str], Collection[str]], Awaitable[Mapping[str, str]]]
+
+
+async def keep_names(node: Node, staying: Iterable[str], leaving: Collection[str]) -> Mapping[str, str]:
+    """Rename nobody."""
+    return {}
+
+
+class Tracked:
+    """The tracked names on one scheduler.
+
+    Parameters
+    ----------
+    scheduler, registry
+        The plugin's.
+    timeout
+        Seconds that an agent has for each call.
+    """
+
+    def __init__(self, scheduler: Scheduler, registry: Registry, timeout: float) -> None:
+        self.scheduler = scheduler
+        self.registry = registry
+        self.timeout = timeout
+        self._retire_workers: Any = scheduler.retire_workers
+
+    def install(self) -> None:
+        """Have the scheduler ask here first when somebody retires workers."""
+        scheduler: Any = self.scheduler
+        scheduler.retire_workers = scheduler.handlers["retire_workers"] = self.retire_workers
+
+    async def retire_workers(
+        self, workers: Iterable[Any] | None = None, *, names: Iterable[Any] | None = None, **how: Any
+    ) -> Any:
+        """Retire workers as ``Scheduler.retire_workers`` does; a node whose tracked names all go retires as a whole.
+
+        Parameters
+        ----------
+        workers
+            Addresses, as dask documents; the names that managers give in their place mean what they hoped for.
+        names
+            Names of workers.
+        **how
+            As dask takes it.
+        """
+        chosen = [*(workers or ()), *(names or ())]
+        both = workers is not None and names is not None
+        nodes = [] if both or str(how.get("stimulus_id")).startswith(BY_ITSELF) else self._meant(chosen)
+        if not nodes:
+            return await self._retire_workers(workers, names=names, **how)
+        meant = {str(each) for each in chosen}.union(*([*node.tracked, *node.plan.workers] for node in nodes))
+        addresses = [ws.address for ws in self.scheduler.workers.values() if {str(ws.name), ws.address} & meant]
+        return await self._retire_workers(addresses, **how)
+
+    def _meant(self, chosen: Iterable[Any]) -> list[Node]:
+        """Return the nodes that are to go as a whole."""
+        words = {str(each) for each in chosen}
+        words |= {str(ws.name) for ws in self.scheduler.workers.values() if ws.address in words}
+        there = (node for node in self.registry.nodes.values() if node.tracked)
+        return [node for node in there if node.name in words or words.issuperset(node.tracked)]
+
+    async def pass_on(self, node: Node, staying: Iterable[str], leaving: Collection[str] = ()) -> dict[str, str]:
+        """Have each of a node's tracked names borne by a worker that stays, or a placeholder.
+
+        Parameters
+        ----------
+        node
+            The node; its plan follows.
+        staying, leaving
+            Names of its workers; those that leave get others.
+
+        Returns
+        -------
+        dict
+            Old name -> new name, of the workers that were renamed.
+        """
+        if not node.tracked or node.state == "lost":
+            return {}
+        bearers = sorted(staying, key=natural_sort_key)
+        free = [name for name in node.tracked if name not in bearers]
+        takers = [worker for worker in bearers if worker not in node.tracked and self._named(worker)]
+        given = dict(zip(takers, free, strict=False))
+        borne = {str(ws.name) for ws in self.scheduler.workers.values()}
+        needed = [name for name in free[len(given) :] if name not in borne or name in leaving]
+        # Who bears a name that another is to bear: workers that leave, and placeholders.
+        aside = [name for name in free if name in leaving or (name in borne and name in given.values())]
+        moved = dict(zip(aside, node.take_names(len(aside)), strict=True))
+        ended = [moved[name] for name in aside if name not in leaving]
+        renamed: dict[str, str] = {}
+        try:
+            for names in (moved, given):
+                await self._rename(node, names)
+                renamed |= {old: new for old, new in names.items() if old in leaving or names is given}
+            async with asyncio.timeout(self.timeout):
+                if needed:
+                    specs = {name: to_wire(PLACEHOLDER) for name in needed}
+                    await self._agent(node).start_workers(specs=specs, timeout=self.timeout)
+                if ended:
+                    await self._agent(node).stop_workers(names=ended, timeout=self.timeout)
+        except Exception as error:  # whatever an agent answers: the workers are right, if not their names
+            why = error or type(error).__name__
+            logger.warning("Node %s could not keep the names %s: %s", node.name, ", ".join(free), why)
+        return renamed
+
+    async def _rename(self, node: Node, names: Mapping[str, str]) -> None:
+        if not names:
+            return
+        async with asyncio.timeout(self.timeout):
+            await self._agent(node).rename_workers(names=dict(names))
+        node.rename(names)
+        watchers = [p for p in self.scheduler.plugins.values() if isinstance(p, WorkerStatusPlugin)]
+        for old, new in names.items():
+            if (ws := self._named(old)) is None:
+                continue  # it is being started again, by its nanny, which knows the new name
+            del self.scheduler.aliases[ws.name]
+            ws.name = node.spelled(new)
+            self.scheduler.aliases[ws.name] = ws.address
+            logger.info("Worker %s of node %s is now %s", old, node.name, new)
+            for watcher in watchers:
+                watcher.add_worker(self.scheduler, ws.address)
+
+    def _named(self, name: str) -> Any:
+        return next((ws for ws in self.scheduler.workers.values() if str(ws.name) == name), None)
+
+    def _agent(self, node: Node) -> Any:
+        return self.scheduler.rpc(node.address)
