@@ -20,7 +20,11 @@ from distributed import Client
 from managed import HOST, SCHEDULER, SHAPE, Work, names, reprovision, there, workers
 from programs import Program, Start, gone, programs
 
-pytestmark = pytest.mark.deploy
+pytestmark = [
+    pytest.mark.deploy,
+    # dask-cloudprovider leaves the socket with which it looked for the scheduler to the garbage collector
+    pytest.mark.filterwarnings("ignore:unclosed <socket.socket:ResourceWarning"),
+]
 vmcluster = pytest.importorskip(
     "dask_cloudprovider.generic.vmcluster", reason="dask-cloudprovider is not installed", exc_type=ImportError
 )

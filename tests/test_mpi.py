@@ -116,7 +116,8 @@ def main():
         print("names", sorted(before), len(after), before <= after, flush=True)
 
 
-main()
+if __name__ == "__main__":  # the workers' processes import this file
+    main()
 """
 
 

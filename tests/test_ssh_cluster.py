@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -89,7 +90,9 @@ async def test_reprovision_under_load_then_retire(server: SSHServer, tmp_path: P
     await gone(agents)
 
 
-async def test_scale_down_ends_one_host(server: SSHServer) -> None:
+async def test_scale_down_ends_one_host(server: SSHServer, request: pytest.FixtureRequest) -> None:
+    if "sshd" in request.node.name.partition("[")[2] and os.geteuid() == 0:
+        pytest.skip("OpenSSH's sshd passes no signal on to commands of root; dask's own nannies stay there too")
     async with cluster_on(server) as (cluster, client):
         await count(client, 2)
         agents = commands()
