@@ -251,7 +251,7 @@ async def test_scale_down_of_nodes_with_several_workers(
     assert pods[left].popen.poll() is None
     await wait_until(lambda: len(scheduler.workers) == 2)
     assert left in await names(client)
-    await work.all_there()
+    await work.all_there(once=False)
 
 
 async def test_deleted_pods_move_their_data(scheduler: Scheduler, client: Client, start: Start, tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ async def test_deleted_pods_move_their_data(scheduler: Scheduler, client: Client
     tree = pods[name].kill(signal.SIGTERM)
     assert await pods[name].ended(30) == 0
     await gone(tree)
-    await work.all_there()
+    await work.all_there(once=False)
 
 
 async def test_autoscaler_counts_pods(scheduler: Scheduler, client: Client, start: Start, operator: Any) -> None:

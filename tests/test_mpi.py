@@ -128,4 +128,3 @@ async def test_initialize_in_a_script(start: Start, tmp_path: Path) -> None:
     program = mpirun(start, str(script))
     assert await program.ended(55) == 0, program.output()
     assert "names [2] 2 True" in program.output()
-    assert "Traceback" not in program.output()
