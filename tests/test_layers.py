@@ -33,6 +33,7 @@ LAYERS = {
     "prefork": 4,
     "progress": 4,
     "logs": 4,
+    "notify": 4,
     "shipping": 4,
     "config": 4,
     "hardware": 4,
