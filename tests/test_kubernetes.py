@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import signal
@@ -188,12 +189,18 @@ async def scale_down(operator: Any, count: int = 1) -> list[str]:
     )
 
 
-def pod(start: Start, scheduler: Scheduler, uuid: str) -> tuple[str, Program]:
-    """Start what a worker's pod runs; return its deployment's name too."""
+def command_of(scheduler: Scheduler, uuid: str) -> tuple[str, list[str], dict[str, str]]:
+    """Return a pod's name, and what of it is run here: arguments of Python, and the environment."""
     line, environ = process_of(pod_of(manifest(env={"DASK_SCHEDULER_ADDRESS": scheduler.address}), uuid))
     command = shutil.which(line[0], path=str(Path(sys.executable).parent))
     assert command is not None, f"{line[0]} is not installed beside this Python"
-    return environ["DASK_WORKER_NAME"], start(command, *line[1:], env=environ)
+    return environ["DASK_WORKER_NAME"], [command, *line[1:]], environ
+
+
+def pod(start: Start, scheduler: Scheduler, uuid: str) -> tuple[str, Program]:
+    """Start what a worker's pod runs; return its deployment's name too."""
+    name, command, environ = command_of(scheduler, uuid)
+    return name, start(*command, env=environ)
 
 
 async def test_reprovision_under_load_then_scale(
@@ -263,6 +270,26 @@ async def test_deleted_pods_move_their_data(scheduler: Scheduler, client: Client
     await work.begin()
     name = min(pods)
     tree = pods[name].kill(signal.SIGTERM)
+    assert await pods[name].ended(30) == 0
+    await gone(tree)
+    await work.all_there(once=False)
+
+
+async def test_a_signal_to_the_whole_container(
+    scheduler: Scheduler, client: Client, start: Start, tmp_path: Path
+) -> None:
+    """The entry point of dask's image, ``tini -g``, gives SIGTERM to the workers' processes as well."""
+    line = "import os, sys; os.setpgid(0, 0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    pods = {}
+    for uuid in ("a" * 10, "b" * 10):
+        name, command, environ = command_of(scheduler, uuid)
+        pods[name] = start("-c", line, *command, env=environ)
+    await there(client, *pods)
+    work = Work(client, tmp_path / "work")
+    await work.begin()
+    name = min(pods)
+    tree = pods[name].children()
+    os.killpg(pods[name].pid, signal.SIGTERM)
     assert await pods[name].ended(30) == 0
     await gone(tree)
     await work.all_there(once=False)
