@@ -24,6 +24,7 @@ from distributed.proctitle import enable_proctitle_on_children, enable_proctitle
 from distributed.utils import import_term, json_load_robust
 
 from agentcluster.agent import Agent, seconds
+from agentcluster.cli import cuda
 from agentcluster.errors import AgentClusterError, ConfigError, suggest
 from agentcluster.logs import log_to_stderr
 from agentcluster.model import Mode
@@ -90,7 +91,7 @@ SECTIONS = {
 }
 
 
-class _Command(click.Command):
+class _Command(cuda.Command):
     """Leaves options that it does not know to a preload, where one is given; shows its help in sections."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -314,7 +315,7 @@ def _mode(options: dict[str, Any], given: Any) -> Mode | None:
     if shape.get("nworkers") == "auto":
         del shape["nworkers"]
         config.pop("nworkers", None)
-    return parse(name, {**config, **{key: _number(value) for key, value in shape.items()}})
+    return parse(name, {**config, **options[cuda.ARGUMENT], **{key: _number(value) for key, value in shape.items()}})
 
 
 def _without_nanny(mode: str, options: dict[str, Any], shape: dict[str, Any]) -> Mode:
