@@ -19,6 +19,7 @@ from dask.utils import parse_timedelta
 from distributed.comm.core import Comm, CommClosedError
 from distributed.core import Server, Status, error_message
 from distributed.security import Security
+from distributed.utils import json_load_robust
 
 from agentcluster import hardware, modes
 from agentcluster.addresses import connection_args, listen_address, room, scheduler_address
@@ -69,6 +70,8 @@ class Agent(Server):
     lasting : bool, optional
         Stay when the last worker was retired, by a client or a cluster manager, and wait for others; without it the
         agent ends then, as ``dask worker`` does. An agent that was adopted stays.
+    scheduler_file : str, optional
+        File that has the address, as ``dask scheduler --scheduler-file`` writes it, in place of `scheduler`.
     **worker_options
         Keyword arguments for every worker on this host, whatever its mode (``local_directory``, ``resources``, …).
 
@@ -96,8 +99,11 @@ class Agent(Server):
         listen_host: str | None = None,
         death_timeout: str | float | None = None,
         lasting: bool = False,
+        scheduler_file: str | None = None,
         **worker_options: Any,
     ) -> None:
+        if scheduler is None and scheduler_file is not None:
+            scheduler = json_load_robust(scheduler_file)["address"]
         self.settings = Config.load()
         self.security = security if isinstance(security, Security) else Security(**(security or {}))
         self.scheduler_address = None if scheduler is None else scheduler_address(scheduler)

@@ -147,7 +147,8 @@ class Membership:
 
         The scheduler gets ``agentcluster.stop-timeout`` for moving the data, and as long again for all the rest.
         """
-        if self._stream is None or not any(state.state == "running" for state in self.supervisor.states()):
+        gone = self._stream is None or self._stream.closed()
+        if gone or not any(state.state == "running" for state in self.supervisor.states()):
             return
         seconds = self._settings.stop_timeout
         try:

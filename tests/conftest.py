@@ -83,6 +83,14 @@ def _check(predicate: Callable[[], Any], deadline: float, timeout: float) -> Non
         pytest.fail(f"still not true after {timeout:g} s: {inspect.getsource(predicate).strip()}")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes a Slurm of its own, as root, unless it is asked for."""
+    if "slurm" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slurm"):
+                item.add_marker(pytest.mark.skip(reason="starts a Slurm, as root; run by: pytest -m slurm"))
+
+
 @pytest.fixture(autouse=True)
 def dask_settings() -> Iterator[None]:
     """Short connect timeouts, and dask's configuration as it was before the test."""
