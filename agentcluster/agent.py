@@ -228,8 +228,8 @@ class Agent(Server):
         elif self._closing is None:
             self._closing = asyncio.create_task(self._close(why))
 
-    async def provisioned(self) -> None:
-        """Wait until this node has the workers that it is meant to have.
+    async def provisioned(self) -> str | None:
+        """Wait until this node has the workers that it is meant to have; return the name of their mode.
 
         Raises
         ------
@@ -238,8 +238,7 @@ class Agent(Server):
         TimeoutError
             When that took longer than twice ``agentcluster.start-timeout``.
         """
-        if self._membership is not None:
-            await self._membership.provisioned(2 * self.settings.start_timeout)
+        return await self._membership.provisioned(2 * self.settings.start_timeout) if self._membership else None
 
     async def retire(self, hurry: asyncio.Event) -> None:
         """Have the scheduler move the data of this node's workers to others, before the agent is closed.

@@ -37,8 +37,9 @@ class Alone(Membership):
         named = dict(zip(like_dask(self.name, len(specs)), specs, strict=True))
         await self.supervisor.start(named, self._settings.start_timeout)
 
-    async def provisioned(self, timeout: float) -> None:
+    async def provisioned(self, timeout: float) -> str:
         """Return at once: they were waited for."""
+        return self._mode.name
 
     async def retire(self) -> None:
         """Have dask move the workers' data to others; it does not say what became of it."""

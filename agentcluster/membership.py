@@ -137,10 +137,10 @@ class Membership:
         self._spawn(self._follow(comm), "agent follows scheduler")
         logger.info("Node %s registered to: %s", self.name, self.scheduler)
 
-    async def provisioned(self, timeout: float) -> None:
-        """Wait until the node has the workers that it is meant to have, or raise why it has none."""
+    async def provisioned(self, timeout: float) -> str:
+        """Wait until the node has the workers that it is meant to have, or raise why it has none; return their mode."""
         async with self._scheduler() as scheduler:
-            await scheduler.await_nodes(names=[self.name], timeout=timeout)
+            return str((await scheduler.await_nodes(names=[self.name], timeout=timeout))[self.name]["mode"])
 
     async def retire(self) -> None:
         """Have the workers' data moved to other nodes and the workers stopped; log why not, where that cannot be.

@@ -39,6 +39,7 @@ LAYERS = {
     "forkserver": 4,
     "evacuation": 4,
     "proposal": 4,
+    "counts": 4,
     "tracked": 4,
     "placeholder": 4,
     "notify": 4,

@@ -24,10 +24,12 @@ from distributed.proctitle import enable_proctitle_on_children, enable_proctitle
 from distributed.utils import import_term, json_load_robust
 
 from agentcluster.agent import Agent, seconds
+from agentcluster.cli import cuda
 from agentcluster.errors import AgentClusterError, ConfigError, suggest
 from agentcluster.logs import log_to_stderr
 from agentcluster.model import Mode
 from agentcluster.modes import names, parse
+from agentcluster.notify import Notifier
 
 logger = logging.getLogger("agentcluster.cli")
 
@@ -89,7 +91,7 @@ SECTIONS = {
 }
 
 
-class _Command(click.Command):
+class _Command(cuda.Command):
     """Leaves options that it does not know to a preload, where one is given; shows its help in sections."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -134,6 +136,7 @@ def main(context: click.Context, /, **options: Any) -> None:
     It joins the scheduler at SCHEDULER (an address such as tcp://10.0.0.1:8786), starts the workers of its first mode,
     and changes them when a client asks the scheduler to.
     """
+    notify = Notifier()
     log_to_stderr()
     enable_proctitle_on_current()
     enable_proctitle_on_children()
@@ -144,7 +147,7 @@ def main(context: click.Context, /, **options: Any) -> None:
     except ConfigError as error:
         raise _Refused(str(error)) from error
     try:
-        asyncio_run(_run(arguments), loop_factory=get_loop_factory())
+        asyncio_run(_run(arguments, notify), loop_factory=get_loop_factory())
     except (AgentClusterError, OSError, TimeoutError) as error:
         click.echo(f"dask-agent: {' '.join(str(error).split()) or type(error).__name__}", err=True)
         if isinstance(error, TimeoutError):
@@ -312,7 +315,7 @@ def _mode(options: dict[str, Any], given: Any) -> Mode | None:
     if shape.get("nworkers") == "auto":
         del shape["nworkers"]
         config.pop("nworkers", None)
-    return parse(name, {**config, **{key: _number(value) for key, value in shape.items()}})
+    return parse(name, {**config, **options[cuda.ARGUMENT], **{key: _number(value) for key, value in shape.items()}})
 
 
 def _without_nanny(mode: str, options: dict[str, Any], shape: dict[str, Any]) -> Mode:
@@ -355,7 +358,7 @@ def _json(option: str, text: str) -> Any:
     return found
 
 
-async def _run(arguments: dict[str, Any]) -> None:
+async def _run(arguments: dict[str, Any], notify: Notifier) -> None:
     ended, hurry = asyncio.Event(), asyncio.Event()
 
     def end(*events: asyncio.Event) -> None:
@@ -366,7 +369,7 @@ async def _run(arguments: dict[str, Any]) -> None:
     loop.add_signal_handler(signal.SIGTERM, end, ended)
     loop.add_signal_handler(signal.SIGINT, end, ended, hurry)
     agent = Agent(**arguments)
-    work = asyncio.ensure_future(_live(agent))
+    work = asyncio.ensure_future(_live(agent, notify))
     over = asyncio.ensure_future(ended.wait())
     try:
         await asyncio.wait([work, over], return_when=asyncio.FIRST_COMPLETED)
@@ -376,17 +379,20 @@ async def _run(arguments: dict[str, Any]) -> None:
         for task in (work, over):
             task.cancel()
         await asyncio.gather(work, over, return_exceptions=True)
+        notify(f"Node {agent.node_name} ends", state="STOPPING")
         if ended.is_set():
             await agent.retire(hurry)
         await agent.close(reason="signal" if ended.is_set() else "end")
 
 
-async def _live(agent: Agent) -> None:
+async def _live(agent: Agent, notify: Notifier) -> None:
     await agent
     if agent.scheduler_address is None:
         click.echo(f"Standing by at {agent.address}", err=True)
+        notify(f"Listens at {agent.address} for a cluster to adopt it", state="READY")
     else:
-        await agent.provisioned()
+        mode = await agent.provisioned()
+        notify(f"Node {agent.node_name} of {agent.scheduler_address}, began with {mode}", state="READY")
     await agent.finished()
 
 

@@ -1,0 +1,36 @@
+"""Tells systemd how this process is, where systemd asked for that (``Type=notify``)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+
+
+class Notifier:
+    """The way to systemd's socket; without ``$NOTIFY_SOCKET`` nothing is sent.
+
+    The variable is taken out of the environment: what this process starts must not speak for it.
+    """
+
+    def __init__(self) -> None:
+        address = os.environ.pop("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+
+    def __call__(self, status: str, *, state: str | None = None) -> None:
+        """Send a message; one that systemd does not take is lost, as sd_notify(3) has it.
+
+        Parameters
+        ----------
+        status : str
+            What ``systemctl status`` shows.
+        state : {"READY", "STOPPING"}, optional
+            What has been reached with it.
+        """
+        if not self._address:
+            return
+        lines = [f"STATUS={' '.join(status.split())}", *([f"{state}=1"] if state else [])]
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.settimeout(1)  # of a systemd that does not read
+            sender.connect(self._address)
+            sender.send("\n".join(lines).encode())
