@@ -332,9 +332,7 @@ async def test_adapt(server: Server, mode: tuple[str, Mapping[str, Any]]) -> Non
         tasks = client.map(slow(LONG), range(30), pure=False)
         await wait_until(lambda: len(server.names()) == 2, 60)
         await wait_until(lambda: _all_there(client, server), 60)
-        await client.scheduler.reprovision_nodes(
-            mode="uniform", config={"nworkers": mode[1]["nworkers"], "nthreads": 1}
-        )
+        await reprovision(client, (mode[0], {**mode[1], "memory_limit": "600MiB"}))
         assert await asyncio.wait_for(client.gather(tasks), 90) == [i**2 for i in range(30)]
         await wait_until(lambda: len(server.agents()) == 1, 60)
         await wait_for_count(client, mode[1]["nworkers"])
