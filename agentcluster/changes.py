@@ -21,6 +21,7 @@ from distributed import Scheduler
 
 from agentcluster import allocate, modes, preflight
 from agentcluster.config import Config
+from agentcluster.counts import Counts
 from agentcluster.errors import (
     AgentClusterError,
     ConfigError,
@@ -73,6 +74,11 @@ class Changes:
         self._turn = asyncio.Lock()
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._last: tuple[dict[str, NodePlan], Mode, dict[str, Mode]] | None = None
+
+    def install(self) -> None:
+        """Have the scheduler answer cluster managers, who know workers by name, in nodes."""
+        self.tracked.install()
+        Counts(self.scheduler, self.registry).install()
 
     # -- wishes --------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ Only the standard library is imported here: an agent calls :func:`warm` before a
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import multiprocessing.context
@@ -180,6 +181,13 @@ if available():
             return queue
 
 
+def _kill_left() -> None:
+    """End processes that nobody has ended; multiprocessing would send them SIGTERM, which workers outlive, and wait."""
+    for process in multiprocessing.active_children():
+        if isinstance(process, Process):
+            process.kill()
+
+
 def install() -> str | None:
     """Make the start method known to multiprocessing; return its name, or None where there is no forkserver.
 
@@ -189,5 +197,7 @@ def install() -> str | None:
     if not available():
         return None
     contexts: dict[str, Any] = multiprocessing.context._concrete_contexts  # type: ignore[attr-defined]
-    contexts.setdefault(METHOD, Context())
+    if METHOD not in contexts:
+        contexts[METHOD] = Context()
+        atexit.register(_kill_left)
     return METHOD

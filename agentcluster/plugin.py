@@ -84,7 +84,7 @@ class AgentPlugin(SchedulerPlugin):
         self.config = Config.load()
         self._moved = asyncio.Condition()
         self.changes = Changes(scheduler, self.registry, self.config, self._notify)
-        self.changes.tracked.install()
+        self.changes.install()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._streams: dict[str, Comm] = {}
         scheduler.handlers.update({call: getattr(self, call) for call in CALLS})

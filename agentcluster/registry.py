@@ -98,6 +98,8 @@ class Node:
         The name that a cluster manager gave the node, and knows its workers by; None when none does.
     tracked
         The names that it knows: those of the node's first workers.
+    held
+        Those of them that placeholders bear.
     room
         How many workers can be there at once, old and new; None for any number.
     """
@@ -117,8 +119,9 @@ class Node:
     ended: set[str] = field(default_factory=set)
     given: str | int | None = None
     tracked: tuple[str, ...] = ()
+    held: set[str] = field(default_factory=set)
     room: int | None = None
-    numbers: Iterator[int] = field(default_factory=itertools.count, repr=False)
+    names: Iterator[str] = field(default_factory=lambda: iter(()), repr=False)
 
     def to(self, event: Event) -> None:
         """Move along the table."""
@@ -129,8 +132,7 @@ class Node:
 
     def take_names(self, count: int) -> list[str]:
         """Return names for `count` new workers; a number is never given twice, a tracked name not at all."""
-        names = (f"{self.name}-{number}" for number in self.numbers)
-        return list(itertools.islice((name for name in names if name not in self.tracked), count))
+        return list(itertools.islice((name for name in self.names if name not in self.tracked), count))
 
     def first_names(self, count: int, taken: Container[str]) -> list[str]:
         """Return names for the first workers: as ``dask worker`` gives them, where a manager named the node."""
@@ -234,7 +236,7 @@ class Registry:
         self.nodes: dict[str, Node] = {}
         self.default = mode or BUILT_IN
         self.wanted: dict[str, Mode] = {}
-        self._numbers: dict[str, Iterator[int]] = {}
+        self._names: dict[str, Iterator[str]] = {}
 
     def register(
         self,
@@ -278,12 +280,16 @@ class Registry:
         if before is not None and before.state != "lost":
             raise NodeExists(name, before.address)
         # The new agent has no workers yet, but a worker's name that was used stays used.
-        numbers = self._numbers.setdefault(name, itertools.count())
-        node = Node(name, address, hardware, own_mode, fallback, heard=now, given=given, room=room, numbers=numbers)
+        names = self._names.setdefault(name, self._numbered(name))
+        node = Node(name, address, hardware, own_mode, fallback, heard=now, given=given, room=room, names=names)
         if before is not None:
             node.history = before.history
         self.nodes[name] = node
         return node
+
+    def _numbered(self, name: str) -> Iterator[str]:
+        """Make names for a node's workers that are not the names of other nodes, and so of their workers."""
+        return (each for number in itertools.count() if (each := f"{name}-{number}") not in self.nodes)
 
     def _free(self, name: str) -> str:
         candidates = itertools.chain([name], (f"{name}.{i}" for i in itertools.count(2)))

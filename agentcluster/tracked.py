@@ -120,13 +120,15 @@ class Tracked:
         dict
             Old name -> new name, of the workers that were renamed.
         """
-        if not node.tracked or node.state == "lost":
+        if not node.tracked or node.state in ("lost", "refused"):
             return {}
         bearers = sorted(staying, key=natural_sort_key)
-        free = [name for name in node.tracked if name not in bearers]
+        borne = {str(ws.name) for ws in self.scheduler.workers.values()}
+        # A name that a worker of another node has is not ours to give.
+        others = borne.difference(bearers, leaving, node.held)
+        free = [name for name in node.tracked if name not in bearers and name not in others]
         takers = [worker for worker in bearers if worker not in node.tracked and self._named(worker)]
         given = dict(zip(takers, free, strict=False))
-        borne = {str(ws.name) for ws in self.scheduler.workers.values()}
         needed = [name for name in free[len(given) :] if name not in borne or name in leaving]
         # Who bears a name that another is to bear: workers that leave, and placeholders.
         aside = [name for name in free if name in leaving or (name in borne and name in given.values())]
@@ -141,7 +143,9 @@ class Tracked:
                 if needed:
                     specs = {name: to_wire(PLACEHOLDER) for name in needed}
                     await self._agent(node).start_workers(specs=specs, timeout=self.timeout)
+                    node.held |= {*needed}
                 if ended:
+                    node.held -= {*given.values()}
                     await self._agent(node).stop_workers(names=ended, timeout=self.timeout)
         except Exception as error:  # whatever an agent answers: the workers are right, if not their names
             why = error or type(error).__name__

@@ -161,14 +161,14 @@ async def test_two_agents_in_one_process(scheduler: Scheduler) -> None:
     two = agent(scheduler, "b", Mode("auto-cpu", TWO | {"nworkers": 1}))
     await asyncio.gather(one, two)
     await asyncio.gather(one.provisioned(), two.provisioned())
-    assert joined(scheduler) == {"a-0", "b-0"}
+    assert joined(scheduler) == {"a", "b"}
     await one.close()
-    await wait_until(lambda: joined(scheduler) == {"b-0"})
+    await wait_until(lambda: joined(scheduler) == {"b"})
     assert dask.config.get(METHOD_KEY) == METHOD
     async with Client(scheduler.address, asynchronous=True) as client:
         assert await client.submit(sum, [40, 2]) == 42
         await client.scheduler.reprovision_nodes(mode="auto-cpu", config=TWO)
-    assert joined(scheduler) == {"b-0", "b-1"}
+    assert joined(scheduler) == {"b", "b-0"}
     await two.close()
 
 
@@ -184,7 +184,7 @@ async def test_what_it_falls_back_to_is_weaker_than_what_was_set_for_all(schedul
             await remote.set_provision_mode(mode="auto-cpu", config=TWO)
         async with agent(scheduler, "c", None, fallback="none") as three:
             await three.provisioned()
-            assert joined(scheduler) == {"c-0", "c-1"}
+            assert joined(scheduler) == {"a", "c-0", "c-1"}  # a placeholder bears the name of the node without workers
         async with agent(scheduler, "named", None, fallback=Mode("auto-cpu", TWO)) as four:
             await four.provisioned()
             assert not node(scheduler, "named").plan.workers
@@ -241,11 +241,11 @@ async def test_calls_of_the_scheduler(scheduler: Scheduler, caplog: pytest.LogCa
         assert [state["name"] for state in answer["states"]] == ["x"]
         answer = await remote.start_workers(specs={"y": bad}, timeout=30)
         assert "no_such_package" in answer["failures"]["y"]
-        assert joined(scheduler) == {"x"}
+        assert joined(scheduler) == {"n", "x"}  # the first bears the name of a node that has no workers of its own
         with pytest.raises(ConfigError, match="unknown key 'nthread'"):
             await remote.check_workers(specs={"z": {"kind": "cpu", "cls": "distributed.Nanny", "nthread": 1}})
         await remote.stop_workers(names=["x", "unknown"], timeout=10)
-        await wait_until(lambda: not scheduler.workers)
+        await wait_until(lambda: joined(scheduler) == {"n"})
         assert any("Worker x started at" in line for line in await remote.agent_logs())
 
 
@@ -311,7 +311,7 @@ async def test_spec_cluster_starts_and_closes_agents() -> None:
         assert {one.node_name for one in cluster.workers.values()} == {"a", "b"}
         async with Client(cluster, asynchronous=True) as client:
             await client.wait_for_workers(2, timeout=20)
-            assert joined(cluster.scheduler) == {"a-0", "b-0"}
+            assert joined(cluster.scheduler) == {"a", "b"}
             assert await client.submit(sum, [40, 2]) == 42
             kept = await client.scatter(list(range(10)))
             await client.scheduler.reprovision_nodes(mode="auto-cpu", config=TWO)

@@ -537,7 +537,7 @@ async def test_client_is_killed_and_the_rollout_goes_on(step: Step, gate: Gates,
     agents = {name: start(*AGENT, address, "--name", name, *first) for name in ("one", "two")}
     async with Client(address, asynchronous=True) as client:
         look = client.scheduler
-        await wait_until(lambda: settled(client, {"one": "one-0", "two": "two-0"}), LATE)
+        await wait_until(lambda: settled(client, {"one": "one", "two": "two"}), LATE)
         kept = await client.scatter(list(range(KEYS)), hash=False)
         if step != "start":
             entry.open()
@@ -553,7 +553,7 @@ async def test_client_is_killed_and_the_rollout_goes_on(step: Step, gate: Gates,
         entry.open()
         end.open()
         await Event("go", client=client).set()
-        await wait_until(lambda: settled(client, {"one": "one-1", "two": "two-1"}), LATE)
+        await wait_until(lambda: settled(client, {"one": "one", "two": "two"}, "uniform"), LATE)
         assert {name: len(listening(agent.pid)) for name, agent in agents.items()} == {"one": 1, "two": 1}
         assert await client.gather(kept) == list(range(KEYS))
         assert running is None or await running == "done"
@@ -562,13 +562,15 @@ async def test_client_is_killed_and_the_rollout_goes_on(step: Step, gate: Gates,
         assert await agent.ended() == 0, agent.output()
 
 
-async def settled(client: Client, expected: dict[str, str]) -> bool:
-    """Whether no rollout runs, and each node has the one worker that is expected, planned and observed."""
+async def settled(client: Client, expected: dict[str, str], mode: str = "auto-cpu") -> bool:
+    """Whether no rollout runs, and each node has the mode and the one worker that is expected, planned and observed."""
     if await client.scheduler.rollout_status() is not None:
         return False
     nodes = await client.scheduler.get_nodes() or {}
     workers = (await client.scheduler.identity(n_workers=-1))["workers"].values()
-    planned = {name: list(node["plan"]) for name, node in nodes.items() if node["state"] == "ready"}
+    planned = {
+        name: list(node["plan"]) for name, node in nodes.items() if (node["state"], node["mode"]) == ("ready", mode)
+    }
     return planned == {name: [worker] for name, worker in expected.items()} and {
         worker["name"] for worker in workers
     } == set(expected.values())
