@@ -41,7 +41,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
+        return f"<class {value.__module__}.{value.__qualname__}>"
     if isinstance(value, Security):
         return {key: plain(getattr(value, key)) for key in Security.__slots__}
     if type(value).__module__ == "dask_cuda.plugins":
@@ -92,7 +92,7 @@ def run(command: str, arguments: list[str], directory: Path) -> dict[str, Any]:
             os._exit(0)
     os.waitpid(child, 0)
     if answer.exists():
-        return dict(json.loads(answer.read_text()))
+        return dict(json.loads(answer.read_text().replace(str(directory), "here")))
     return {"said": log.read_text()}
 
 
