@@ -187,7 +187,7 @@ APART = ("scheduler_file", "listen_address", "contact_address", "tls_ca_file", "
 
 
 def command_lines() -> Iterator[tuple[str, list[str], bool]]:
-    """Yield each option of ``dask cuda worker`` with each of its values: name, words, whether that is not the default."""
+    """Yield each option of ``dask cuda worker`` with each value: name, words, whether it is not the default."""
     for parameter in cuda_worker.params:
         if not isinstance(parameter, click.Option) or parameter.name in APART:
             continue
@@ -196,7 +196,7 @@ def command_lines() -> Iterator[tuple[str, list[str], bool]]:
             yield name, [flag], parameter.default is not True
             yield from ((name, [off], parameter.default is not False) for off in parameter.secondary_opts)
         elif name in VALUES or isinstance(parameter.type, click.Choice):
-            values = VALUES[name] if name in VALUES else parameter.type.choices
+            values = VALUES.get(name) or parameter.type.choices
             yield from ((name, [flag, value], value != parameter.default) for value in values)
         else:  # a number, or an amount; those that dask-cuda will have one day, too
             yield name, [flag, "2"], True
@@ -299,13 +299,7 @@ def compare(theirs: dict[str, Any], ours: dict[str, Any], *but: str) -> None:
     assert nannies(ours) == nannies(theirs)
 
 
-def marks(name: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.xfail(reason="the supervisor hands its name on, not the class")] if name == "worker_class" else []
-
-
-@pytest.mark.parametrize(
-    ("name", "line", "other"), [pytest.param(*each, id=" ".join(each[1]), marks=marks(each[0])) for each in LINES]
-)
+@pytest.mark.parametrize(("name", "line", "other"), [pytest.param(*each, id=" ".join(each[1])) for each in LINES])
 def test_an_option_arrives_as_dask_cuda_worker_hands_it_on(
     recorder: Recorder, name: str, line: list[str], other: bool
 ) -> None:
@@ -353,7 +347,6 @@ def test_credentials(recorder: Recorder, start: Start, tmp_path: Path) -> None:
     compare(theirs, recorder.ours(*line, address=False))
 
 
-@pytest.mark.xfail(reason="the supervisor gives CUDAWorker a host, a port and a contact address, which it refuses")
 @pytest.mark.parametrize("contact", [[], ["--contact-address=tcp://127.0.0.2:9000"]], ids=["listen", "contact"])
 def test_where_one_worker_listens(recorder: Recorder, contact: list[str]) -> None:
     line = ["--listen-address=tcp://127.0.0.1:9000", *contact]

@@ -201,6 +201,7 @@ def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
         "death_timeout": seconds("--death-timeout", options["death_timeout"]) if options["death_timeout"] else None,
         "resources": _resources(options["resources"]) if options["resources"] else None,
         "worker_class": _worker_class(options["worker_class"]) if given("worker_class") else None,
+        "listen_address": options.get("worker_listen_address"),
         **{key: options[key] if options[key] not in ((), "") else None for key in FOR_WORKERS if key in options},
     }
     if options["standby"] and options["listen_address"]:
@@ -268,7 +269,12 @@ def _places(options: dict[str, Any]) -> dict[str, Any]:
     listen = _listen(address, options)
     if contact:
         _split("--contact-address", contact)
-    return {"host": listen["listen_host"], "worker_port": str(listen["port"]), "contact_address": contact or address}
+    return {
+        "host": listen["listen_host"],
+        "worker_port": str(listen["port"]),
+        "contact_address": contact or address,
+        "worker_listen_address": address,
+    }
 
 
 def _listen(address: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from distributed import Nanny, Status
 from distributed.nanny import WorkerProcess
 from distributed.security import Security
-from distributed.utils import import_term, parse_ports
+from distributed.utils import import_term
 
 from agentcluster import forkserver, modes
 from agentcluster.errors import ConfigError, WorkerStartError, suggest
@@ -31,6 +31,7 @@ from agentcluster.supervisor.nanny import (
     tell_name,
     words,
 )
+from agentcluster.supervisor.ports import port_of, with_port
 
 __all__ = ["CUDA_WORKER", "METHOD_KEY", "RestartPolicy", "StartMethod", "Supervisor", "resolve"]
 
@@ -223,7 +224,8 @@ class Supervisor:
 
     def _instance(self, name: str, spec: WorkerSpec) -> Any:
         cls = resolve(spec.cls)
-        arguments = _with_port(self._arguments(name, spec), "nanny_port" if issubclass(cls, Nanny) else "worker_port")
+        arguments = with_port(self._arguments(name, spec), "nanny_port" if issubclass(cls, Nanny) else "worker_port")
+        arguments.pop("listen_address", None)  # it is there in parts too
         allowed = modes.worker_keywords(cls)
         if allowed is not None:
             # Host options are for dask's workers; another class gets those of them that it knows.
@@ -249,13 +251,13 @@ class Supervisor:
         for name, spec in specs.items():
             if spec.device is None:
                 raise ConfigError(f"worker {name!r}: {NO_DEVICE}", key="cls")
-            arguments = _with_port(self._arguments(name, spec), "nanny_port")
+            arguments = _for_cuda(with_port(self._arguments(name, spec), "nanny_port"))
             resources = arguments.pop("resources", {})
             env = arguments.pop("env", {})
             arguments["resources"] = " ".join(f"{key}={value!r}" for key, value in resources.items()) or None
             arguments.setdefault("memory_limit", 1 / len(spec.devices))
             if arguments.get("worker_port"):
-                arguments["worker_port"] = _port(arguments["worker_port"], spec)
+                arguments["worker_port"] = port_of(arguments["worker_port"], spec)
             with forkserver.environment({"CUDA_VISIBLE_DEVICES": spec.devices[spec.device]}):
                 [nanny] = CUDAWorker(self.scheduler, **arguments).nannies
             # CUDAWorker takes neither a nanny class nor environment variables.
@@ -369,20 +371,14 @@ def _takes_timeout(close: Callable[..., Any]) -> bool:
     return "timeout" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _with_port(arguments: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return arguments with the port that is a server's own under dask's name for it."""
-    port, others = arguments.get(key), {k: v for k, v in arguments.items() if k not in (key, "nanny_port")}
-    return others if port is None else {"port": port, **others}
-
-
-def _port(ports: Any, spec: WorkerSpec) -> int | None:
-    """Return a GPU worker's own port of those that were given for all devices."""
-    each = parse_ports(ports)
-    if len(each) < len(spec.devices):
-        raise ConfigError(
-            f"worker_port={ports!r} has {len(each)} ports for {len(spec.devices)} GPUs; give a range, such as "
-            f"'9000:{8999 + len(spec.devices)}'",
-            key="worker_port",
-        )
-    assert spec.device is not None
-    return each[spec.device]
+def _for_cuda(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments as CUDAWorker takes them: a class, and one place to listen, not that in parts too."""
+    arguments = dict(arguments)
+    if isinstance(worker_class := arguments.get("worker_class"), str):
+        arguments["worker_class"] = resolve(worker_class)
+    if listen := arguments.get("listen_address"):
+        for part in ("host", "worker_port"):
+            arguments.pop(part, None)
+        if arguments.get("contact_address") == listen:
+            del arguments["contact_address"]
+    return arguments
