@@ -47,6 +47,8 @@ class Counts(SchedulerPlugin):
         """Return what ``Scheduler.adaptive_target`` does, in a manager's own unit."""
         target, there = int(self._adaptive_target(target_duration)), len(self.scheduler.workers)
         counted = sum(map(len, self._counted().values()))
+        if target < there:  # it found some that could go, each of them counted
+            return counted - (there - target)
         return -(-target * counted // there) if there else target
 
     def workers_to_close(
