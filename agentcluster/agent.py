@@ -34,6 +34,10 @@ from agentcluster.supervisor import StartMethod, Supervisor
 
 logger = logging.getLogger(__name__)
 
+#: What an agent starts that stands where a worker stood: one worker with all threads, or with those that it was given.
+LIKE_DASK_WORKER = Mode("auto-cpu", {"nworkers": 1})
+SHAPE = ("nthreads", "memory_limit")
+
 #: Seconds that a call waits for this agent's registration to be complete.
 JOIN_GRACE = 2.0
 
@@ -108,6 +112,12 @@ class Agent(Server):
         self.security = security if isinstance(security, Security) else Security(**(security or {}))
         self.scheduler_address = None if scheduler is None else scheduler_address(scheduler)
         self.death_timeout = None if death_timeout is None else seconds("death_timeout", death_timeout)
+        if not lasting and scheduler is not None:
+            shape = {key: worker_options.pop(key) for key in SHAPE if worker_options.get(key) is not None}
+            if shape and mode is None:
+                mode, config = "auto-cpu", {"nworkers": 1, **shape}
+            elif mode is None and fallback is None:
+                fallback = LIKE_DASK_WORKER
         self.own_mode = None if mode is None else modes.parse(mode, config)
         self.fallback = None if fallback is None else modes.parse(fallback)
         self.given_name = name if name is not None else self.settings.node_name

@@ -35,6 +35,7 @@ class Counts(SchedulerPlugin):
         self.registry = registry
         self._workers_to_close: Any = scheduler.workers_to_close
         self._adaptive_target: Any = scheduler.adaptive_target
+        self._whole = False
 
     def install(self) -> None:
         """Have the scheduler ask here first when somebody asks about numbers of workers."""
@@ -47,8 +48,9 @@ class Counts(SchedulerPlugin):
         """Return what ``Scheduler.adaptive_target`` does, in a manager's own unit."""
         target, there = int(self._adaptive_target(target_duration)), len(self.scheduler.workers)
         counted = sum(map(len, self._counted().values()))
-        if target < there:  # it found some that could go, each of them counted
-            return counted - (there - target)
+        if target < there:  # dask found some that could go, and leaves what there is without them
+            going = set(self.workers_to_close())
+            return sum(ws.address not in going for group in self._counted().values() for ws in group)
         return -(-target * counted // there) if there else target
 
     def workers_to_close(
@@ -67,10 +69,11 @@ class Counts(SchedulerPlugin):
         if key is not None or len(counted) == len(self.scheduler.workers):
             return list(self._workers_to_close(target=target, n=n, attribute=attribute, key=key, **how))
         if target is None and n is None:
-            return list(self._workers_to_close(attribute=attribute, key=self._group, **how))
+            nodes = {self._group(self.scheduler.workers[address]) for address in self._ask(key=self._group, **how)}
+            return [getattr(ws, attribute) for ws in self.scheduler.workers.values() if self._group(ws) in nodes]
         remain = sum(map(len, counted.values()))
         least = max(remain - n if target is None and n is not None else target or 0, how.get("minimum") or 0)
-        cheapest = self._workers_to_close(n=len(self.scheduler.workers), key=self._group)
+        cheapest = self._ask(n=len(self.scheduler.workers), key=self._group)
         chosen: list[Any] = []
         for group in dict.fromkeys(self._group(self.scheduler.workers[address]) for address in cheapest):
             if remain - len(counted[group]) < least:
@@ -79,8 +82,18 @@ class Counts(SchedulerPlugin):
             chosen += [getattr(ws, attribute) for ws in counted[group]]
         return chosen
 
+    def _ask(self, **how: Any) -> list[str]:
+        """Ask the scheduler about all workers: nodes are idle, and small, by all that they run."""
+        self._whole = True
+        try:
+            return list(self._workers_to_close(**how))
+        finally:
+            self._whole = False
+
     def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[WorkerState]) -> list[WorkerState]:
         """Return the workers that a manager may choose from: those that stand for a name of its own."""
+        if self._whole:
+            return workers
         counted = {ws for group in self._counted().values() for ws in group}
         return [ws for ws in workers if ws in counted]
 

@@ -84,11 +84,11 @@ def _check(predicate: Callable[[], Any], deadline: float, timeout: float) -> Non
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes a Slurm of its own, as root, unless it is asked for."""
-    if "slurm" not in config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("slurm"):
-                item.add_marker(pytest.mark.skip(reason="starts a Slurm, as root; run by: pytest -m slurm"))
+    """Leave out what takes a Slurm of its own, as root, or minutes under another tool, unless it is asked for."""
+    for mark in ("slurm", "deploy"):
+        for item in items if mark not in config.option.markexpr else ():
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=f"run by: pytest -m {mark}"))
 
 
 @pytest.fixture(autouse=True)

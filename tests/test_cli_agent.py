@@ -552,8 +552,8 @@ async def test_worker_that_does_not_start(scheduler: Scheduler, client: Client, 
     spec = {"cls": "dask.distributed.Nanny", "opts": {"preload": ["no_such_module_here"]}}
     agent = start(*AGENT, scheduler.address, "--spec", json.dumps(spec))
     assert await agent.ended() == 1
-    said = sentence(agent.output())
-    assert said.startswith("workers on node")
+    (said,) = [line for line in agent.output().splitlines() if line.startswith("dask-agent: ")]
+    assert said.startswith("dask-agent: workers on node")
     assert "no_such_module_here" in said
     await wait_until(lambda: _empty(client), 2)
 

@@ -171,6 +171,7 @@ async def test_a_job_whose_workers_were_all_taken_away_stays(jobs: Open) -> None
         assert opened.pids() == before
 
 
+@pytest.mark.deploy
 async def test_a_manager_that_adapts(jobs: Open) -> None:
     async with jobs() as opened:
         cluster, client = opened.cluster, opened.client

@@ -13,7 +13,7 @@ from agentcluster import allocate, preflight
 from agentcluster.model import Gpu, Hardware, HostMetrics, Mode, WorkerSpec
 from agentcluster.preflight import WORKER_MEMORY, with_strategy
 from agentcluster.proposal import Proposal
-from agentcluster.registry import Node
+from agentcluster.registry import Registry
 from agentcluster.rolling import Terms
 
 GIB = 2**30
@@ -38,7 +38,7 @@ def proposal(
     gpus: tuple[Gpu, ...] = (),
 ) -> Proposal:
     """Return what is to change on a node of which its agent has said this."""
-    node = Node("n", "tcp://n:1", Hardware("host", 16, memory, gpus))
+    node = Registry().register("n", "tcp://n:1", Hardware("host", 16, memory, gpus), now=0.0)
     node.metrics = HostMetrics(50.0, used, (0,) * len(gpu_used), gpu_used)
     node.adopt(Mode("auto-cpu"), dict(zip(node.take_names(old), [CPU] * old, strict=True)))
     named = dict(zip(node.take_names(len(new)), new, strict=True))

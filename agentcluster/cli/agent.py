@@ -23,8 +23,9 @@ from distributed.config import get_loop_factory
 from distributed.proctitle import enable_proctitle_on_children, enable_proctitle_on_current
 from distributed.utils import import_term, json_load_robust
 
-from agentcluster.agent import Agent, seconds
+from agentcluster.agent import LIKE_DASK_WORKER, Agent, seconds
 from agentcluster.cli import cuda
+from agentcluster.cli.options import FLAGS, FOR_WORKERS, OURS, SECTIONS, SHAPE
 from agentcluster.errors import AgentClusterError, ConfigError, suggest
 from agentcluster.logs import log_to_stderr
 from agentcluster.model import Mode
@@ -33,62 +34,9 @@ from agentcluster.notify import Notifier
 
 logger = logging.getLogger("agentcluster.cli")
 
-#: Parameters of ``dask worker`` that mean more, or another thing, here.
-OURS = ("listen_address", "version")
-
-#: Options of ``dask worker`` that every worker gets as they are, whatever its mode.
-FOR_WORKERS = (
-    "host",
-    "interface",
-    "protocol",
-    "local_directory",
-    "scheduler_sni",
-    "dashboard",
-    "dashboard_address",
-    "lifetime",
-    "lifetime_stagger",
-    "lifetime_restart",
-    "preload",
-    "preload_argv",
-    "preload_nanny",
-    "worker_port",
-    "nanny_port",
-    "contact_address",
-)
-
-#: The options that say what runs, as the user types them.
-FLAGS = {
-    "mode": "--mode",
-    "mode_config": "--config",
-    "spec": "--spec",
-    "spec_file": "--spec-file",
-    "n_workers": "--nworkers",
-    "nthreads": "--nthreads",
-    "memory_limit": "--memory-limit",
-}
-#: What ``dask worker`` starts without options: one worker with all threads.
-LIKE_DASK_WORKER = Mode("auto-cpu", {"nworkers": 1})
-SHAPE = {"n_workers": "nworkers", "nthreads": "nthreads", "memory_limit": "memory_limit"}
-
 
 def _from_dask_worker() -> list[click.Parameter]:
     return [parameter for parameter in dask_worker.params if parameter.name not in OURS]
-
-
-#: The sections of ``--help``, and what each has; an option of ``dask worker`` that is new to us comes last.
-SECTIONS = {
-    "What runs here first": ("mode", "mode_config", "spec", "spec_file", *SHAPE, "nanny", "worker_class"),
-    "Which scheduler": ("scheduler_file", "standby", "name", "death_timeout", "scheduler_sni"),
-    "Where it listens": (
-        *("host", "interface", "protocol", "listen_address", "contact_address", "worker_port", "nanny_port"),
-        *("dashboard", "dashboard_address"),
-    ),
-    "Encryption": ("tls_ca_file", "tls_cert", "tls_key"),
-    "For all workers, whatever runs": (
-        *("resources", "local_directory", "preload", "preload_argv", "preload_nanny"),
-        *("lifetime", "lifetime_stagger", "lifetime_restart"),
-    ),
-}
 
 
 class _Command(cuda.Command):
@@ -293,7 +241,7 @@ def _split(option: str, address: str) -> tuple[str, str, int]:
         host, port = get_address_host_port(f"{protocol or 'tcp'}://{rest}", strict=True)
     except ValueError as error:
         raise ConfigError(f"{option} {address!r}: {error}; such as tcp://0.0.0.0:8790") from None
-    return protocol, host, port
+    return protocol, f"[{host}]" if ":" in host else host, port
 
 
 def _mode(options: dict[str, Any], given: Any) -> Mode | None:
@@ -367,13 +315,14 @@ def _json(option: str, text: str) -> Any:
 async def _run(arguments: dict[str, Any], notify: Notifier) -> None:
     ended, hurry = asyncio.Event(), asyncio.Event()
 
-    def end(*events: asyncio.Event) -> None:
+    def end(name: str, *events: asyncio.Event) -> None:
+        logger.info("Received signal %s", name)
         for event in events:
             event.set()
 
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, end, ended)
-    loop.add_signal_handler(signal.SIGINT, end, ended, hurry)
+    loop.add_signal_handler(signal.SIGTERM, end, "SIGTERM", ended)
+    loop.add_signal_handler(signal.SIGINT, end, "SIGINT", ended, hurry)
     agent = Agent(**arguments)
     work = asyncio.ensure_future(_live(agent, notify))
     over = asyncio.ensure_future(ended.wait())
