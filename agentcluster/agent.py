@@ -19,7 +19,6 @@ from dask.utils import parse_timedelta
 from distributed.comm.core import Comm, CommClosedError
 from distributed.core import Server, Status, error_message
 from distributed.security import Security
-from distributed.utils import json_load_robust
 
 from agentcluster import hardware, modes
 from agentcluster.addresses import connection_args, listen_address, room, scheduler_address
@@ -31,12 +30,9 @@ from agentcluster.membership import IS_IT_THERE, Membership
 from agentcluster.model import Hardware, Mode, to_wire, unpickled
 from agentcluster.orders import Orders
 from agentcluster.supervisor import StartMethod, Supervisor
+from agentcluster.worker_like import LIKE_DASK_WORKER, take_mode, take_scheduler
 
 logger = logging.getLogger(__name__)
-
-#: What an agent starts that stands where a worker stood: one worker with all threads, or with those that it was given.
-LIKE_DASK_WORKER = Mode("auto-cpu", {"nworkers": 1})
-SHAPE = ("nthreads", "memory_limit")
 
 #: Seconds that a call waits for this agent's registration to be complete.
 JOIN_GRACE = 2.0
@@ -74,10 +70,10 @@ class Agent(Server):
     lasting : bool, optional
         Stay when the last worker was retired, by a client or a cluster manager, and wait for others; without it the
         agent ends then, as ``dask worker`` does. An agent that was adopted stays.
-    scheduler_file : str, optional
-        File that has the address, as ``dask scheduler --scheduler-file`` writes it, in place of `scheduler`.
     **worker_options
-        Keyword arguments for every worker on this host, whatever its mode (``local_directory``, ``resources``, …).
+        Keyword arguments for every worker on this host, whatever its mode (``local_directory``, ``resources``, …). An
+        agent that is not `lasting` may stand where a worker stood: ``scheduler_ip``, ``scheduler_port`` and
+        ``scheduler_file`` name its scheduler then, and ``nthreads`` and ``memory_limit`` are its first worker's.
 
     Attributes
     ----------
@@ -103,21 +99,17 @@ class Agent(Server):
         listen_host: str | None = None,
         death_timeout: str | float | None = None,
         lasting: bool = False,
-        scheduler_file: str | None = None,
         **worker_options: Any,
     ) -> None:
-        if scheduler is None and scheduler_file is not None:
-            scheduler = json_load_robust(scheduler_file)["address"]
+        if not lasting and (address := take_scheduler(worker_options)) is not None:
+            scheduler = scheduler or address
         self.settings = Config.load()
         self.security = security if isinstance(security, Security) else Security(**(security or {}))
         self.scheduler_address = None if scheduler is None else scheduler_address(scheduler)
         self.death_timeout = None if death_timeout is None else seconds("death_timeout", death_timeout)
-        if not lasting and scheduler is not None:
-            shape = {key: worker_options.pop(key) for key in SHAPE if worker_options.get(key) is not None}
-            if shape and mode is None:
-                mode, config = "auto-cpu", {"nworkers": 1, **shape}
-            elif mode is None and fallback is None:
-                fallback = LIKE_DASK_WORKER
+        if not lasting and scheduler is not None and mode is None:
+            mode = take_mode(worker_options)
+            fallback = fallback or LIKE_DASK_WORKER
         self.own_mode = None if mode is None else modes.parse(mode, config)
         self.fallback = None if fallback is None else modes.parse(fallback)
         self.given_name = name if name is not None else self.settings.node_name
@@ -171,7 +163,10 @@ class Agent(Server):
             ) from None
         except RuntimeError as error:
             # A server hides the reason in "Agent failed to start".
-            raise (error.__cause__ or error) from None
+            cause = error.__cause__ or error
+            if isinstance(cause, MemoryError):  # what it says is read as the length of what it will say
+                raise SchedulerUnfit(str(self.scheduler_address), "what answers there is no scheduler") from None
+            raise cause from None
         return self
 
     async def start_unsafe(self) -> Agent:

@@ -169,6 +169,19 @@ async def test_spec_file_of_several_workers(scheduler: Scheduler, client: Client
     assert wide["resources"]["WIDE"] == 1
 
 
+@pytest.mark.parametrize("cls", ["dask.distributed.Worker", "dask.distributed.Nanny"])
+async def test_spec_that_says_all_as_dask_spec_has_it(
+    scheduler: Scheduler, client: Client, start: Start, cls: str
+) -> None:
+    opts = {"scheduler_ip": scheduler.address, "name": "foo", "nthreads": 3, "nanny": False}
+    agent = start(*AGENT, "--spec", json.dumps({"cls": cls, "opts": opts}))
+    ((name, node),) = (await settled(client)).items()
+    (worker,) = await workers(client)
+    assert (worker["name"], worker["nthreads"], name, node["mode"]) == ("foo", 3, "foo", "spec")
+    agent.kill(signal.SIGTERM)
+    assert await agent.ended() == 0
+
+
 async def test_host_options_stay_after_a_reprovision(
     scheduler: Scheduler, client: Client, start: Start, tmp_path: Path
 ) -> None:
@@ -526,6 +539,21 @@ def test_unreachable_scheduler(address: str) -> None:
     assert "is one running there" in said
 
 
+async def test_an_address_where_something_else_answers(start: Start) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        address = f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        agent = start(*AGENT, address, "--death-timeout", "5")
+        assert await agent.ended() == 1
+    said = sentence(agent.output())
+    assert address in said
+    assert "no scheduler" in said
+
+
 @pytest.mark.parametrize(
     ("options", "env", "expected"),
     [
@@ -570,6 +598,8 @@ WRONG = [
     ([NOWHERE, "--spec-file", "/no/such/file"], ["--spec-file '/no/such/file'", "No such file"]),
     ([NOWHERE, "--spec", '{"cls": "a.B"}', "--spec-file", "x"], ["--spec", "--spec-file", "together"]),
     ([NOWHERE, "--mode", "auto-gpu", "--spec", '{"cls": "a.B"}'], ["--spec", "--mode 'auto-gpu'"]),
+    ([NOWHERE, "--name", "a", "--spec", '{"cls": "a.B", "opts": {"name": "b"}}'], ["name", "twice", "'a'", "'b'"]),
+    ([NOWHERE, "--spec", '{"cls": "a.B", "opts": {"scheduler_ip": "x:1"}}'], ["scheduler", "twice", NOWHERE, "'x:1'"]),
     ([NOWHERE, "--nworkers", "x"], ["nworkers", "'x'", "whole number"]),
     ([NOWHERE, "--memory-limit", "x"], ["memory_limit", "'x'", "4GiB"]),
     ([NOWHERE, "--resources", "GPU"], ["--resources 'GPU'", "GPU=2"]),

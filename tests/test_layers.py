@@ -42,6 +42,7 @@ LAYERS = {
     "counts": 4,
     "tracked": 4,
     "placeholder": 4,
+    "worker_like": 4,
     "notify": 4,
     "orders": 6,
     "credentials": 4,

@@ -228,6 +228,14 @@ async def test_dask_spec_from_a_file(start: Start, address: str, client: Client,
     assert await names(client) == {"blue-0", "blue-1"}  # one of them works on nothing
 
 
+async def test_the_arguments_of_a_worker(start: Start, address: str, client: Client) -> None:
+    opts = {"scheduler_ip": address, "name": "blue", "nthreads": 3, "memory_limit": "300MiB", "host": "127.0.0.1"}
+    start(*SPEC, "--spec", json.dumps({"cls": "agentcluster.Agent", "opts": opts}))
+    await there(client, "blue")
+    (worker,) = (await workers(client)).values()
+    assert (worker["nthreads"], worker["memory_limit"]) == (3, 300 * 2**20)
+
+
 async def test_two_agents_of_one_dask_spec(start: Start, address: str, client: Client, tmp_path: Path) -> None:
     """As SSHCluster writes it for two workers on a host: without names."""
     program = dask_spec(start, address, {"0": agent_spec(), "1": agent_spec()})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import json
 import logging
 import os
 import signal
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from dask.config import get as dask_config
 from dask.system import CPU_COUNT
 from distributed.cli.dask_worker import main as dask_worker
@@ -21,16 +19,17 @@ from distributed.comm.addressing import get_address_host_port
 from distributed.compatibility import asyncio_run
 from distributed.config import get_loop_factory
 from distributed.proctitle import enable_proctitle_on_children, enable_proctitle_on_current
-from distributed.utils import import_term, json_load_robust
+from distributed.utils import import_term
 
-from agentcluster.agent import LIKE_DASK_WORKER, Agent, seconds
-from agentcluster.cli import cuda
+from agentcluster.agent import Agent, seconds
+from agentcluster.cli import cuda, spec
 from agentcluster.cli.options import FLAGS, FOR_WORKERS, OURS, SECTIONS, SHAPE
 from agentcluster.errors import AgentClusterError, ConfigError, suggest
 from agentcluster.logs import log_to_stderr
 from agentcluster.model import Mode
 from agentcluster.modes import names, parse
 from agentcluster.notify import Notifier
+from agentcluster.worker_like import LIKE_DASK_WORKER, address_in
 
 logger = logging.getLogger("agentcluster.cli")
 
@@ -128,6 +127,7 @@ def _given(context: click.Context, name: str) -> bool:
 
 def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
     """Return the keyword arguments of :class:`Agent` that the options mean."""
+    options = spec.with_spec(options)
     scheduler = _scheduler(options)
     options = {**options, **_places(options)}
     mode = _mode(options, given)
@@ -181,24 +181,12 @@ def _scheduler(options: dict[str, Any]) -> str | None:
     if scheduler is not None and file is not None:
         raise ConfigError(f"the scheduler is given twice, as {scheduler!r} and --scheduler-file {file!r}; give one")
     if file is not None:
-        return _scheduler_in(file, options["death_timeout"])
+        timeout = options["death_timeout"]
+        return address_in(file, None if timeout is None else seconds("--death-timeout", timeout))
     scheduler = scheduler or dask_config("scheduler-address", None)
     if scheduler is None:
         raise ConfigError("no scheduler: give its address (dask-agent tcp://HOST:8786), --scheduler-file, or --standby")
     return str(scheduler)
-
-
-def _scheduler_in(file: str, timeout: str | None) -> str:
-    """Return the address in a scheduler's own file, which may come to be there only later."""
-    wait = None if timeout is None else seconds("--death-timeout", timeout)
-    try:
-        return str(json_load_robust(file, timeout=wait)["address"])
-    except (OSError, KeyError, TypeError) as error:
-        problem = "it has no address" if isinstance(error, KeyError | TypeError) else str(error)
-        raise ConfigError(
-            f"--scheduler-file {file!r} cannot be used: {problem}; "
-            f"it is what `dask scheduler --scheduler-file FILE` writes"
-        ) from error
 
 
 def _places(options: dict[str, Any]) -> dict[str, Any]:
@@ -251,15 +239,15 @@ def _mode(options: dict[str, Any], given: Any) -> Mode | None:
             if given(option):
                 raise ConfigError(f"{FLAGS[option]} cannot go with --standby: the cluster that adopts says what runs")
         return None
-    name, spec = options["mode"], _spec(options)
+    name, workers = options["mode"], options["spec"]
     if name is not None and name not in names():
         raise ConfigError(f"--mode {name!r}: unknown mode; {suggest(name, names())}")
-    config = _json("--config", options["mode_config"]) if options["mode_config"] else {}
+    config = spec.from_json("--config", options["mode_config"]) if options["mode_config"] else {}
     shape = {key: options[option] for option, key in SHAPE.items() if given(option)}
-    if spec is not None:
+    if workers is not None:
         if name not in (None, "spec"):
             raise ConfigError(f"--spec says what runs, so --mode {name!r} cannot be given with it")
-        name, config = "spec", {"spec": spec, **config}
+        name, config = "spec", {"spec": workers, **config}
     if name is None:
         if not config and not shape and options["nanny"]:
             return None
@@ -287,29 +275,6 @@ def _number(value: Any) -> Any:
         return int(value)
     except (TypeError, ValueError):
         return value
-
-
-def _spec(options: dict[str, Any]) -> Any:
-    if options["spec"] and options["spec_file"]:
-        raise ConfigError("--spec and --spec-file cannot be given together")
-    if options["spec_file"]:
-        try:
-            with open(options["spec_file"]) as file:
-                return yaml.safe_load(file)
-        except (OSError, yaml.YAMLError) as error:
-            text = " ".join(str(error).split())
-            raise ConfigError(f"--spec-file {options['spec_file']!r} cannot be read: {text}") from error
-    return _json("--spec", options["spec"]) if options["spec"] else None
-
-
-def _json(option: str, text: str) -> Any:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{option}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{option}: expected a JSON object, got {text!r}")
-    return found
 
 
 async def _run(arguments: dict[str, Any], notify: Notifier) -> None:
