@@ -226,7 +226,7 @@ class Agent(Server):
             if mode is None or adopted is not None:
                 raise
             logger.warning("Node %s cannot be reprovisioned: %s", self.node_name, unfit)
-            membership = Alone(scheduler, **terms, mode=mode)
+            self._membership = membership = Alone(scheduler, **terms, mode=mode)
             await membership.join(node, self.death_timeout)
         self.node_name = membership.name
         self._membership = membership

@@ -43,7 +43,8 @@ class Alone(Membership):
 
     async def retire(self) -> None:
         """Have dask move the workers' data to others; it does not say what became of it."""
-        names = [state.name for state in self.supervisor.states() if state.state == "running"]
+        # also of those of which only the scheduler knows yet that they are up
+        names = [state.name for state in self.supervisor.states()]
         try:
             async with asyncio.timeout(self._settings.stop_timeout), self._scheduler() as scheduler:
                 await scheduler.retire_workers(names=names, close_workers=False, remove=True)

@@ -140,10 +140,14 @@ class Changes:
             report = await self._roll("scale", wishes, terms)
             return {**report, "workers": sum(len(node.plan.workers) for node in nodes)}
 
-    async def empty(self, name: str, terms: Terms) -> Report:
-        """Move a node's data to others and stop its workers."""
-        if self.registry.get(name).state == "lost":
-            return await self._roll("none", {}, terms)
+    async def empty(self, name: str, terms: Terms, ends: bool = False) -> Report:
+        """Move a node's data to others and stop its workers; where there are none, nothing is waited for."""
+        node = self.registry.get(name)
+        if ends:
+            node.tracked = ()
+        here = {str(worker.name) for worker in self.scheduler.workers.values()}
+        if node.state == "lost" or (ends and here.isdisjoint(node.workers)):
+            return self._rolling("none", {}, terms).report()
         async with self._nodes([name], terms) as [node]:
             return await self._roll("none", {name: (Mode("none"), _without(node, node.plan.workers))}, terms)
 

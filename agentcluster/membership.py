@@ -147,8 +147,7 @@ class Membership:
 
         The scheduler gets ``agentcluster.stop-timeout`` for moving the data, and as long again for all the rest.
         """
-        gone = self._stream is None or self._stream.closed()
-        if gone or not any(state.state == "running" for state in self.supervisor.states()):
+        if self._stream is None or self._stream.closed() or not self.supervisor.states():
             return
         seconds = self._settings.stop_timeout
         try:
@@ -162,10 +161,9 @@ class Membership:
             why = error.refusals.get(self.name) if isinstance(error, PreflightError) else None
             logger.info("Node %s closes with its data: %s", self.name, why or error)
         else:
-            moved = report["nodes"][self.name]
-            logger.info(
-                "Node %s: %d keys (%s) moved to others", self.name, moved["keys"], format_bytes(moved["nbytes"])
-            )
+            for name, moved in report["nodes"].items():
+                size = format_bytes(moved["nbytes"])
+                logger.info("Node %s: %d keys (%s) moved to others", name, moved["keys"], size)
 
     async def leave(self) -> None:
         """Take the node from the scheduler and stop its workers."""

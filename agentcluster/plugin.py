@@ -276,9 +276,7 @@ class AgentPlugin(SchedulerPlugin):
     @_answer
     async def retire_node(self, name: str, ends: bool = False, **terms: Any) -> dict[str, Any]:
         """Move a node's data to others and stop its workers; the node stays, in standby, unless its agent `ends`."""
-        if ends:
-            self.registry.get(name).tracked = ()
-        return await self.changes.empty(name, from_wire(Terms, terms, "retire_node"))
+        return await self.changes.empty(name, from_wire(Terms, terms, "retire_node"), ends)
 
     @_answer
     async def retire_node_workers(self, names: Sequence[str], **terms: Any) -> dict[str, Any]:

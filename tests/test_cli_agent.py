@@ -275,6 +275,38 @@ async def test_sigterm_moves_the_data_to_others(
         assert not [word for word in ("error", "exception", "traceback") if word in agent.output().lower()]
 
 
+LATE = """
+import asyncio
+from distributed import Worker
+
+class Late(Worker):
+    async def start(self):
+        await super().start()
+        await asyncio.sleep(2)
+        return self
+"""
+
+
+@pytest.mark.parametrize("command", [SCHEDULER, SCHEDULER_AGAINST], ids=["plugin", "no plugin"])
+async def test_sigterm_moves_data_of_a_worker_that_only_the_scheduler_knows(
+    start: Start, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """It works as soon as it has registered; its agent hears of that later."""
+    (tmp_path / "late.py").write_text(LATE)
+    path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    _, address = await start_scheduler(start, tmp_path, command=command)
+    start(*AGENT, address, *ONE, "--name", "b")
+    async with Client(address, asynchronous=True) as client:
+        await wait_until(async_len(client, 1), 40)
+        agent = start(*AGENT, address, *ONE, "--name", "a", "--worker-class", "late.Late", env=path)
+        await wait_until(async_len(client, 2), 40)
+        kept = await client.scatter([f"value {i}" for i in range(20)], hash=False, workers=["a"])
+        assert [len(keys) for keys in (await client.has_what()).values() if keys] == [20]
+        agent.kill(signal.SIGTERM)
+        assert await agent.ended() == 0
+        assert await client.gather(kept) == [f"value {i}" for i in range(20)]
+
+
 async def test_sigint_ends_it_with_its_data(
     scheduler: Scheduler, client: Client, holders: tuple[Program, Program, list[Future]]
 ) -> None:

@@ -63,7 +63,7 @@ async def joined(client: Client, agent: Program) -> dict[str, int]:
 async def test_no_gpu_is_one_error_and_the_workers_stay(client: Client, address: str, start: Start) -> None:
     agent = start(*AGENT, address, *SMALL, env={"CUDA_VISIBLE_DEVICES": ""})
     before = await joined(client, agent)
-    assert list(before) == ["box-0"]
+    assert list(before) == ["box"]
     kept = await client.scatter(list(range(10)), hash=False)
     with pytest.raises(PreflightError, match=r"cannot reprovision to 'auto-gpu', nothing was changed: box: .*GPU"):
         await client.scheduler.reprovision_nodes(mode="auto-gpu")
@@ -71,7 +71,7 @@ async def test_no_gpu_is_one_error_and_the_workers_stay(client: Client, address:
     assert await client.gather(kept) == list(range(10))
     assert await client.submit(sum, [1, 2]) == 3
     (node,) = (await client.scheduler.get_nodes()).values()
-    assert (node["mode"], node["state"], list(node["plan"])) == ("auto-cpu", "ready", ["box-0"])
+    assert (node["mode"], node["state"], list(node["plan"])) == ("auto-cpu", "ready", ["box"])
     assert "Traceback" not in agent.output()
 
 
@@ -81,9 +81,9 @@ async def test_spec(client: Client, address: str, start: Start) -> None:
     kept = await client.scatter(list(range(10)), hash=False)
     report = await client.scheduler.reprovision_nodes(mode="spec", config=NANNY)
     after = await pids(client)
-    assert list(after) == ["box-1"]
+    assert list(after) == ["box"]
     assert not any(map(psutil.pid_exists, before.values()))
-    assert list(report["nodes"]["box"]["old"]) == ["box-0"]
+    assert list(report["nodes"]["box"]["old"]) == ["box"]
     assert await client.gather(kept) == list(range(10))
     assert await client.submit(sum, [1, 2]) == 3
     assert (await client.scheduler.get_provision_mode())["mode"] == "spec"
@@ -103,9 +103,9 @@ async def test_a_late_agent_keeps_the_mode_that_it_was_given(client: Client, add
     await wait_until(there, 30)
     found = await client.scheduler.get_nodes()
     assert {name: node["mode"] for name, node in found.items()} == {"box": "uniform", "late": "none"}
-    assert list(await pids(client)) == ["box-1"]
+    assert list(await pids(client)) == ["box"]
     await client.scheduler.reprovision_nodes(mode="uniform", config=one)
-    assert sorted(await pids(client)) == ["box-1", "late-0"]
+    assert sorted(await pids(client)) == ["box", "late"]
 
 
 async def test_a_late_agent_that_was_given_no_mode_gets_that_of_the_others(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agentcluster.model import Gpu, Hardware, Mode, NodeReport, WorkerSpec, pickled
-from agentcluster.registry import Node
+from agentcluster.registry import Registry
 from agentcluster.report import Nodes, Report, html_table, text_table
 
 GIB = 2**30
@@ -43,7 +43,7 @@ def snapshot(
     specs: list[WorkerSpec], *, name: str = "n", problem: str | None = None, ngpus: int = 0, mode: str = "auto-cpu"
 ) -> dict[str, Any]:
     gpus = tuple(Gpu(str(i), f"GPU-{i}", "H200", 141 * GIB) for i in range(ngpus))
-    node = Node(name, "tcp://n:1", Hardware("host", 16, 64 * GIB, gpus))
+    node = Registry().register(name, "tcp://n:1", Hardware("host", 16, 64 * GIB, gpus), now=0.0)
     node.adopt(Mode(mode), dict(zip(node.take_names(len(specs)), specs, strict=True)))
     node.problem = problem
     return node.snapshot()

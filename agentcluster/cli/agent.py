@@ -296,12 +296,12 @@ async def _run(arguments: dict[str, Any], notify: Notifier) -> None:
         if work.done():
             work.result()
     finally:
-        for task in (work, over):
-            task.cancel()
-        await asyncio.gather(work, over, return_exceptions=True)
         notify(f"Node {agent.node_name} ends", state="STOPPING")
         if ended.is_set():
             await agent.retire(hurry)
+        for task in (work, over):
+            task.cancel()
+        await asyncio.gather(work, over, return_exceptions=True)
         await agent.close(reason="signal" if ended.is_set() else "end")
 
 
