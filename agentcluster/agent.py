@@ -47,7 +47,8 @@ class Agent(Server):
     Parameters
     ----------
     scheduler : str, optional
-        Address of the scheduler. Without one the agent is in standby until it is adopted.
+        Address of the scheduler. Without one, here or in dask's configuration as ``scheduler-address``, the agent is in
+        standby until it is adopted; a `lasting` one does not look there.
     name : str or int, optional
         The node's name; default is the host's own name, made unique by the scheduler. Given to an agent that is not
         `lasting` it is also the name of its first worker, as for ``dask worker``, and stays one of its workers'.
@@ -101,8 +102,8 @@ class Agent(Server):
         lasting: bool = False,
         **worker_options: Any,
     ) -> None:
-        if not lasting and (address := take_scheduler(worker_options)) is not None:
-            scheduler = scheduler or address
+        if not lasting:
+            scheduler = take_scheduler(worker_options) if scheduler is None else scheduler
         self.settings = Config.load()
         self.security = security if isinstance(security, Security) else Security(**(security or {}))
         self.scheduler_address = None if scheduler is None else scheduler_address(scheduler)

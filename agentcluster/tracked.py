@@ -88,15 +88,22 @@ class Tracked:
             Names of workers.
         **how
             As dask takes it.
+
+        Returns
+        -------
+        dict
+            Address -> what the scheduler says of a worker that was retired; of a node only those that a manager knows.
         """
         chosen = [*(workers or ()), *(names or ())]
         both = workers is not None and names is not None
         nodes = [] if both or str(how.get("stimulus_id")).startswith(BY_ITSELF) else self._meant(chosen)
         if not nodes:
             return await self._retire_workers(workers, names=names, **how)
-        meant = {str(each) for each in chosen}.union(*([*node.tracked, *node.plan.workers] for node in nodes))
+        known = {str(each) for each in chosen}.union(*(node.tracked for node in nodes))
+        meant = known.union(*(node.plan.workers for node in nodes))
         addresses = [ws.address for ws in self.scheduler.workers.values() if {str(ws.name), ws.address} & meant]
-        return await self._retire_workers(addresses, **how)
+        retired = await self._retire_workers(addresses, **how)
+        return {address: its for address, its in retired.items() if {str(its["name"]), address} & known}
 
     def _meant(self, chosen: Iterable[Any]) -> list[Node]:
         """Return the nodes that are to go as a whole."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dask import config
 from distributed.utils import json_load_robust
 
 from agentcluster import modes
@@ -18,7 +19,7 @@ SHAPE = ("nthreads", "memory_limit")
 
 
 def take_scheduler(options: dict[str, Any]) -> str | None:
-    """Take the scheduler's address out of a worker's arguments.
+    """Take the scheduler's address out of a worker's arguments, or dask's configuration, as a worker does.
 
     Parameters
     ----------
@@ -33,7 +34,7 @@ def take_scheduler(options: dict[str, Any]) -> str | None:
     ip, port, file = (options.pop(f"scheduler_{key}", None) for key in ("ip", "port", "file"))
     if ip is not None:
         return f"{ip}:{port}" if port is not None else str(ip)
-    return None if file is None else address_in(file)
+    return config.get("scheduler-address", None) if file is None else address_in(file)
 
 
 def address_in(file: str, timeout: float | None = None) -> str:

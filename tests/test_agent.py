@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import os
 import signal
@@ -241,7 +242,8 @@ async def test_calls_of_the_scheduler(scheduler: Scheduler, caplog: pytest.LogCa
         assert [state["name"] for state in answer["states"]] == ["x"]
         answer = await remote.start_workers(specs={"y": bad}, timeout=30)
         assert "no_such_package" in answer["failures"]["y"]
-        assert joined(scheduler) == {"n", "x"}  # the first bears the name of a node that has no workers of its own
+        # the first bears the name of a node that has no workers of its own
+        await wait_until(lambda: joined(scheduler) == {"n", "x"})
         with pytest.raises(ConfigError, match="unknown key 'nthread'"):
             await remote.check_workers(specs={"z": {"kind": "cpu", "cls": "distributed.Nanny", "nthread": 1}})
         await remote.stop_workers(names=["x", "unknown"], timeout=10)
@@ -268,6 +270,20 @@ async def test_an_agent_in_standby_has_no_workers() -> None:
         introduction = one.introduction()
         assert introduction["address"] == one.address
         assert from_wire(Hardware, introduction["hardware"]) == one.hardware
+
+
+@pytest.mark.parametrize("how", ["scheduler_ip", "scheduler_file", "configuration"])
+async def test_its_scheduler_as_a_worker_is_told(scheduler: Scheduler, tmp_path: Path, how: str) -> None:
+    file = tmp_path / "scheduler.json"
+    file.write_text(json.dumps({"address": scheduler.address}))
+    options = {"scheduler_ip": {how: scheduler.address}, "scheduler_file": {how: str(file)}, "configuration": {}}[how]
+    with dask.config.set({"scheduler-address": scheduler.address if how == "configuration" else None}):
+        async with Agent(**options, name="box", nthreads=1, memory_limit="300MiB") as agent:
+            await agent.provisioned()
+            (worker,) = scheduler.workers.values()
+            assert (worker.name, worker.nthreads, worker.memory_limit) == ("box", 1, 300 * 2**20)
+        async with Agent(lasting=True) as standby:
+            assert standby.scheduler_address is None
 
 
 async def test_options_for_all_workers(scheduler: Scheduler, tmp_path: Path) -> None:

@@ -146,7 +146,8 @@ async def test_who_retires_the_name_retires_the_node(scheduler: Scheduler, clien
             chosen = {"names": ["blue"]}
         elif how == "address":
             chosen = {"workers": [scheduler.aliases["blue"]]}
-        await client.scheduler.retire_workers(**chosen)
+        retired = await client.scheduler.retire_workers(**chosen)
+        assert [its["name"] for its in retired.values()] == ["blue"]  # a manager ends what bears these names
         assert set(names(scheduler)) == {"other"}  # as soon as it has said so: a manager kills the job then
         assert await client.gather(data) == {"x": 1, "y": 2}
         await asyncio.wait_for(agent.finished(), 15)

@@ -142,6 +142,7 @@ def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
     }
     arguments = {
         "scheduler": scheduler,
+        "lasting": options["standby"] or None,
         "name": _number(options["name"]),
         "mode": mode,
         "fallback": LIKE_DASK_WORKER if mode is None and not options["standby"] else None,
