@@ -571,7 +571,7 @@ async def test_an_agent_runs_until_it_is_closed(
     await asyncio.sleep(0)
     first.cancel()  # which must not stop the work that the second waits for
     await second
-    assert _ended(tree)
+    await wait_until(lambda: _ended(tree))  # its resource tracker ends after it
     assert await waiting == 0
     await launched.close(0)
     assert await launched.wait() == 0

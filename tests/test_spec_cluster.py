@@ -61,7 +61,7 @@ async def nobody_is_given_up(cluster: SpecCluster) -> None:
 async def test_names_and_options_are_those_of_a_worker() -> None:
     async with cluster_of([0, 1], ENTRY) as (cluster, client):
         await there(client, 0, 1)
-        assert cluster.observed == cluster.plan == cluster.requested == {0, 1}
+        await wait_until(lambda: cluster.observed == cluster.plan == cluster.requested == {0, 1})
         for worker in (await workers(client)).values():
             assert (worker["nthreads"], worker["memory_limit"]) == (1, 300 * 2**20)
 
@@ -121,7 +121,8 @@ async def test_several_workers_of_an_entry_are_its_group(tmp_path: Path) -> None
     async with cluster_of(["a", "b"], entry) as (cluster, client):
         first = {"a-0", "a-1", "b-0", "b-1"}
         await there(client, *first)
-        assert cluster.observed == cluster.plan == first
+        assert cluster.plan == first
+        await wait_until(lambda: cluster.observed == first)
         work = Work(client, tmp_path / "work")
         await work.begin()
         for nworkers in (1, 3):
