@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from dataclasses import dataclass, field
 from typing import Any
 
+from dask.utils import format_bytes
 from distributed import Scheduler
 
 from agentcluster import allocate, modes, preflight
@@ -29,12 +30,14 @@ from agentcluster.errors import (
     PreflightError,
     RolloutBusy,
     SwapError,
+    suggest,
 )
 from agentcluster.evacuation import held
 from agentcluster.model import Mode, NodePlan, WorkerSpec
 from agentcluster.proposal import Proposal
 from agentcluster.registry import Node, Registry
 from agentcluster.rolling import Rolling, Terms
+from agentcluster.scaling import Target, answered
 from agentcluster.swap import Limits
 from agentcluster.tracked import Tracked
 
@@ -126,19 +129,18 @@ class Changes:
                 self.registry.wanted.clear()
             return report
 
-    async def scale(self, total: int, names: Sequence[str] | str | None, terms: Terms) -> Report:
-        """Bring nodes to `total` workers, as far as their modes have room."""
+    async def scale(
+        self, target: Target, names: Sequence[str] | str | None, terms: Terms, *, strict: bool = False
+    ) -> Report:
+        """Bring nodes to what is wanted, as far as they have room; with `strict` only where they have it."""
         async with self._nodes(names, terms) as nodes:
-            full = {node.name: modes.plan(self.mode_of(node), node.hardware, node=node.name) for node in nodes}
             nbytes = held(self.scheduler, [worker for node in nodes for worker in node.plan.workers])
-            current = {node.name: {w: nbytes.get(w, 0) for w in node.plan.workers} for node in nodes}
-            go, come = allocate.scaled(current, {name: len(specs) for name, specs in full.items()}, total)
-            wishes = {}
-            for node in nodes:
-                room = allocate.difference(node.plan.workers, full[node.name]).come
-                wishes[node.name] = (self.mode_of(node), _without(node, go, room[: come[node.name]]))
-            report = await self._roll("scale", wishes, terms)
-            return {**report, "workers": sum(len(node.plan.workers) for node in nodes)}
+            answer = answered(target, nodes, {node.name: self.mode_of(node) for node in nodes}, nbytes)
+            short = f"{target}: the nodes have room for {_listed(answer.short)}" if answer.short else None
+            if short and strict:
+                raise ConfigError(f"{short}; nothing was changed")
+            report = await self._roll("scale", answer.wishes, terms)
+            return {**report, "workers": sum(len(node.plan.workers) for node in nodes), "short": short}
 
     async def empty(self, name: str, terms: Terms, ends: bool = False) -> Report:
         """Move a node's data to others and stop its workers; where there are none, nothing is waited for."""
@@ -176,6 +178,17 @@ class Changes:
                 self.registry.default = default
                 self.registry.wanted = {**wanted, **self.registry.wanted}
             return report
+
+    def control(self, action: str) -> None:
+        """Pause, resume or cancel the rollout that runs now."""
+        if self.rolling is None:
+            raise ConfigError(f"cannot {action}: no rollout runs")
+        if action not in ("pause", "resume", "cancel"):
+            raise ConfigError(f"unknown action {action!r}; {suggest(action, ['pause', 'resume', 'cancel'])}")
+        if action == "cancel":
+            self.rolling.cancel("it was cancelled")
+        else:
+            getattr(self.rolling, action)()
 
     def mode_of(self, node: Node) -> Mode:
         """Return the mode that a node has, or will have when it has joined."""
@@ -287,8 +300,14 @@ def _name_bound(report: Any, bound: Mapping[str, list[str]]) -> Report:
     return found
 
 
-def _without(node: Node, leaving: Iterable[str], come: tuple[WorkerSpec, ...] = ()) -> allocate.Change:
+def _listed(short: Mapping[str, int]) -> str:
+    """Name amounts, as in "2 gpu, 8 cpu"."""
+    sizes = {key: format_bytes(value) if key == "memory" else str(value) for key, value in short.items()}
+    return ", ".join(f"{size} {'of memory' if key == 'memory' else key}" for key, size in sizes.items())
+
+
+def _without(node: Node, leaving: Iterable[str]) -> allocate.Change:
     """Return the change that takes workers from a node's plan."""
     go = tuple(worker for worker in node.plan.workers if worker in set(leaving))
     keep = {worker: spec for worker, spec in node.plan.workers.items() if worker not in go}
-    return allocate.Change(keep, go, come)
+    return allocate.Change(keep, go, ())

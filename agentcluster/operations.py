@@ -25,6 +25,8 @@ from agentcluster.errors import ConfigError, NodeNotFound
 from agentcluster.model import Mode, to_wire
 from agentcluster.progress import watch
 from agentcluster.report import Nodes, Report
+from agentcluster.rollout_control import RolloutControl
+from agentcluster.scaling import Target
 
 logger = logging.getLogger(__name__)
 
@@ -176,39 +178,58 @@ class Operations(SpecCluster):
             with contextlib.suppress(OSError):
                 await self._refresh()
 
-    def scale(self, n: int = 0, memory: Any = None, cores: int | None = None) -> Any:
-        """Bring the cluster to `n` workers, on the nodes that it has; data of those that go is moved first.
+    def scale(
+        self,
+        n: int | None = None,
+        memory: str | int | None = None,
+        cores: int | None = None,
+        *,
+        nodes: int | None = None,
+        strict: bool = False,
+        **kinds: int,
+    ) -> Any:
+        """Bring the cluster to so many workers, on the nodes that it has; data of those that go is moved first.
+
+        Who stays is not restarted, and who goes is who holds least. What has no room is left out, with a warning.
 
         Parameters
         ----------
-        n : int
-            Number of workers. More than the nodes' modes have room for is scaled to that, with a warning.
+        n : int, optional
+            Number of workers.
         memory : str or int, optional
-            At least as many workers as have this much memory together.
+            At least as many workers as have this much memory (bytes, or such as "64 GiB") together.
         cores : int, optional
             At least as many workers as have this many threads together.
+        nodes : int, optional
+            Number of nodes with all workers of their mode; the others stand by.
+        strict : bool
+            Raise where there is no room for all, and change nothing.
+        **kinds : int
+            Number of workers of a kind: ``cpu``, ``gpu``, a resource that workers have, or a worker's name in a spec.
+            Other kinds stay as they are. A node whose mode lacks the kind changes to ``mixed``, which has both.
+
+        Raises
+        ------
+        ConfigError
+            For a kind that no node can have, and with `strict` where there is no room.
         """
         if self.status in (Status.closing, Status.closed, Status.failed):
             self.worker_spec.clear()
             return NoOpAwaitable() if self.asynchronous else None
-        if memory is not None:
-            n = max(n, math.ceil(parse_bytes(memory) / self._memory_per_worker()))
-        if cores is not None:
-            n = max(n, math.ceil(cores / self._threads_per_worker()))
-        return self.sync(self._scale, n)
+        if (n, memory, cores, nodes, kinds) == (None, None, None, None, {}):
+            n = 0  # as in dask
+        target = Target(n, cores, None if memory is None else _bytes(memory), nodes, kinds)
+        return self.sync(self._scale, target, strict)
 
-    async def _scale(self, n: int) -> None:
+    async def _scale(self, target: Target, strict: bool = False) -> None:
         try:
-            answer = await self.scheduler_comm.scale_nodes(n=n, nodes=list(self.workers))
+            answer = await self._call("scale_nodes", target=to_wire(target), nodes=list(self.workers), strict=strict)
         finally:
             # A scheduler that is gone has said so already, or will; that must not hide what happened.
             with contextlib.suppress(OSError):
                 await self._refresh()
-        if answer["workers"] < n:
-            warnings.warn(
-                f"scale({n}): the modes of the nodes have room for {answer['workers']} workers, which now run",
-                stacklevel=2,
-            )
+        if answer["short"]:
+            warnings.warn(answer["short"], stacklevel=2)
 
     async def scale_down(self, workers: Sequence[str]) -> None:
         """Stop the named workers, after their data was moved; what Adaptive calls."""
@@ -221,7 +242,7 @@ class Operations(SpecCluster):
     def _memory_per_worker(self) -> int:
         limits = [spec["memory_limit"] for spec in self._specs() if spec["memory_limit"]]
         if not limits:
-            raise ConfigError("scale(memory=…): the workers of this cluster have no memory limit", key="memory")
+            raise ConfigError("adapt(minimum_memory=…): the workers have no memory limit", key="memory")
         return int(min(limits))
 
     def _specs(self) -> list[Mapping[str, Any]]:
@@ -350,31 +371,11 @@ class Operations(SpecCluster):
         return str(super()._repr_html_(cluster_status)) + self._nodes._repr_html_()
 
 
-class RolloutControl:
-    """Watches and steers the rollout of a cluster. Each method is awaitable when the cluster is asynchronous."""
-
-    def __init__(self, cluster: Operations) -> None:
-        self._cluster = cluster
-
-    def pause(self) -> Any:
-        """Begin no further wave of nodes until :meth:`resume`; the wave that runs ends as it would."""
-        return self._cluster.sync(self._cluster._call, "control_rollout", action="pause")
-
-    def resume(self) -> Any:
-        """Go on."""
-        return self._cluster.sync(self._cluster._call, "control_rollout", action="resume")
-
-    def cancel(self) -> Any:
-        """End it: nodes keep, or get back, what they had, as `on_failure` says."""
-        return self._cluster.sync(self._cluster._call, "control_rollout", action="cancel")
-
-    def undo(self) -> Any:
-        """Bring the nodes that the last rollout changed back to the plans that they had before; returns a Report."""
-        return self._cluster.sync(self._cluster._undo)
-
-    def status(self) -> Any:
-        """Return how far it is, as plain data; None when none runs."""
-        return self._cluster.rollout_status()
+def _bytes(memory: str | int) -> int:
+    try:
+        return int(parse_bytes(memory))
+    except (ValueError, TypeError):
+        raise ConfigError(f"scale(memory={memory!r}): give bytes, or such as '64 GiB'", key="memory") from None
 
 
 def _given(key: str, value: str | float | None, zero: bool = False) -> float | None:

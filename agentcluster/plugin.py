@@ -22,10 +22,11 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from agentcluster import modes
 from agentcluster.changes import Changes
 from agentcluster.config import Config
-from agentcluster.errors import AgentClusterError, ConfigError, LaunchError, suggest
+from agentcluster.errors import AgentClusterError, LaunchError
 from agentcluster.model import Hardware, HostMetrics, Mode, WorkerState, from_wire, to_wire
 from agentcluster.registry import SETTLED, Node, Registry
 from agentcluster.rolling import Terms
+from agentcluster.scaling import Target
 
 logger = logging.getLogger(__name__)
 
@@ -261,17 +262,25 @@ class AgentPlugin(SchedulerPlugin):
         return await self.changes.reprovision(modes.parse(mode, config), nodes, how, remove_existing=remove_existing)
 
     @_answer
-    async def scale_nodes(self, n: int, nodes: Sequence[str] | str | None = None, **terms: Any) -> dict[str, Any]:
-        """Bring the number of workers on nodes to `n`, as far as their modes have room; data is moved first.
+    async def scale_nodes(
+        self,
+        n: int | None = None,
+        nodes: Sequence[str] | str | None = None,
+        target: Mapping[str, Any] | None = None,
+        strict: bool = False,
+        **terms: Any,
+    ) -> dict[str, Any]:
+        """Bring nodes to `n` workers, or another :class:`Target`, as far as they have room; data is moved first.
 
         Returns
         -------
         dict
-            As :meth:`reprovision_nodes`, with ``"workers"``, the number that there is now.
+            As :meth:`reprovision_nodes`, with ``"workers"``, the number that there is now, and ``"short"``, what of the
+            target there is no room for, or None.
         """
-        if not isinstance(n, int) or n < 0:
-            raise ConfigError(f"scale({n!r}): the number of workers must be 0 or more")
-        return await self.changes.scale(n, nodes, from_wire(Terms, terms, "scale_nodes"))
+        wanted = Target(workers=n) if target is None else from_wire(Target, target, "scale_nodes")
+        how = from_wire(Terms, terms, "scale_nodes")
+        return await self.changes.scale(wanted, nodes, how, strict=strict)
 
     @_answer
     async def retire_node(self, name: str, ends: bool = False, **terms: Any) -> dict[str, Any]:
@@ -296,15 +305,7 @@ class AgentPlugin(SchedulerPlugin):
     @_answer
     async def control_rollout(self, action: str) -> None:
         """Pause, resume or cancel the rollout that runs now."""
-        rolling = self.changes.rolling
-        if rolling is None:
-            raise ConfigError(f"cannot {action}: no rollout runs")
-        if action not in ("pause", "resume", "cancel"):
-            raise ConfigError(f"unknown action {action!r}; {suggest(action, ['pause', 'resume', 'cancel'])}")
-        if action == "cancel":
-            rolling.cancel("it was cancelled")
-        else:
-            getattr(rolling, action)()
+        self.changes.control(action)
 
     @_answer
     async def get_node_logs(self, nodes: Sequence[str] | None = None) -> dict[str, list[str]]:
