@@ -216,6 +216,23 @@ async def test_mixed(node: Open) -> None:
         assert await one.client.gather(kept) == list(range(20))
 
 
+@pytest.mark.skipif(CPU_COUNT < 2, reason="needs a core beside the GPU's")
+async def test_gpu_workers_by_number(node: Open) -> None:
+    """The node changes to a mode that has both kinds, and back to what it can do without GPU workers."""
+    async with node(gpus=1) as one:
+        kept = await one.client.scatter(list(range(20)), hash=False)
+        await one.cluster.scale(gpu=1)
+        found = await one.look()
+        assert one.cluster.nodes["local"]["mode"] == "mixed"
+        assert sorted(tuple(each["resources"]) for each in found.values()) == [("CPU",), ("CPU",), ("GPU",)]
+        cpu = {name: each["pid"] for name, each in found.items() if "CPU" in each["resources"]}
+        with pytest.warns(UserWarning, match=r"scale\(gpu=3\): the nodes have room for 1 gpu"):
+            await one.cluster.scale(gpu=3)
+        await one.cluster.scale(gpu=0)
+        assert await one.pids() == cpu
+        assert await one.client.gather(kept) == list(range(20))
+
+
 @pytest.mark.parametrize(("gpus", "resources"), [(1, {"GPU": 1.0}), (0, {"CPU": 1.0})])
 async def test_auto(node: Open, gpus: int, resources: dict[str, float]) -> None:
     async with node("auto", {"cpu": TWO_CPU}, gpus=gpus) as one:
