@@ -23,6 +23,7 @@ from distributed import Scheduler
 from agentcluster import allocate, modes, preflight
 from agentcluster.config import Config
 from agentcluster.counts import Counts
+from agentcluster.demand import Demand, Offers, label, wants
 from agentcluster.errors import (
     AgentClusterError,
     ConfigError,
@@ -33,7 +34,9 @@ from agentcluster.errors import (
     suggest,
 )
 from agentcluster.evacuation import held
+from agentcluster.fitting import Fit, fitted
 from agentcluster.model import Mode, NodePlan, WorkerSpec
+from agentcluster.needs import Asked
 from agentcluster.proposal import Proposal
 from agentcluster.registry import Node, Registry
 from agentcluster.rolling import Rolling, Terms
@@ -74,6 +77,7 @@ class Changes:
 
     def __post_init__(self) -> None:
         self.tracked = Tracked(self.scheduler, self.registry, self.config.start_timeout)
+        self._offers = Offers()
         self._turn = asyncio.Lock()
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._last: tuple[dict[str, NodePlan], Mode, dict[str, Mode]] | None = None
@@ -161,6 +165,61 @@ class Changes:
             wishes = {node.name: (self.mode_of(node), _without(node, leaving)) for node in nodes}
             return await self._roll("scale", wishes, terms)
 
+    async def adapt(self, asked: Asked, names: Sequence[str] | str | None, terms: Terms) -> dict[str, Any]:
+        """Give nodes the workers that the tasks of the moment need, and no others, within limits.
+
+        Parameters
+        ----------
+        asked
+            The limits, and who may go.
+        names
+            The nodes; those that are not here, or lost, are left out. None for all.
+        terms
+            How.
+
+        Returns
+        -------
+        dict
+            ``saw`` and ``decided``, as text; ``could_go``, who was not needed and stayed; ``unmet``, what tasks need
+            that no node has -> why; ``short``, what they need that there is no room for now; ``waits``, whether workers
+            would come if they might; ``seconds`` that it took; ``workers``, the number that there is now.
+        """
+        began = time.time()
+        known = {name for name, node in self.registry.nodes.items() if node.state in ("ready", "standby")}
+        async with self._nodes([name for name in known if names is None or name in names], terms) as nodes:
+            there = sorted((node for node in nodes if node.state in ("ready", "standby")), key=lambda node: node.name)
+            demand = Demand(self.scheduler, asked.target_duration)
+            nbytes = held(self.scheduler, [worker for node in there for worker in node.plan.workers])
+            spots = [self._offers.spot(node, asked.modes, demand, nbytes) for node in there]
+            bounds, may_go = asked.bounds(), set(asked.may_go)
+            fit = fitted(demand.needs, spots, bounds, may_go.__contains__)
+            later = fitted(demand.needs, spots, bounds)
+            wishes = self._fitting_wishes(fit, there, asked)
+            answer = {
+                "saw": "; ".join(map(wants, demand.needs)) or "no tasks",
+                "could_go": sorted({*later.go, *later.modes} - {*fit.go, *fit.modes}),
+                "unmet": {wants(n): self._offers.explain(n, there, asked.modes) for n in fit.unmet},
+                "short": [wants(demand.needs[index]) for index in fit.short if demand.needs[index] not in fit.unmet],
+                "waits": bool(fit.come or fit.modes) and not asked.may_come,
+                "decided": _decided(wishes),
+            }
+            if wishes:
+                await self._roll("adapt", wishes, terms)
+        return {**answer, "seconds": time.time() - began, "workers": sum(len(node.plan.workers) for node in there)}
+
+    def _fitting_wishes(self, fit: Fit, nodes: Sequence[Node], asked: Asked) -> dict[str, tuple[Mode, allocate.Change]]:
+        """Return what changes on each node."""
+        by_label = {label(mode): mode for mode in asked.modes}
+        wishes = {}
+        for node in nodes:
+            name, come = node.name, fit.come.get(node.name, ()) if asked.may_come else ()
+            if name in fit.modes and (asked.may_come or not fit.come.get(name)):
+                wishes[name] = by_label[fit.modes[name]], allocate.difference(node.plan.workers, come)
+            elif name not in fit.modes and (come or not fit.go.isdisjoint(node.plan.workers)):
+                gone = _without(node, fit.go)
+                wishes[name] = node.plan.mode, allocate.Change(gone.keep, gone.go, come)
+        return wishes
+
     async def undo(self, terms: Terms) -> Report:
         """Bring the nodes that the last rollout changed back to the plans that they had before it."""
         if self._last is None:
@@ -236,7 +295,8 @@ class Changes:
         if terms.dry_run:
             return preflight.described(self.scheduler, rolling.report(), proposals)
         self.rolling = rolling
-        self._last = (rolling.before, self.registry.default, dict(self.registry.wanted))
+        if label != "adapt":
+            self._last = (rolling.before, self.registry.default, dict(self.registry.wanted))
         bound = preflight.bound_tasks(self.scheduler, proposals)
         try:
             report = await rolling.run()
@@ -298,6 +358,15 @@ def _name_bound(report: Any, bound: Mapping[str, list[str]]) -> Report:
         report["nodes"][name]["bound"] = tasks
     found: Report = report
     return found
+
+
+def _decided(wishes: Mapping[str, tuple[Mode, allocate.Change]]) -> str:
+    """Say what changes, as in "a: +2 -1 auto-gpu; b: -1 auto-cpu"."""
+    parts = []
+    for name, (mode, change) in wishes.items():
+        counts = [f"+{len(change.come)}"] * bool(change.come) + [f"-{len(change.go)}"] * bool(change.go)
+        parts.append(f"{name}: {' '.join(counts)} {mode.name}".replace("  ", " "))
+    return "; ".join(parts)
 
 
 def _listed(short: Mapping[str, int]) -> str:

@@ -10,23 +10,21 @@ import asyncio
 import contextlib
 import logging
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from dask.utils import parse_bytes, parse_timedelta
+from dask.utils import parse_timedelta
 from distributed.core import Status
-from distributed.deploy.spec import SpecCluster
-from distributed.utils import Log, Logs, NoOpAwaitable
+from distributed.utils import Log, Logs
 
 from agentcluster import modes
+from agentcluster.elasticity import Elasticity
 from agentcluster.entries import Blueprint, NodeProcess
 from agentcluster.errors import ConfigError, NodeNotFound
 from agentcluster.model import Mode, to_wire
 from agentcluster.progress import watch
 from agentcluster.report import Nodes, Report
 from agentcluster.rollout_control import RolloutControl
-from agentcluster.scaling import Target
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +32,7 @@ logger = logging.getLogger(__name__)
 GATHER = 0.2
 
 
-class Operations(SpecCluster):
+class Operations(Elasticity):
     """What can be asked of a cluster that runs; the base of :class:`~agentcluster.AgentCluster`."""
 
     scheduler: Any
@@ -120,6 +118,8 @@ class Operations(SpecCluster):
         SwapError
             When a step failed. The workers that ran before still run, or the message says what is true.
         """
+        if not dry_run:
+            self._by_hand()
         return self.sync(
             self._reprovision,
             mode,
@@ -177,78 +177,6 @@ class Operations(SpecCluster):
             # A scheduler that is gone has said so already, or will; that must not hide what happened.
             with contextlib.suppress(OSError):
                 await self._refresh()
-
-    def scale(
-        self,
-        n: int | None = None,
-        memory: str | int | None = None,
-        cores: int | None = None,
-        *,
-        nodes: int | None = None,
-        strict: bool = False,
-        **kinds: int,
-    ) -> Any:
-        """Bring the cluster to so many workers, on the nodes that it has; data of those that go is moved first.
-
-        Who stays is not restarted, and who goes is who holds least. What has no room is left out, with a warning.
-
-        Parameters
-        ----------
-        n : int, optional
-            Number of workers.
-        memory : str or int, optional
-            At least as many workers as have this much memory (bytes, or such as "64 GiB") together.
-        cores : int, optional
-            At least as many workers as have this many threads together.
-        nodes : int, optional
-            Number of nodes with all workers of their mode; the others stand by.
-        strict : bool
-            Raise where there is no room for all, and change nothing.
-        **kinds : int
-            Number of workers of a kind: ``cpu``, ``gpu``, a resource that workers have, or a worker's name in a spec.
-            Other kinds stay as they are. A node whose mode lacks the kind changes to ``mixed``, which has both.
-
-        Raises
-        ------
-        ConfigError
-            For a kind that no node can have, and with `strict` where there is no room.
-        """
-        if self.status in (Status.closing, Status.closed, Status.failed):
-            self.worker_spec.clear()
-            return NoOpAwaitable() if self.asynchronous else None
-        if (n, memory, cores, nodes, kinds) == (None, None, None, None, {}):
-            n = 0  # as in dask
-        target = Target(n, cores, None if memory is None else _bytes(memory), nodes, kinds)
-        return self.sync(self._scale, target, strict)
-
-    async def _scale(self, target: Target, strict: bool = False) -> None:
-        try:
-            answer = await self._call("scale_nodes", target=to_wire(target), nodes=list(self.workers), strict=strict)
-        finally:
-            # A scheduler that is gone has said so already, or will; that must not hide what happened.
-            with contextlib.suppress(OSError):
-                await self._refresh()
-        if answer["short"]:
-            warnings.warn(answer["short"], stacklevel=2)
-
-    async def scale_down(self, workers: Sequence[str]) -> None:
-        """Stop the named workers, after their data was moved; what Adaptive calls."""
-        await self.scheduler_comm.retire_node_workers(names=[str(worker) for worker in workers])
-        await self._refresh()
-
-    def _threads_per_worker(self) -> int:
-        return min((spec["nthreads"] for spec in self._specs() if spec["nthreads"]), default=1)
-
-    def _memory_per_worker(self) -> int:
-        limits = [spec["memory_limit"] for spec in self._specs() if spec["memory_limit"]]
-        if not limits:
-            raise ConfigError("adapt(minimum_memory=…): the workers have no memory limit", key="memory")
-        return int(min(limits))
-
-    def _specs(self) -> list[Mapping[str, Any]]:
-        return [spec for node in self._nodes.values() for spec in node["plan"].values()]
-
-    _supports_scaling = True
 
     def add_host(self, host: Any) -> Any:
         """Launch or adopt one more agent; returns when it has its workers.
@@ -369,13 +297,6 @@ class Operations(SpecCluster):
 
     def _repr_html_(self, cluster_status: str | None = None) -> str:
         return str(super()._repr_html_(cluster_status)) + self._nodes._repr_html_()
-
-
-def _bytes(memory: str | int) -> int:
-    try:
-        return int(parse_bytes(memory))
-    except (ValueError, TypeError):
-        raise ConfigError(f"scale(memory={memory!r}): give bytes, or such as '64 GiB'", key="memory") from None
 
 
 def _given(key: str, value: str | float | None, zero: bool = False) -> float | None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
 
 from distributed import Scheduler, Status
 from distributed.comm.core import Comm, CommClosedError
@@ -20,10 +19,12 @@ from distributed.core import error_message
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from agentcluster import modes
+from agentcluster.answers import answered
 from agentcluster.changes import Changes
 from agentcluster.config import Config
 from agentcluster.errors import AgentClusterError, LaunchError
 from agentcluster.model import Hardware, HostMetrics, Mode, WorkerState, from_wire, to_wire
+from agentcluster.needs import Asked
 from agentcluster.registry import SETTLED, Node, Registry
 from agentcluster.rolling import Terms
 from agentcluster.scaling import Target
@@ -34,26 +35,12 @@ NAME = "agentcluster"
 
 CALLS = (
     *("register_node", "unregister_node", "get_nodes", "await_nodes", "get_node_logs"),
-    *("get_provision_mode", "set_provision_mode", "reprovision_nodes", "scale_nodes", "retire_node"),
-    *("retire_node_workers", "undo_rollout", "rollout_status", "control_rollout"),
+    *("get_provision_mode", "set_provision_mode", "reprovision_nodes", "scale_nodes", "adapt_nodes"),
+    *("retire_node", "retire_node_workers", "undo_rollout", "rollout_status", "control_rollout"),
 )
 
 #: What an agent hears when the last of its workers was retired, and not by a change of its node's plan.
 RETIRED = "retired"
-T = TypeVar("T")
-
-
-def _answer(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T | Any]]:
-    """Send our own errors to the caller without a traceback in the scheduler's log: they are answers, not faults."""
-
-    @functools.wraps(method)
-    async def handler(self: AgentPlugin, *args: Any, **kwargs: Any) -> T | Any:
-        try:
-            return await method(self, *args, **kwargs)
-        except (AgentClusterError, TimeoutError) as error:
-            return error_message(error, status="uncaught-error")
-
-    return handler
 
 
 class AgentPlugin(SchedulerPlugin):
@@ -155,19 +142,19 @@ class AgentPlugin(SchedulerPlugin):
         await self._listen(node, comm)
         return Status.dont_reply
 
-    @_answer
+    @answered
     async def unregister_node(self, name: str) -> None:
         """Forget a node; its workers are its agent's to stop."""
         self.registry.unregister(name)
         logger.info("Node %s left", name)
         await self._notify()
 
-    @_answer
+    @answered
     async def get_nodes(self) -> dict[str, dict[str, Any]]:
         """Return node name -> what is known of it (see :meth:`agentcluster.registry.Node.snapshot`)."""
         return {name: node.snapshot() for name, node in self.registry.nodes.items()}
 
-    @_answer
+    @answered
     async def await_nodes(self, names: Sequence[str], timeout: float) -> dict[str, dict[str, Any]]:
         """Wait until nodes have what they are meant to have, or said why not.
 
@@ -196,14 +183,14 @@ class AgentPlugin(SchedulerPlugin):
                 raise LaunchError(name, f"node {name!r} is lost: {self.registry.get(name).problem}")
         return {name: self.registry.get(name).snapshot() for name in names}
 
-    @_answer
+    @answered
     async def get_provision_mode(self) -> dict[str, Any]:
         """Return the default mode and its options, and the mode of each node."""
         nodes = {name: node.plan.mode.name for name, node in self.registry.nodes.items()}
         default = self.registry.default
         return {"mode": default.name, "config": to_wire(default.config), "nodes": nodes}
 
-    @_answer
+    @answered
     async def set_provision_mode(
         self,
         mode: str | None = None,
@@ -224,7 +211,7 @@ class AgentPlugin(SchedulerPlugin):
         for name, own in (nodes or {}).items():
             self.registry.wanted[name] = from_wire(Mode, own, f"mode of node {name}")
 
-    @_answer
+    @answered
     async def reprovision_nodes(
         self,
         mode: str,
@@ -261,7 +248,7 @@ class AgentPlugin(SchedulerPlugin):
         how = from_wire(Terms, terms, "reprovision_nodes")
         return await self.changes.reprovision(modes.parse(mode, config), nodes, how, remove_existing=remove_existing)
 
-    @_answer
+    @answered
     async def scale_nodes(
         self,
         n: int | None = None,
@@ -282,32 +269,40 @@ class AgentPlugin(SchedulerPlugin):
         how = from_wire(Terms, terms, "scale_nodes")
         return await self.changes.scale(wanted, nodes, how, strict=strict)
 
-    @_answer
+    @answered
+    async def adapt_nodes(
+        self, asked: Mapping[str, Any], nodes: Sequence[str] | None = None, **terms: Any
+    ) -> dict[str, Any]:
+        """Give nodes the workers that tasks need, and no others; what it returns is in :meth:`Changes.adapt`."""
+        how = from_wire(Terms, terms, "adapt_nodes")
+        return await self.changes.adapt(from_wire(Asked, asked, "adapt_nodes"), nodes, how)
+
+    @answered
     async def retire_node(self, name: str, ends: bool = False, **terms: Any) -> dict[str, Any]:
         """Move a node's data to others and stop its workers; the node stays, in standby, unless its agent `ends`."""
         return await self.changes.empty(name, from_wire(Terms, terms, "retire_node"), ends)
 
-    @_answer
+    @answered
     async def retire_node_workers(self, names: Sequence[str], **terms: Any) -> dict[str, Any]:
         """Move the data of the named workers to others and stop them; unknown names are gone already."""
         return await self.changes.retire(map(str, names), from_wire(Terms, terms, "retire_node_workers"))
 
-    @_answer
+    @answered
     async def undo_rollout(self, **terms: Any) -> dict[str, Any]:
         """Bring the nodes that the last rollout changed back to the plans that they had before it."""
         return await self.changes.undo(from_wire(Terms, terms, "undo_rollout"))
 
-    @_answer
+    @answered
     async def rollout_status(self) -> dict[str, Any] | None:
         """Return how far the rollout is that runs now; None when none runs."""
         return self.changes.rolling.status() if self.changes.rolling else None
 
-    @_answer
+    @answered
     async def control_rollout(self, action: str) -> None:
         """Pause, resume or cancel the rollout that runs now."""
         self.changes.control(action)
 
-    @_answer
+    @answered
     async def get_node_logs(self, nodes: Sequence[str] | None = None) -> dict[str, list[str]]:
         """Return node name -> the last lines that its agent logged."""
         chosen = [node for node in self.registry.select(nodes) if node.state != "lost"]

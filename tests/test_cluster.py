@@ -297,7 +297,9 @@ async def test_scale_by_the_names_in_a_spec(cluster: AgentCluster, client: Clien
     await cluster.reprovision("spec", {"spec": spec})
     before = await pids(client)
     await cluster.scale(a=0)
-    assert await client.run(lambda dask_worker: dask_worker.state.nthreads) == {next(iter(cluster.scheduler.workers)): 2}
+    assert await client.run(lambda dask_worker: dask_worker.state.nthreads) == {
+        next(iter(cluster.scheduler.workers)): 2
+    }
     await cluster.scale(a=1, b=1)
     after = await pids(client)
     assert len(after) == 2

@@ -1,0 +1,141 @@
+"""What a scheduler's tasks need, and what its nodes have and could have, as the values that :mod:`fitting` takes."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from distributed import Scheduler
+
+from agentcluster import modes
+from agentcluster.errors import ConfigError, ModeRefused
+from agentcluster.model import Mode, WorkerSpec
+from agentcluster.needs import Need, Seat, Spot
+from agentcluster.registry import Node
+
+#: Of tasks that wait together, how many are looked at; the others are taken to be like them, as dask does.
+SAMPLE = 100
+
+Resources = frozenset[tuple[str, float]]
+
+
+class Demand:
+    """What the tasks of a scheduler need now.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler.
+    target_duration
+        Seconds within which all that is to do should be done.
+
+    Attributes
+    ----------
+    needs
+        One for each set of resources that tasks ask for. Tasks that are bound to workers or hosts are left out: no
+        other worker could run them.
+    runs
+        Worker name -> position in `needs` -> number of tasks that it has.
+    """
+
+    def __init__(self, scheduler: Scheduler, target_duration: float) -> None:
+        self._scheduler: Any = scheduler
+        self._tasks: defaultdict[Resources, float] = defaultdict(float)
+        self._seconds: defaultdict[Resources, float] = defaultdict(float)
+        self._example: dict[Resources, str] = {}
+        has: dict[str, dict[Resources, float]] = {}
+        for ws in self._scheduler.workers.values():
+            has[str(ws.name)] = self._add(ws.processing, len(ws.processing))
+        self._add((ts for ts in self._scheduler.unrunnable if not _bound(ts)), None)
+        self._add(self._scheduler.queued, len(self._scheduler.queued))
+        order = list(self._tasks)
+        self.needs = [self._need(each, target_duration) for each in order]
+        self.runs = {
+            name: {order.index(each): math.ceil(tasks) for each, tasks in groups.items()}
+            for name, groups in has.items()
+        }
+
+    def _add(self, tasks: Iterable[Any], count: int | None) -> dict[Resources, float]:
+        """Add tasks, or a sample of so many, to what is needed; return how many ask for what."""
+        sample = list(tasks if count is None else islice(tasks, SAMPLE))
+        weight = count / len(sample) if count and sample else 1.0
+        found: defaultdict[Resources, float] = defaultdict(float)
+        for ts in sample:
+            asked = frozenset((ts.resource_restrictions or {}).items())
+            found[asked] += weight
+            self._tasks[asked] += weight
+            self._seconds[asked] += weight * self._scheduler._get_prefix_duration(ts.prefix)
+            self._example.setdefault(asked, str(ts.key))
+        return found
+
+    def _need(self, asked: Resources, target_duration: float) -> Need:
+        tasks = math.ceil(self._tasks[asked])
+        slots = min(tasks, max(1, math.ceil(self._seconds[asked] / target_duration)))
+        return Need(dict(asked), slots, tasks, self._example[asked])
+
+
+def _bound(ts: Any) -> bool:
+    return bool((ts.worker_restrictions or ts.host_restrictions) and not ts.loose_restrictions)
+
+
+class Offers:
+    """What nodes could have in the modes that they may have; planned once for each."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], tuple[Any, tuple[WorkerSpec, ...] | str]] = {}
+
+    def plan(self, node: Node, mode: Mode) -> tuple[WorkerSpec, ...] | str:
+        """Return the workers of a node in a mode, or why it cannot have them."""
+        key = node.name, label(mode)
+        known = self._known.get(key)
+        if known is None or known[0] is not node.hardware:
+            try:
+                found: tuple[WorkerSpec, ...] | str = modes.plan(mode, node.hardware, node=node.name)
+            except ConfigError as error:
+                found = error.reason if isinstance(error, ModeRefused) else str(error)
+            self._known[key] = known = (node.hardware, found)
+        return known[1]
+
+    def spot(self, node: Node, allowed: Sequence[Mode], demand: Demand, nbytes: Mapping[str, int]) -> Spot:
+        """Return a node as :mod:`fitting` takes it."""
+        plans = {label(mode): self.plan(node, mode) for mode in allowed or [node.plan.mode]}
+        seats = {
+            name: Seat(spec, nbytes.get(name, 0), demand.runs.get(name, {})) for name, spec in node.plan.workers.items()
+        }
+        offers = {name: plan for name, plan in plans.items() if not isinstance(plan, str)}
+        return Spot(node.name, label(node.plan.mode), seats, offers)
+
+    def explain(self, need: Need, nodes: Sequence[Node], allowed: Sequence[Mode]) -> str:
+        """Say of tasks that nobody can run what they need, and why no node has it."""
+        why = {}
+        for node in nodes:
+            named = [mode.name for mode in allowed or [node.plan.mode]]
+            others = [Mode(name) for name in ("auto-cpu", "auto-gpu", "mixed") if name not in named]
+            could = [mode.name for mode in others if _serves(need, self.plan(node, mode))]
+            refused = [plan for mode in others if isinstance(plan := self.plan(node, mode), str)]
+            if could:
+                why[node.name] = f"it could in mode {could[0]!r}: adapt(modes={[*named, could[0]]})"
+            else:
+                why[node.name] = refused[0] if refused else "none of its workers has so much"
+        nodes_say = "; ".join(f"{name}: {reason}" for name, reason in list(why.items())[:3])
+        more = f"; and {len(why) - 3} more nodes" if len(why) > 3 else ""
+        return f"{wants(need)}, which no node has: {nodes_say}{more}"
+
+
+def _serves(need: Need, plan: tuple[WorkerSpec, ...] | str) -> bool:
+    return not isinstance(plan, str) and any(map(need.fits, plan))
+
+
+def wants(need: Need) -> str:
+    """Say what tasks need, as in "60 tasks such as 'train-1' need GPU=1"."""
+    what = ", ".join(f"{name}={amount:g}" for name, amount in sorted(need.resources.items())) or "any worker"
+    tasks = f"{need.tasks} tasks such as {need.example!r} need" if need.tasks > 1 else f"task {need.example!r} needs"
+    return f"{tasks} {what}"
+
+
+def label(mode: Mode) -> str:
+    """Return what a mode is called in a :class:`Spot`: other options make it another."""
+    return f"{mode.name} {dict(mode.config)}" if mode.config else mode.name
