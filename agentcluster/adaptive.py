@@ -124,6 +124,7 @@ class AgentAdaptive(Adaptive):
     """
 
     cluster: Any
+    state: Any = "inactive"  # before dask sets it: what is refused here is not stopped
 
     def __init__(
         self,
@@ -220,12 +221,11 @@ class AgentAdaptive(Adaptive):
     def _say(self, answer: Mapping[str, Any]) -> None:
         """Say once of tasks that nobody can ever run what they need."""
         for what, why in answer["unmet"].items():
-            key = what.partition(" need")[2]
-            if key not in self._said:
-                self._said.add(key)
+            if what not in self._said:
+                self._said.add(what)
                 logger.warning("Adaptive scaling cannot help: %s", why)
                 self.decisions.append(Decision(time.time(), answer["saw"], "nothing", why, 0.0, self._workers()))
-        self._said &= {what.partition(" need")[2] for what in answer["unmet"]}
+        self._said &= set(answer["unmet"])
 
     async def _note(self, saw: str, decided: str, why: str, took: float) -> None:
         await self.cluster._refresh()

@@ -198,7 +198,9 @@ class Changes:
             answer = {
                 "saw": "; ".join(map(wants, demand.needs)) or "no tasks",
                 "could_go": sorted({*later.go, *later.modes} - {*fit.go, *fit.modes}),
-                "unmet": {wants(n): self._offers.explain(n, there, asked.modes) for n in fit.unmet},
+                "unmet": {
+                    str(sorted(n.resources.items())): self._offers.explain(n, there, asked.modes) for n in fit.unmet
+                },
                 "short": [wants(demand.needs[index]) for index in fit.short if demand.needs[index] not in fit.unmet],
                 "waits": bool(fit.come or fit.modes) and not asked.may_come,
                 "decided": _decided(wishes),

@@ -45,7 +45,7 @@ class Demand:
         self._scheduler: Any = scheduler
         self._tasks: defaultdict[Resources, float] = defaultdict(float)
         self._seconds: defaultdict[Resources, float] = defaultdict(float)
-        self._example: dict[Resources, str] = {}
+        self._example: dict[Resources, tuple[str, str]] = {}
         has: dict[str, dict[Resources, float]] = {}
         for ws in self._scheduler.workers.values():
             has[str(ws.name)] = self._add(ws.processing, len(ws.processing))
@@ -68,13 +68,13 @@ class Demand:
             found[asked] += weight
             self._tasks[asked] += weight
             self._seconds[asked] += weight * self._scheduler._get_prefix_duration(ts.prefix)
-            self._example.setdefault(asked, str(ts.key))
+            self._example.setdefault(asked, (str(ts.key), str(ts.prefix.name)))
         return found
 
     def _need(self, asked: Resources, target_duration: float) -> Need:
         tasks = math.ceil(self._tasks[asked])
         slots = min(tasks, max(1, math.ceil(self._seconds[asked] / target_duration)))
-        return Need(dict(asked), slots, tasks, self._example[asked])
+        return Need(dict(asked), slots, tasks, *self._example[asked])
 
 
 def _bound(ts: Any) -> bool:
@@ -110,30 +110,43 @@ class Offers:
 
     def explain(self, need: Need, nodes: Sequence[Node], allowed: Sequence[Mode]) -> str:
         """Say of tasks that nobody can run what they need, and why no node has it."""
-        why = {}
-        for node in nodes:
-            named = [mode.name for mode in allowed or [node.plan.mode]]
-            others = [Mode(name) for name in ("auto-cpu", "auto-gpu", "mixed") if name not in named]
-            could = [mode.name for mode in others if _serves(need, self.plan(node, mode))]
-            refused = [plan for mode in others if isinstance(plan := self.plan(node, mode), str)]
-            if could:
-                why[node.name] = f"it could in mode {could[0]!r}: adapt(modes={[*named, could[0]]})"
-            else:
-                why[node.name] = refused[0] if refused else "none of its workers has so much"
-        nodes_say = "; ".join(f"{name}: {reason}" for name, reason in list(why.items())[:3])
-        more = f"; and {len(why) - 3} more nodes" if len(why) > 3 else ""
-        return f"{wants(need)}, which no node has: {nodes_say}{more}"
+        why = [(node.name, self._why(need, node, allowed or [node.plan.mode])) for node in nodes]
+        return f"{wants(need)} ({need.example}), which no node has: {by_reason(why) or 'there is none'}"
+
+    def _why(self, need: Need, node: Node, allowed: Sequence[Mode]) -> str:
+        named = [mode.name for mode in allowed]
+        others = [Mode(name) for name in ("auto-cpu", "auto-gpu", "mixed") if name not in named]
+        for mode in others:
+            plan = self.plan(node, mode)
+            if not isinstance(plan, str) and any(map(need.fits, plan)):
+                return f"it could in mode {mode.name!r}: adapt(modes={[*named, mode.name]})"
+        gpu = self.plan(node, Mode("auto-gpu"))
+        if "GPU" in need.resources and isinstance(gpu, str):
+            return gpu
+        plans = [plan for mode in allowed if not isinstance(plan := self.plan(node, mode), str)]
+        missing = [
+            name for name in need.resources if not any(name in spec.resources for plan in plans for spec in plan)
+        ]
+        if missing:
+            return f"no worker has {missing[0]}; a mode's option resources={{{missing[0]!r}: …}} gives it to them"
+        return "no worker has so much"
 
 
-def _serves(need: Need, plan: tuple[WorkerSpec, ...] | str) -> bool:
-    return not isinstance(plan, str) and any(map(need.fits, plan))
+def by_reason(why: Iterable[tuple[str, str]]) -> str:
+    """Say of each node why, nodes of one reason together."""
+    groups: dict[str, list[str]] = {}
+    for node, reason in why:
+        groups.setdefault(reason, []).append(node)
+    return "; ".join(
+        f"{', '.join(nodes[:3])}{f' and {len(nodes) - 3} more' if len(nodes) > 3 else ''}: {reason}"
+        for reason, nodes in groups.items()
+    )
 
 
 def wants(need: Need) -> str:
-    """Say what tasks need, as in "60 tasks such as 'train-1' need GPU=1"."""
+    """Say what tasks need, as in "60 'train' tasks need GPU=1"."""
     what = ", ".join(f"{name}={amount:g}" for name, amount in sorted(need.resources.items())) or "any worker"
-    tasks = f"{need.tasks} tasks such as {need.example!r} need" if need.tasks > 1 else f"task {need.example!r} needs"
-    return f"{tasks} {what}"
+    return f"{need.tasks} {need.name!r} tasks need {what}" if need.tasks > 1 else f"a {need.name!r} task needs {what}"
 
 
 def label(mode: Mode) -> str:

@@ -24,12 +24,15 @@ class Need:
         How many there are, waiting or running.
     example
         The key of one.
+    name
+        What tasks of that key are called.
     """
 
     resources: Mapping[str, float]
     slots: int
     tasks: int = 0
     example: str = ""
+    name: str = ""
 
     def fits(self, spec: WorkerSpec) -> int:
         """Return how many of them a worker can run at once."""

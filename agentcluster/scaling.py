@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from agentcluster import modes
 from agentcluster.allocate import Amount, Change, Held, difference, filled, scaled
-from agentcluster.errors import ConfigError, suggest
+from agentcluster.errors import ConfigError, ModeRefused, suggest
 from agentcluster.model import Mode, WorkerSpec
 from agentcluster.registry import Node
 
@@ -194,7 +194,7 @@ def _switch(kind: str, count: int, places: list[_Place], nbytes: Mapping[str, in
     """Have as many nodes change to ``mixed`` as it takes for so many workers of a kind; those that hold least first."""
     offered = [sum(kind in p.kinds(spec) for spec in (*p.stay.values(), *p.room)) for p in places]
     known = {each for p in places for spec in (*p.stay.values(), *p.room) for each in p.kinds(spec)}
-    reasons: list[str] = []
+    reasons: dict[str, list[str]] = {}
     order = sorted(range(len(places)), key=lambda i: sum(nbytes.get(worker, 0) for worker in places[i].stay))
     for index in order:
         if sum(offered) >= count and any(offered):
@@ -206,13 +206,15 @@ def _switch(kind: str, count: int, places: list[_Place], nbytes: Mapping[str, in
             mode = _with_both(place.mode)
             full = modes.plan(mode, place.node.hardware, node=place.node.name)
         except ConfigError as error:
-            reasons.append(str(error))
+            reason = error.reason if isinstance(error, ModeRefused) else str(error)
+            reasons.setdefault(reason, []).append(place.node.name)
             continue
         change = difference(place.node.plan.workers, full)
         places[index] = changed = _Place(place.node, mode, change.keep, change.come, switched=True)
         offered[index] = sum(kind in changed.kinds(spec) for spec in full)
     if not any(offered):
-        why = f": {'; '.join(reasons)}" if reasons else f"; {suggest(kind, sorted(known))}"
+        said = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+        why = f"; {'; '.join(said)}" if reasons else f"; {suggest(kind, sorted(known))}"
         raise ConfigError(f"scale({kind}={count}): no node has workers of the kind {kind!r}{why}", key=kind)
 
 

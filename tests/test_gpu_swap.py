@@ -14,7 +14,7 @@ from conftest import wait_until
 from dask.system import CPU_COUNT
 from distributed import Client
 
-from agentcluster import AgentCluster
+from agentcluster import AgentCluster, Mode
 from agentcluster.errors import PreflightError, SwapError
 
 pytest.importorskip("dask_cuda", reason="dask-cuda is not installed")
@@ -283,3 +283,25 @@ async def test_dask_cudas_class_in_a_spec_is_refused(node: Open) -> None:
         with pytest.raises(PreflightError, match="use mode 'auto-gpu'"):
             await one.cluster.reprovision("spec", {"spec": {"cls": "dask_cuda.CUDAWorker"}})
         assert await one.pids() == before
+
+
+async def test_adapt_to_tasks_that_need_a_gpu(node: Open) -> None:
+    """Sixty tasks that need a GPU bring GPU workers up, no others, and those go back when they are done."""
+
+    def train(number: int) -> str:
+        import os
+
+        return f"{number} on {os.environ['CUDA_VISIBLE_DEVICES'].partition(',')[0]}"
+
+    async with node(gpus=2) as one:
+        kept = await one.client.scatter(list(range(20)), hash=False)
+        one.cluster.adapt(minimum=1, modes=[Mode("auto-cpu", TWO_CPU), "auto-gpu"], interval="50ms", wait_count=3)
+        prepared = await one.client.gather(one.client.map(float, range(20)))
+        trained = await one.client.gather(one.client.map(train, range(60), resources={"GPU": 1}))
+        assert [each.partition(" on ")[0] for each in trained] == [str(number) for number in range(60)]
+        await wait_until(lambda: any("auto-cpu" in each.decided for each in one.cluster.adaptive_log()[1:]))
+        assert one.cluster.nodes["local"]["mode"] == "auto-cpu"
+        assert prepared == [float(number) for number in range(20)]
+        assert await one.client.gather(kept) == list(range(20))
+        changes = [decision.decided for decision in one.cluster.adaptive_log() if "auto-gpu" in decision.decided]
+        assert len(changes) == 1, one.cluster.adaptive_log()
