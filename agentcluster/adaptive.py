@@ -6,11 +6,13 @@ the patience (who may come when, who was not needed for how long, how long to le
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,6 +160,10 @@ class AgentAdaptive(Adaptive):
         self._idle_count: dict[str, int] = {}
         self._short_since: float | None = None
         self._said: set[str] = set()
+        self._requests: dict[int, Mapping[str, int]] = {}
+        self._numbers = itertools.count()
+        #: Which requests the scheduler knew of when it last answered, and what it said.
+        self._answered: tuple[Collection[int], Mapping[str, Any]] = ((), {})
         self._failures = 0
         self._not_before = 0.0
         self.decisions: deque[Decision] = deque(maxlen=dask.config.get("distributed.admin.low-level-log-length"))
@@ -167,10 +173,12 @@ class AgentAdaptive(Adaptive):
         if self._adapting or time.monotonic() < self._not_before:
             return
         self._adapting = True
+        asked = set(self._requests)
         try:
             answer = await self._once()
             if firm := self._patience(answer):
                 answer = await self._once(may_go=firm)
+            self._answered = (asked, answer)
             self._failures = 0
             self._not_before = 0.0
             self._say(answer)
@@ -190,6 +198,7 @@ class AgentAdaptive(Adaptive):
             self._least,
             self._most,
             self._kinds,
+            self._requested(),
             tuple(may_go),
             may_come,
         )
@@ -203,6 +212,59 @@ class AgentAdaptive(Adaptive):
         if answer["decided"]:
             await self._note(answer["saw"], answer["decided"], "; ".join(answer["short"]), answer["seconds"])
         return answer
+
+    def _requested(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for request in self._requests.values():
+            for name, count in request.items():
+                found[name] = found.get(name, 0) + count
+        return found
+
+    async def hold(self, request: Mapping[str, int], timeout: float) -> int:
+        """Have room for tasks before they come; return what :meth:`release` takes.
+
+        Parameters
+        ----------
+        request
+            Resource -> number of tasks that need one of it.
+        timeout
+            Seconds.
+
+        Raises
+        ------
+        ConfigError
+            When no node can ever have it.
+        TimeoutError
+            When there is no room for all within the timeout.
+        """
+        number = next(self._numbers)
+        self._requests[number] = request
+        try:
+            async with asyncio.timeout(timeout):
+                while not self._holds(number):
+                    await self.adapt()
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            self.release(number)
+            raise TimeoutError(f"no room for {dict(request)} within {timeout:g} s; see adaptive_log()") from None
+        except BaseException:
+            self.release(number)
+            raise
+        return number
+
+    def release(self, number: int) -> None:
+        """Hold it no longer."""
+        self._requests.pop(number, None)
+
+    def _holds(self, number: int) -> bool:
+        """Whether there was room for a request when the scheduler looked last, or raise why there can never be."""
+        asked, answer = self._answered
+        if number not in asked:
+            return False
+        found = {name: answer["requests"].get(name) for name in self._requests[number]}
+        if never := [why for why in found.values() if isinstance(why, str)]:
+            raise ConfigError(f"cannot hold what was requested: {'; '.join(never)}")
+        return all(found.values())
 
     def _patience(self, answer: Mapping[str, Any]) -> list[str]:
         """Return who has not been needed for long enough."""

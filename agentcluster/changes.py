@@ -23,7 +23,7 @@ from distributed import Scheduler
 from agentcluster import allocate, modes, preflight
 from agentcluster.config import Config
 from agentcluster.counts import Counts
-from agentcluster.demand import Demand, Offers, label, wants
+from agentcluster.demand import Offers, label
 from agentcluster.errors import (
     AgentClusterError,
     ConfigError,
@@ -34,7 +34,7 @@ from agentcluster.errors import (
     suggest,
 )
 from agentcluster.evacuation import held
-from agentcluster.fitting import Fit, fitted
+from agentcluster.fitting import Fit
 from agentcluster.model import Mode, NodePlan, WorkerSpec
 from agentcluster.needs import Asked
 from agentcluster.proposal import Proposal
@@ -181,30 +181,18 @@ class Changes:
         -------
         dict
             ``saw`` and ``decided``, as text; ``could_go``, who was not needed and stayed; ``unmet``, what tasks need
-            that no node has -> why; ``short``, what they need that there is no room for now; ``waits``, whether workers
-            would come if they might; ``seconds`` that it took; ``workers``, the number that there is now.
+            that no node has -> why; ``short``, what they need that there is no room for now; ``requests``, resource ->
+            whether there is room for what was requested, or why there cannot be; ``waits``, whether workers would come
+            if they might; ``seconds`` that it took; ``workers``, the number that there is now.
         """
         began = time.time()
         known = {name for name, node in self.registry.nodes.items() if node.state in ("ready", "standby")}
         async with self._nodes([name for name in known if names is None or name in names], terms) as nodes:
             there = sorted((node for node in nodes if node.state in ("ready", "standby")), key=lambda node: node.name)
-            demand = Demand(self.scheduler, asked.target_duration)
             nbytes = held(self.scheduler, [worker for node in there for worker in node.plan.workers])
-            spots = [self._offers.spot(node, asked.modes, demand, nbytes) for node in there]
-            bounds, may_go = asked.bounds(), set(asked.may_go)
-            fit = fitted(demand.needs, spots, bounds, may_go.__contains__)
-            later = fitted(demand.needs, spots, bounds)
+            fit, answer = self._offers.look(self.scheduler, there, asked, nbytes)
             wishes = self._fitting_wishes(fit, there, asked)
-            answer = {
-                "saw": "; ".join(map(wants, demand.needs)) or "no tasks",
-                "could_go": sorted({*later.go, *later.modes} - {*fit.go, *fit.modes}),
-                "unmet": {
-                    str(sorted(n.resources.items())): self._offers.explain(n, there, asked.modes) for n in fit.unmet
-                },
-                "short": [wants(demand.needs[index]) for index in fit.short if demand.needs[index] not in fit.unmet],
-                "waits": bool(fit.come or fit.modes) and not asked.may_come,
-                "decided": _decided(wishes),
-            }
+            answer["decided"] = _decided(wishes)
             if wishes:
                 await self._roll("adapt", wishes, terms)
         return {**answer, "seconds": time.time() - began, "workers": sum(len(node.plan.workers) for node in there)}

@@ -12,8 +12,9 @@ from distributed import Scheduler
 
 from agentcluster import modes
 from agentcluster.errors import ConfigError, ModeRefused
+from agentcluster.fitting import Fit, fitted
 from agentcluster.model import Mode, WorkerSpec
-from agentcluster.needs import Need, Seat, Spot
+from agentcluster.needs import Asked, Need, Seat, Spot
 from agentcluster.registry import Node
 
 #: Of tasks that wait together, how many are looked at; the others are taken to be like them, as dask does.
@@ -87,6 +88,44 @@ class Offers:
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], tuple[Any, tuple[WorkerSpec, ...] | str]] = {}
 
+    def look(
+        self, scheduler: Scheduler, nodes: Sequence[Node], asked: Asked, nbytes: Mapping[str, int]
+    ) -> tuple[Fit, dict[str, Any]]:
+        """Return which workers tasks need, and what there is to say of it.
+
+        Parameters
+        ----------
+        scheduler
+            The scheduler with the tasks.
+        nodes
+            The nodes.
+        asked
+            The limits, and who may go.
+        nbytes
+            Worker -> bytes of data that it holds.
+        """
+        demand = Demand(scheduler, asked.target_duration)
+        requests = {name: Need({name: 1}, count) for name, count in sorted(asked.requests.items())}
+        needs = [*demand.needs, *requests.values()]
+        spots = [self.spot(node, asked.modes, demand, nbytes) for node in nodes]
+        bounds, may_go = asked.bounds(), set(asked.may_go)
+        fit = fitted(needs, spots, bounds, may_go.__contains__)
+        later = fitted(needs, spots, bounds)
+        waits = bool(fit.come or fit.modes) and not asked.may_come
+        unmet = {_resources(need): self.explain(need, nodes, asked.modes) for need in fit.unmet}
+        held = {
+            name: unmet.get(_resources(need)) or (index not in fit.short and not waits)
+            for index, (name, need) in enumerate(requests.items(), len(demand.needs))
+        }
+        return fit, {
+            "saw": "; ".join(map(wants, needs)) or "no tasks",
+            "could_go": sorted({*later.go, *later.modes} - {*fit.go, *fit.modes}),
+            "unmet": unmet,
+            "short": [wants(needs[index]) for index in fit.short if needs[index] not in fit.unmet],
+            "requests": held,
+            "waits": waits,
+        }
+
     def plan(self, node: Node, mode: Mode) -> tuple[WorkerSpec, ...] | str:
         """Return the workers of a node in a mode, or why it cannot have them."""
         key = node.name, label(mode)
@@ -111,7 +150,8 @@ class Offers:
     def explain(self, need: Need, nodes: Sequence[Node], allowed: Sequence[Mode]) -> str:
         """Say of tasks that nobody can run what they need, and why no node has it."""
         why = [(node.name, self._why(need, node, allowed or [node.plan.mode])) for node in nodes]
-        return f"{wants(need)} ({need.example}), which no node has: {by_reason(why) or 'there is none'}"
+        example = f" ({need.example})" if need.example else ""
+        return f"{wants(need)}{example}, which no node has: {by_reason(why) or 'there is none'}"
 
     def _why(self, need: Need, node: Node, allowed: Sequence[Mode]) -> str:
         named = [mode.name for mode in allowed]
@@ -132,6 +172,10 @@ class Offers:
         return "no worker has so much"
 
 
+def _resources(need: Need) -> str:
+    return str(sorted(need.resources.items()))
+
+
 def by_reason(why: Iterable[tuple[str, str]]) -> str:
     """Say of each node why, nodes of one reason together."""
     groups: dict[str, list[str]] = {}
@@ -146,6 +190,8 @@ def by_reason(why: Iterable[tuple[str, str]]) -> str:
 def wants(need: Need) -> str:
     """Say what tasks need, as in "60 'train' tasks need GPU=1"."""
     what = ", ".join(f"{name}={amount:g}" for name, amount in sorted(need.resources.items())) or "any worker"
+    if not need.tasks:
+        return f"a request for {need.slots} tasks with {what}"
     return f"{need.tasks} {need.name!r} tasks need {what}" if need.tasks > 1 else f"a {need.name!r} task needs {what}"
 
 

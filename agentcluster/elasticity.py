@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import distributed.deploy.adaptive
-from dask.utils import parse_bytes
+from dask.utils import parse_bytes, parse_timedelta
 from distributed.core import Status
 from distributed.deploy.adaptive import Adaptive
 from distributed.deploy.cluster import Cluster
@@ -21,6 +21,46 @@ from agentcluster.errors import ConfigError
 from agentcluster.model import to_wire
 from agentcluster.report import Nodes
 from agentcluster.scaling import Target
+
+
+class Request:
+    """Room that is held for tasks before they come; see :meth:`AgentCluster.request`."""
+
+    def __init__(self, cluster: Elasticity, resources: Mapping[str, int], timeout: float) -> None:
+        for name, count in resources.items():
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ConfigError(f"request({name.lower()}={count!r}): give a whole number above 0", key=name)
+        if not resources:
+            raise ConfigError("request(): say of what, such as gpu=4")
+        self._cluster, self._resources, self._timeout = cluster, resources, timeout
+        self._held: tuple[AgentAdaptive, int] | None = None
+
+    def __enter__(self) -> Request:
+        self._cluster.sync(self.__aenter__)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._release()
+
+    async def __aenter__(self) -> Request:
+        adaptive = self._cluster._adaptive
+        if not isinstance(adaptive, AgentAdaptive) or adaptive.state not in ("starting", "running"):
+            raise ConfigError("request() holds room while cluster.adapt() runs; call that first, or cluster.scale()")
+        self._held = adaptive, await adaptive.hold(self._resources, self._timeout)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._held is not None:
+            adaptive, number = self._held
+            self._held = None
+            adaptive.release(number)
+
+
+def _resource(name: str) -> str:
+    return name.upper() if name in ("cpu", "gpu") else name
 
 
 class Elasticity(SpecCluster):
@@ -160,6 +200,35 @@ class Elasticity(SpecCluster):
             return Cluster.adapt(self, Adaptive, **limits, **kwargs)
         return super().adapt(Adaptive, **limits, **kwargs)
 
+    def request(self, *, timeout: str | float = "5 minutes", **resources: int) -> Request:
+        """Hold room for tasks before they come, while :meth:`adapt` runs.
+
+        Parameters
+        ----------
+        timeout : str or float
+            Time that it may take until there is room.
+        **resources : int
+            How many tasks that need one of a resource there is to be room for, as in ``gpu=4`` or ``cpu=16``.
+
+        Returns
+        -------
+        Request
+            A context manager, asynchronous where the cluster is: there is room inside, and it is given up at its end.
+
+        Raises
+        ------
+        ConfigError
+            When entered: nothing adapts, or no node can ever have room.
+        TimeoutError
+            When entered: there was no room in time.
+
+        Examples
+        --------
+        >>> with cluster.request(gpu=4):                              # doctest: +SKIP
+        ...     client.submit(train, resources={"GPU": 1}).result()
+        """
+        return Request(self, {_resource(name): count for name, count in resources.items()}, _seconds(timeout))
+
     def adaptive_log(self) -> AdaptiveLog:
         """Return what :meth:`adapt` decided and why, oldest first; a table as its repr."""
         return AdaptiveLog(getattr(self._adaptive, "decisions", ()))
@@ -169,6 +238,13 @@ class Elasticity(SpecCluster):
         adaptive = self._adaptive
         if adaptive is not None and not (adaptive._adapting and not isinstance(adaptive, AgentAdaptive)):
             adaptive.stop(reason="by hand")
+
+
+def _seconds(timeout: str | float) -> float:
+    try:
+        return float(parse_timedelta(timeout, default="seconds"))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ConfigError(f"request(timeout={timeout!r}): give a time such as '30s'", key="timeout") from None
 
 
 def _bytes(memory: str | int) -> int:

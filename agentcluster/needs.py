@@ -21,7 +21,7 @@ class Need:
     slots
         How many of them should run at once.
     tasks
-        How many there are, waiting or running.
+        How many there are, waiting or running; 0 for room that was requested before they come.
     example
         The key of one.
     name
@@ -98,6 +98,8 @@ class Asked:
         Workers, threads, and bytes of their memory limits, together; None for no limit.
     kinds
         Resource or kind of worker, in lower case -> the least and the greatest number of workers; None for no limit.
+    requests
+        Resource -> how many tasks that need one of it there is to be room for, whether they are there or not.
     may_go
         Workers, and nodes that go back to their first mode, that have not been needed for long enough.
     may_come
@@ -109,6 +111,7 @@ class Asked:
     least: tuple[float, ...] = (0, 0, 0)
     most: tuple[float | None, ...] = (None, None, None)
     kinds: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    requests: Mapping[str, int] = field(default_factory=dict)
     may_go: tuple[str, ...] = ()
     may_come: bool = True
 

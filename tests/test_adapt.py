@@ -14,7 +14,7 @@ import pytest_asyncio
 from conftest import wait_until
 from distributed import Adaptive, Client
 
-from agentcluster import AgentCluster
+from agentcluster import AgentCluster, Mode
 from agentcluster.adaptive import AgentAdaptive
 from agentcluster.errors import ConfigError
 
@@ -109,8 +109,6 @@ async def test_scattered_data_survives(cluster: AgentCluster, client: Client, sl
 async def test_tasks_that_need_a_resource_change_the_mode_and_back(
     cluster: AgentCluster, client: Client, slow: Slow
 ) -> None:
-    from agentcluster import Mode
-
     first, other = Mode("uniform", TWO), Mode("spec", {"spec": BIG})
     kept = await client.scatter(list(range(20)), hash=False)
     cluster.adapt(minimum=1, modes=[first, other], **FAST)
@@ -174,8 +172,6 @@ async def test_a_class_of_the_users_own(cluster: AgentCluster, client: Client, s
 async def test_a_failure_is_said_and_tried_again_later(
     cluster: AgentCluster, client: Client, slow: Slow, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from agentcluster import Mode
-
     broken = Mode(
         "spec",
         {
@@ -219,3 +215,32 @@ async def test_wrong_options(cluster: AgentCluster, options: dict[str, Any], sai
     with pytest.raises(ConfigError, match=said):
         cluster.adapt(**options)
     assert count(cluster) == 4
+
+
+async def test_room_that_is_requested_before_tasks_come(cluster: AgentCluster, client: Client, slow: Slow) -> None:
+    modes = [Mode("uniform", TWO), Mode("spec", {"spec": BIG})]
+    with pytest.raises(ConfigError, match=r"cluster\.adapt\(\)"):
+        async with cluster.request(BIG=2):
+            pass
+    cluster.adapt(minimum=0, modes=modes, **FAST)
+    await wait_until(lambda: count(cluster) == 0)
+    async with cluster.request(BIG=1):
+        (worker,) = cluster.scheduler.workers.values()
+        assert worker.resources == {"CPU": 1, "BIG": 2}
+        await asyncio.sleep(0.5)
+        assert count(cluster) == 1
+        assert await client.submit(slow, 1, resources={"BIG": 1}) == 1
+    await wait_until(lambda: count(cluster) == 0)
+    with pytest.raises(ConfigError, match="a request for 2 tasks with TPU=1, which no node has"):
+        async with cluster.request(TPU=2):
+            pass
+    with pytest.raises(TimeoutError, match="no room for"):
+        async with cluster.request(cpu=99, timeout=0.5):
+            pass
+    await wait_until(lambda: count(cluster) == 0)
+
+
+@pytest.mark.parametrize("wrong", [{"gpu": 0}, {"gpu": 1.5}, {}, {"gpu": 1, "timeout": "soon"}])
+async def test_wrong_requests(cluster: AgentCluster, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="request"):
+        cluster.request(**wrong)

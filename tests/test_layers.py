@@ -43,7 +43,7 @@ LAYERS = {
     "answers": 4,
     "needs": 4,
     "fitting": 5,
-    "demand": 5,
+    "demand": 6,
     "scaling": 4,
     "counts": 4,
     "tracked": 4,
