@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -117,7 +118,8 @@ class Offers:
             name: unmet.get(_resources(need)) or (index not in fit.short and not waits)
             for index, (name, need) in enumerate(requests.items(), len(demand.needs))
         }
-        return fit, {
+        come = {node.name: self._come(fit, node, asked.modes) for node in nodes if node.name in fit.come}
+        return replace(fit, come=come), {
             "saw": "; ".join(map(wants, needs)) or "no tasks",
             "could_go": sorted({*later.go, *later.modes} - {*fit.go, *fit.modes}),
             "unmet": unmet,
@@ -142,10 +144,20 @@ class Offers:
         """Return a node as :mod:`fitting` takes it."""
         plans = {label(mode): self.plan(node, mode) for mode in allowed or [node.plan.mode]}
         seats = {
-            name: Seat(spec, nbytes.get(name, 0), demand.runs.get(name, {})) for name, spec in node.plan.workers.items()
+            name: Seat(_offering(node, [spec])[0], nbytes.get(name, 0), demand.runs.get(name, {}))
+            for name, spec in node.plan.workers.items()
         }
-        offers = {name: plan for name, plan in plans.items() if not isinstance(plan, str)}
+        offers = {name: _offering(node, plan) for name, plan in plans.items() if not isinstance(plan, str)}
         return Spot(node.name, label(node.plan.mode), seats, offers)
+
+    def _come(self, fit: Fit, node: Node, allowed: Sequence[Mode]) -> tuple[WorkerSpec, ...]:
+        """Return the workers that come as their mode has them: without what their host gives them anyway."""
+        wanted = fit.modes.get(node.name, label(node.plan.mode))
+        mode = next((mode for mode in allowed if label(mode) == wanted), node.plan.mode)
+        plan = self.plan(node, mode)
+        assert not isinstance(plan, str)
+        offered = _offering(node, plan)
+        return tuple(plan[offered.index(spec)] for spec in fit.come[node.name])
 
     def explain(self, need: Need, nodes: Sequence[Node], allowed: Sequence[Mode]) -> str:
         """Say of tasks that nobody can run what they need, and why no node has it."""
@@ -158,18 +170,25 @@ class Offers:
         others = [Mode(name) for name in ("auto-cpu", "auto-gpu", "mixed") if name not in named]
         for mode in others:
             plan = self.plan(node, mode)
-            if not isinstance(plan, str) and any(map(need.fits, plan)):
+            if not isinstance(plan, str) and any(map(need.fits, _offering(node, plan))):
                 return f"it could in mode {mode.name!r}: adapt(modes={[*named, mode.name]})"
         gpu = self.plan(node, Mode("auto-gpu"))
         if "GPU" in need.resources and isinstance(gpu, str):
             return gpu
-        plans = [plan for mode in allowed if not isinstance(plan := self.plan(node, mode), str)]
+        plans = [_offering(node, plan) for mode in allowed if not isinstance(plan := self.plan(node, mode), str)]
         missing = [
             name for name in need.resources if not any(name in spec.resources for plan in plans for spec in plan)
         ]
         if missing:
             return f"no worker has {missing[0]}; a mode's option resources={{{missing[0]!r}: …}} gives it to them"
         return "no worker has so much"
+
+
+def _offering(node: Node, plan: Sequence[WorkerSpec]) -> tuple[WorkerSpec, ...]:
+    """Return workers with the resources that their host gives them too."""
+    if not node.resources:
+        return tuple(plan)
+    return tuple(replace(spec, resources={**node.resources, **spec.resources}) for spec in plan)
 
 
 def _resources(need: Need) -> str:

@@ -97,6 +97,7 @@ class AgentPlugin(SchedulerPlugin):
         exact: bool = True,
         given: str | int | None = None,
         room: int | None = None,
+        resources: Mapping[str, float] | None = None,
         stream: bool = False,
     ) -> Any:
         """Take an agent's node in, and give it its workers.
@@ -117,6 +118,8 @@ class AgentPlugin(SchedulerPlugin):
             The name that a cluster manager gave the node, and whose workers it knows by it.
         room
             How many workers can be there at once, where the agent was given ports for so many.
+        resources
+            What each worker there offers, whatever its mode.
         stream
             Keep the connection open: its messages are the agent's heartbeats, its end is the agent's.
 
@@ -125,7 +128,7 @@ class AgentPlugin(SchedulerPlugin):
         dict
             ``{"name": …}``, the name that the node got.
         """
-        known: dict[str, Any] = {"exact": exact, "given": given, "room": room}
+        known: dict[str, Any] = {"exact": exact, "given": given, "room": room, "resources": resources}
         try:
             for key, own in (("own_mode", mode), ("fallback", fallback)):
                 known[key] = None if own is None else from_wire(Mode, own, key)
