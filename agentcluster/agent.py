@@ -30,7 +30,7 @@ from agentcluster.membership import IS_IT_THERE, Membership
 from agentcluster.model import Hardware, Mode, to_wire, unpickled
 from agentcluster.orders import Orders
 from agentcluster.supervisor import StartMethod, Supervisor
-from agentcluster.worker_like import LIKE_DASK_WORKER, take_mode, take_scheduler
+from agentcluster.worker_like import LIKE_DASK_WORKER, take_mode, take_scheduler, with_resources
 
 logger = logging.getLogger(__name__)
 
@@ -198,11 +198,11 @@ class Agent(Server):
 
     async def _join(self, scheduler: str) -> None:
         """Register this node with a scheduler, and take orders from it."""
-        adopted = self._adopted
+        adopted, options = self._adopted, with_resources(self._worker_options)
         terms: dict[str, Any] = {
             "security": self.security,
             "settings": self.settings,
-            "host_options": {k: v for k, v in {**self._where, **self._worker_options}.items() if v is not None},
+            "host_options": {k: v for k, v in {**self._where, **options}.items() if v is not None},
             "lasting": self.lasting or adopted is not None,
             "on_end": lambda why: self._after(why, adopted),
         }
@@ -215,7 +215,8 @@ class Agent(Server):
             "address": self.address,
             "hardware": to_wire(self.hardware),
             "exact": self.given_name is not None,
-            "room": room(self._worker_options),
+            "room": room(options),
+            "resources": options.get("resources") or {},
             **({"given": self.given_name} if tracked else {}),
             **{key: to_wire(mode) for key, mode in own.items() if mode is not None},
         }

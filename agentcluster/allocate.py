@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from agentcluster.model import WorkerSpec
+
+#: How much of each unit, such as workers, threads and bytes of memory.
+Amount = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -46,44 +50,95 @@ def difference(current: Mapping[str, WorkerSpec], wanted: Sequence[WorkerSpec]) 
     return Change(keep, tuple(name for name in current if name not in keep), tuple(missing))
 
 
+@dataclass(frozen=True)
+class Held:
+    """A worker that runs.
+
+    Attributes
+    ----------
+    nbytes
+        What it holds in memory.
+    amount
+        What it counts for, in each unit that is asked for.
+    """
+
+    nbytes: int
+    amount: Amount
+
+
 def scaled(
-    current: Mapping[str, Mapping[str, int]], capacity: Mapping[str, int], total: int
-) -> tuple[set[str], dict[str, int]]:
-    """Return which workers go, and how many come on each node, so that `total` run.
+    current: Mapping[str, Mapping[str, Held]], room: Mapping[str, Sequence[Amount]], wanted: Amount
+) -> tuple[set[str], dict[str, list[int]]]:
+    """Return which workers go, and which come on each node, so that what is wanted is there in every unit.
 
     Parameters
     ----------
     current
-        Node -> worker -> bytes that it holds.
-    capacity
-        Node -> the most workers that its mode puts there.
-    total
-        Workers wanted over all nodes.
+        Node -> worker -> what it holds and counts for.
+    room
+        Node -> what the workers count for that could come there, in the order in which they would.
+    wanted
+        Amount in each unit, such as workers, threads and bytes of memory; 0 where that does not matter.
 
     Returns
     -------
     set of str
-        Workers that go: those that hold least, on the nodes that have most.
+        Workers that go: those that hold least, on the nodes that have most; none without which something is missing.
     dict
-        Node -> number of workers that come: first where fewest run. In sum less than asked when capacity ends.
+        Node -> positions in `room` of the workers that come: first where fewest run, none that brings nothing. They are
+        less than wanted when there is no room for more.
     """
     count = {node: len(workers) for node, workers in current.items()}
+    there = [sum(held.amount[unit] for each in current.values() for held in each.values()) for unit in _units(wanted)]
     go: set[str] = set()
-    while sum(count.values()) > total:
-        _, _, node, worker = min(
-            (nbytes, -count[node], node, worker)
-            for node, workers in current.items()
-            for worker, nbytes in workers.items()
-            if worker not in go
-        )
-        go.add(worker)
-        count[node] -= 1
-    come = dict.fromkeys(current, 0)
-    while sum(count.values()) < total:
-        room = [node for node in current if count[node] < capacity[node]]
-        if not room:
-            break
-        node = min(room, key=lambda n: count[n])
-        count[node] += 1
-        come[node] += 1
+    least = [(held.nbytes, -count[n], n, name) for n, workers in current.items() for name, held in workers.items()]
+    heapq.heapify(least)
+    while least:
+        nbytes, negated, node, worker = heapq.heappop(least)
+        if -negated != count[node]:  # one went from there since
+            heapq.heappush(least, (nbytes, -count[node], node, worker))
+            continue
+        left = [have - part for have, part in zip(there, current[node][worker].amount, strict=True)]
+        if all(have >= want for have, want in zip(left, wanted, strict=True)):
+            go.add(worker)
+            count[node] -= 1
+            there = left
+    come: dict[str, list[int]] = {node: [] for node in current}
+    order = {node: number for number, node in enumerate(current)}
+    fewest = [(count[node], order[node], 0) for node in current if room[node]]
+    heapq.heapify(fewest)
+    nodes = list(current)
+    while fewest and (missing := [unit for unit in _units(wanted) if there[unit] < wanted[unit]]):
+        number, position, index = heapq.heappop(fewest)
+        offered = room[nodes[position]]
+        if any(offered[index][unit] for unit in missing):
+            come[nodes[position]].append(index)
+            there = [have + part for have, part in zip(there, offered[index], strict=True)]
+            number += 1
+        if index + 1 < len(offered):
+            heapq.heappush(fewest, (number, position, index + 1))
     return go, come
+
+
+def _units(amount: Amount) -> range:
+    return range(len(amount))
+
+
+def filled(nbytes: Mapping[str, int | None], wanted: int) -> tuple[list[str], list[str]]:
+    """Return which nodes are emptied and which are filled, so that `wanted` have workers.
+
+    Parameters
+    ----------
+    nbytes
+        Node -> what its workers hold; None for a node that has none.
+    wanted
+        How many nodes are to have workers.
+
+    Returns
+    -------
+    list of str, list of str
+        Nodes to empty, those that hold least; nodes to fill, the first that have none.
+    """
+    used = sorted((held, node) for node, held in nbytes.items() if held is not None)
+    free = [node for node, held in nbytes.items() if held is None]
+    return [node for _, node in used[: max(0, len(used) - wanted)]], free[: max(0, wanted - len(used))]

@@ -17,11 +17,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from dataclasses import dataclass, field
 from typing import Any
 
+from dask.utils import format_bytes
 from distributed import Scheduler
 
 from agentcluster import allocate, modes, preflight
 from agentcluster.config import Config
 from agentcluster.counts import Counts
+from agentcluster.demand import Offers, label
 from agentcluster.errors import (
     AgentClusterError,
     ConfigError,
@@ -29,12 +31,16 @@ from agentcluster.errors import (
     PreflightError,
     RolloutBusy,
     SwapError,
+    suggest,
 )
 from agentcluster.evacuation import held
+from agentcluster.fitting import Fit
 from agentcluster.model import Mode, NodePlan, WorkerSpec
+from agentcluster.needs import Asked
 from agentcluster.proposal import Proposal
 from agentcluster.registry import Node, Registry
 from agentcluster.rolling import Rolling, Terms
+from agentcluster.scaling import Target, answered
 from agentcluster.swap import Limits
 from agentcluster.tracked import Tracked
 
@@ -71,6 +77,7 @@ class Changes:
 
     def __post_init__(self) -> None:
         self.tracked = Tracked(self.scheduler, self.registry, self.config.start_timeout)
+        self._offers = Offers()
         self._turn = asyncio.Lock()
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._last: tuple[dict[str, NodePlan], Mode, dict[str, Mode]] | None = None
@@ -126,19 +133,18 @@ class Changes:
                 self.registry.wanted.clear()
             return report
 
-    async def scale(self, total: int, names: Sequence[str] | str | None, terms: Terms) -> Report:
-        """Bring nodes to `total` workers, as far as their modes have room."""
+    async def scale(
+        self, target: Target, names: Sequence[str] | str | None, terms: Terms, *, strict: bool = False
+    ) -> Report:
+        """Bring nodes to what is wanted, as far as they have room; with `strict` only where they have it."""
         async with self._nodes(names, terms) as nodes:
-            full = {node.name: modes.plan(self.mode_of(node), node.hardware, node=node.name) for node in nodes}
             nbytes = held(self.scheduler, [worker for node in nodes for worker in node.plan.workers])
-            current = {node.name: {w: nbytes.get(w, 0) for w in node.plan.workers} for node in nodes}
-            go, come = allocate.scaled(current, {name: len(specs) for name, specs in full.items()}, total)
-            wishes = {}
-            for node in nodes:
-                room = allocate.difference(node.plan.workers, full[node.name]).come
-                wishes[node.name] = (self.mode_of(node), _without(node, go, room[: come[node.name]]))
-            report = await self._roll("scale", wishes, terms)
-            return {**report, "workers": sum(len(node.plan.workers) for node in nodes)}
+            answer = answered(target, nodes, {node.name: self.mode_of(node) for node in nodes}, nbytes)
+            short = f"{target}: the nodes have room for {_listed(answer.short)}" if answer.short else None
+            if short and strict:
+                raise ConfigError(f"{short}; nothing was changed")
+            report = await self._roll("scale", answer.wishes, terms)
+            return {**report, "workers": sum(len(node.plan.workers) for node in nodes), "short": short}
 
     async def empty(self, name: str, terms: Terms, ends: bool = False) -> Report:
         """Move a node's data to others and stop its workers; where there are none, nothing is waited for."""
@@ -159,6 +165,51 @@ class Changes:
             wishes = {node.name: (self.mode_of(node), _without(node, leaving)) for node in nodes}
             return await self._roll("scale", wishes, terms)
 
+    async def adapt(self, asked: Asked, names: Sequence[str] | str | None, terms: Terms) -> dict[str, Any]:
+        """Give nodes the workers that the tasks of the moment need, and no others, within limits.
+
+        Parameters
+        ----------
+        asked
+            The limits, and who may go.
+        names
+            The nodes; those that are not here, or lost, are left out. None for all.
+        terms
+            How.
+
+        Returns
+        -------
+        dict
+            ``saw`` and ``decided``, as text; ``could_go``, who was not needed and stayed; ``unmet``, what tasks need
+            that no node has -> why; ``short``, what they need that there is no room for now; ``requests``, resource ->
+            whether there is room for what was requested, or why there cannot be; ``waits``, whether workers would come
+            if they might; ``seconds`` that it took; ``workers``, the number that there is now.
+        """
+        began = time.time()
+        known = {name for name, node in self.registry.nodes.items() if node.state in ("ready", "standby")}
+        async with self._nodes([name for name in known if names is None or name in names], terms) as nodes:
+            there = sorted((node for node in nodes if node.state in ("ready", "standby")), key=lambda node: node.name)
+            nbytes = held(self.scheduler, [worker for node in there for worker in node.plan.workers])
+            fit, answer = self._offers.look(self.scheduler, there, asked, nbytes)
+            wishes = self._fitting_wishes(fit, there, asked)
+            answer["decided"] = _decided(wishes)
+            if wishes:
+                await self._roll("adapt", wishes, terms)
+        return {**answer, "seconds": time.time() - began, "workers": sum(len(node.plan.workers) for node in there)}
+
+    def _fitting_wishes(self, fit: Fit, nodes: Sequence[Node], asked: Asked) -> dict[str, tuple[Mode, allocate.Change]]:
+        """Return what changes on each node."""
+        by_label = {label(mode): mode for mode in asked.modes}
+        wishes = {}
+        for node in nodes:
+            name, come = node.name, fit.come.get(node.name, ()) if asked.may_come else ()
+            if name in fit.modes and (asked.may_come or not fit.come.get(name)):
+                wishes[name] = by_label[fit.modes[name]], allocate.difference(node.plan.workers, come)
+            elif name not in fit.modes and (come or not fit.go.isdisjoint(node.plan.workers)):
+                gone = _without(node, fit.go)
+                wishes[name] = node.plan.mode, allocate.Change(gone.keep, gone.go, come)
+        return wishes
+
     async def undo(self, terms: Terms) -> Report:
         """Bring the nodes that the last rollout changed back to the plans that they had before it."""
         if self._last is None:
@@ -176,6 +227,17 @@ class Changes:
                 self.registry.default = default
                 self.registry.wanted = {**wanted, **self.registry.wanted}
             return report
+
+    def control(self, action: str) -> None:
+        """Pause, resume or cancel the rollout that runs now."""
+        if self.rolling is None:
+            raise ConfigError(f"cannot {action}: no rollout runs")
+        if action not in ("pause", "resume", "cancel"):
+            raise ConfigError(f"unknown action {action!r}; {suggest(action, ['pause', 'resume', 'cancel'])}")
+        if action == "cancel":
+            self.rolling.cancel("it was cancelled")
+        else:
+            getattr(self.rolling, action)()
 
     def mode_of(self, node: Node) -> Mode:
         """Return the mode that a node has, or will have when it has joined."""
@@ -223,7 +285,8 @@ class Changes:
         if terms.dry_run:
             return preflight.described(self.scheduler, rolling.report(), proposals)
         self.rolling = rolling
-        self._last = (rolling.before, self.registry.default, dict(self.registry.wanted))
+        if label != "adapt":
+            self._last = (rolling.before, self.registry.default, dict(self.registry.wanted))
         bound = preflight.bound_tasks(self.scheduler, proposals)
         try:
             report = await rolling.run()
@@ -287,8 +350,23 @@ def _name_bound(report: Any, bound: Mapping[str, list[str]]) -> Report:
     return found
 
 
-def _without(node: Node, leaving: Iterable[str], come: tuple[WorkerSpec, ...] = ()) -> allocate.Change:
+def _decided(wishes: Mapping[str, tuple[Mode, allocate.Change]]) -> str:
+    """Say what changes, as in "a: +2 -1 auto-gpu; b: -1 auto-cpu"."""
+    parts = []
+    for name, (mode, change) in wishes.items():
+        counts = [f"+{len(change.come)}"] * bool(change.come) + [f"-{len(change.go)}"] * bool(change.go)
+        parts.append(f"{name}: {' '.join(counts)} {mode.name}".replace("  ", " "))
+    return "; ".join(parts)
+
+
+def _listed(short: Mapping[str, int]) -> str:
+    """Name amounts, as in "2 gpu, 8 cpu"."""
+    sizes = {key: format_bytes(value) if key == "memory" else str(value) for key, value in short.items()}
+    return ", ".join(f"{size} {'of memory' if key == 'memory' else key}" for key, size in sizes.items())
+
+
+def _without(node: Node, leaving: Iterable[str]) -> allocate.Change:
     """Return the change that takes workers from a node's plan."""
     go = tuple(worker for worker in node.plan.workers if worker in set(leaving))
     keep = {worker: spec for worker, spec in node.plan.workers.items() if worker not in go}
-    return allocate.Change(keep, go, come)
+    return allocate.Change(keep, go, ())

@@ -10,21 +10,21 @@ import asyncio
 import contextlib
 import logging
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from dask.utils import parse_bytes, parse_timedelta
+from dask.utils import parse_timedelta
 from distributed.core import Status
-from distributed.deploy.spec import SpecCluster
-from distributed.utils import Log, Logs, NoOpAwaitable
+from distributed.utils import Log, Logs
 
 from agentcluster import modes
+from agentcluster.elasticity import Elasticity
 from agentcluster.entries import Blueprint, NodeProcess
 from agentcluster.errors import ConfigError, NodeNotFound
 from agentcluster.model import Mode, to_wire
 from agentcluster.progress import watch
 from agentcluster.report import Nodes, Report
+from agentcluster.rollout_control import RolloutControl
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 GATHER = 0.2
 
 
-class Operations(SpecCluster):
+class Operations(Elasticity):
     """What can be asked of a cluster that runs; the base of :class:`~agentcluster.AgentCluster`."""
 
     scheduler: Any
@@ -118,6 +118,8 @@ class Operations(SpecCluster):
         SwapError
             When a step failed. The workers that ran before still run, or the message says what is true.
         """
+        if not dry_run:
+            self._by_hand()
         return self.sync(
             self._reprovision,
             mode,
@@ -175,59 +177,6 @@ class Operations(SpecCluster):
             # A scheduler that is gone has said so already, or will; that must not hide what happened.
             with contextlib.suppress(OSError):
                 await self._refresh()
-
-    def scale(self, n: int = 0, memory: Any = None, cores: int | None = None) -> Any:
-        """Bring the cluster to `n` workers, on the nodes that it has; data of those that go is moved first.
-
-        Parameters
-        ----------
-        n : int
-            Number of workers. More than the nodes' modes have room for is scaled to that, with a warning.
-        memory : str or int, optional
-            At least as many workers as have this much memory together.
-        cores : int, optional
-            At least as many workers as have this many threads together.
-        """
-        if self.status in (Status.closing, Status.closed, Status.failed):
-            self.worker_spec.clear()
-            return NoOpAwaitable() if self.asynchronous else None
-        if memory is not None:
-            n = max(n, math.ceil(parse_bytes(memory) / self._memory_per_worker()))
-        if cores is not None:
-            n = max(n, math.ceil(cores / self._threads_per_worker()))
-        return self.sync(self._scale, n)
-
-    async def _scale(self, n: int) -> None:
-        try:
-            answer = await self.scheduler_comm.scale_nodes(n=n, nodes=list(self.workers))
-        finally:
-            # A scheduler that is gone has said so already, or will; that must not hide what happened.
-            with contextlib.suppress(OSError):
-                await self._refresh()
-        if answer["workers"] < n:
-            warnings.warn(
-                f"scale({n}): the modes of the nodes have room for {answer['workers']} workers, which now run",
-                stacklevel=2,
-            )
-
-    async def scale_down(self, workers: Sequence[str]) -> None:
-        """Stop the named workers, after their data was moved; what Adaptive calls."""
-        await self.scheduler_comm.retire_node_workers(names=[str(worker) for worker in workers])
-        await self._refresh()
-
-    def _threads_per_worker(self) -> int:
-        return min((spec["nthreads"] for spec in self._specs() if spec["nthreads"]), default=1)
-
-    def _memory_per_worker(self) -> int:
-        limits = [spec["memory_limit"] for spec in self._specs() if spec["memory_limit"]]
-        if not limits:
-            raise ConfigError("scale(memory=…): the workers of this cluster have no memory limit", key="memory")
-        return int(min(limits))
-
-    def _specs(self) -> list[Mapping[str, Any]]:
-        return [spec for node in self._nodes.values() for spec in node["plan"].values()]
-
-    _supports_scaling = True
 
     def add_host(self, host: Any) -> Any:
         """Launch or adopt one more agent; returns when it has its workers.
@@ -348,33 +297,6 @@ class Operations(SpecCluster):
 
     def _repr_html_(self, cluster_status: str | None = None) -> str:
         return str(super()._repr_html_(cluster_status)) + self._nodes._repr_html_()
-
-
-class RolloutControl:
-    """Watches and steers the rollout of a cluster. Each method is awaitable when the cluster is asynchronous."""
-
-    def __init__(self, cluster: Operations) -> None:
-        self._cluster = cluster
-
-    def pause(self) -> Any:
-        """Begin no further wave of nodes until :meth:`resume`; the wave that runs ends as it would."""
-        return self._cluster.sync(self._cluster._call, "control_rollout", action="pause")
-
-    def resume(self) -> Any:
-        """Go on."""
-        return self._cluster.sync(self._cluster._call, "control_rollout", action="resume")
-
-    def cancel(self) -> Any:
-        """End it: nodes keep, or get back, what they had, as `on_failure` says."""
-        return self._cluster.sync(self._cluster._call, "control_rollout", action="cancel")
-
-    def undo(self) -> Any:
-        """Bring the nodes that the last rollout changed back to the plans that they had before; returns a Report."""
-        return self._cluster.sync(self._cluster._undo)
-
-    def status(self) -> Any:
-        """Return how far it is, as plain data; None when none runs."""
-        return self._cluster.rollout_status()
 
 
 def _given(key: str, value: str | float | None, zero: bool = False) -> float | None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
 
 from distributed import Scheduler, Status
 from distributed.comm.core import Comm, CommClosedError
@@ -20,12 +19,15 @@ from distributed.core import error_message
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from agentcluster import modes
+from agentcluster.answers import answered
 from agentcluster.changes import Changes
 from agentcluster.config import Config
-from agentcluster.errors import AgentClusterError, ConfigError, LaunchError, suggest
+from agentcluster.errors import AgentClusterError, LaunchError
 from agentcluster.model import Hardware, HostMetrics, Mode, WorkerState, from_wire, to_wire
+from agentcluster.needs import Asked
 from agentcluster.registry import SETTLED, Node, Registry
 from agentcluster.rolling import Terms
+from agentcluster.scaling import Target
 
 logger = logging.getLogger(__name__)
 
@@ -33,26 +35,12 @@ NAME = "agentcluster"
 
 CALLS = (
     *("register_node", "unregister_node", "get_nodes", "await_nodes", "get_node_logs"),
-    *("get_provision_mode", "set_provision_mode", "reprovision_nodes", "scale_nodes", "retire_node"),
-    *("retire_node_workers", "undo_rollout", "rollout_status", "control_rollout"),
+    *("get_provision_mode", "set_provision_mode", "reprovision_nodes", "scale_nodes", "adapt_nodes"),
+    *("retire_node", "retire_node_workers", "undo_rollout", "rollout_status", "control_rollout"),
 )
 
 #: What an agent hears when the last of its workers was retired, and not by a change of its node's plan.
 RETIRED = "retired"
-T = TypeVar("T")
-
-
-def _answer(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T | Any]]:
-    """Send our own errors to the caller without a traceback in the scheduler's log: they are answers, not faults."""
-
-    @functools.wraps(method)
-    async def handler(self: AgentPlugin, *args: Any, **kwargs: Any) -> T | Any:
-        try:
-            return await method(self, *args, **kwargs)
-        except (AgentClusterError, TimeoutError) as error:
-            return error_message(error, status="uncaught-error")
-
-    return handler
 
 
 class AgentPlugin(SchedulerPlugin):
@@ -109,6 +97,7 @@ class AgentPlugin(SchedulerPlugin):
         exact: bool = True,
         given: str | int | None = None,
         room: int | None = None,
+        resources: Mapping[str, float] | None = None,
         stream: bool = False,
     ) -> Any:
         """Take an agent's node in, and give it its workers.
@@ -129,6 +118,8 @@ class AgentPlugin(SchedulerPlugin):
             The name that a cluster manager gave the node, and whose workers it knows by it.
         room
             How many workers can be there at once, where the agent was given ports for so many.
+        resources
+            What each worker there offers, whatever its mode.
         stream
             Keep the connection open: its messages are the agent's heartbeats, its end is the agent's.
 
@@ -137,7 +128,7 @@ class AgentPlugin(SchedulerPlugin):
         dict
             ``{"name": …}``, the name that the node got.
         """
-        known: dict[str, Any] = {"exact": exact, "given": given, "room": room}
+        known: dict[str, Any] = {"exact": exact, "given": given, "room": room, "resources": resources}
         try:
             for key, own in (("own_mode", mode), ("fallback", fallback)):
                 known[key] = None if own is None else from_wire(Mode, own, key)
@@ -154,19 +145,19 @@ class AgentPlugin(SchedulerPlugin):
         await self._listen(node, comm)
         return Status.dont_reply
 
-    @_answer
+    @answered
     async def unregister_node(self, name: str) -> None:
         """Forget a node; its workers are its agent's to stop."""
         self.registry.unregister(name)
         logger.info("Node %s left", name)
         await self._notify()
 
-    @_answer
+    @answered
     async def get_nodes(self) -> dict[str, dict[str, Any]]:
         """Return node name -> what is known of it (see :meth:`agentcluster.registry.Node.snapshot`)."""
         return {name: node.snapshot() for name, node in self.registry.nodes.items()}
 
-    @_answer
+    @answered
     async def await_nodes(self, names: Sequence[str], timeout: float) -> dict[str, dict[str, Any]]:
         """Wait until nodes have what they are meant to have, or said why not.
 
@@ -195,14 +186,14 @@ class AgentPlugin(SchedulerPlugin):
                 raise LaunchError(name, f"node {name!r} is lost: {self.registry.get(name).problem}")
         return {name: self.registry.get(name).snapshot() for name in names}
 
-    @_answer
+    @answered
     async def get_provision_mode(self) -> dict[str, Any]:
         """Return the default mode and its options, and the mode of each node."""
         nodes = {name: node.plan.mode.name for name, node in self.registry.nodes.items()}
         default = self.registry.default
         return {"mode": default.name, "config": to_wire(default.config), "nodes": nodes}
 
-    @_answer
+    @answered
     async def set_provision_mode(
         self,
         mode: str | None = None,
@@ -223,7 +214,7 @@ class AgentPlugin(SchedulerPlugin):
         for name, own in (nodes or {}).items():
             self.registry.wanted[name] = from_wire(Mode, own, f"mode of node {name}")
 
-    @_answer
+    @answered
     async def reprovision_nodes(
         self,
         mode: str,
@@ -260,53 +251,61 @@ class AgentPlugin(SchedulerPlugin):
         how = from_wire(Terms, terms, "reprovision_nodes")
         return await self.changes.reprovision(modes.parse(mode, config), nodes, how, remove_existing=remove_existing)
 
-    @_answer
-    async def scale_nodes(self, n: int, nodes: Sequence[str] | str | None = None, **terms: Any) -> dict[str, Any]:
-        """Bring the number of workers on nodes to `n`, as far as their modes have room; data is moved first.
+    @answered
+    async def scale_nodes(
+        self,
+        n: int | None = None,
+        nodes: Sequence[str] | str | None = None,
+        target: Mapping[str, Any] | None = None,
+        strict: bool = False,
+        **terms: Any,
+    ) -> dict[str, Any]:
+        """Bring nodes to `n` workers, or another :class:`Target`, as far as they have room; data is moved first.
 
         Returns
         -------
         dict
-            As :meth:`reprovision_nodes`, with ``"workers"``, the number that there is now.
+            As :meth:`reprovision_nodes`, with ``"workers"``, the number that there is now, and ``"short"``, what of the
+            target there is no room for, or None.
         """
-        if not isinstance(n, int) or n < 0:
-            raise ConfigError(f"scale({n!r}): the number of workers must be 0 or more")
-        return await self.changes.scale(n, nodes, from_wire(Terms, terms, "scale_nodes"))
+        wanted = Target(workers=n) if target is None else from_wire(Target, target, "scale_nodes")
+        how = from_wire(Terms, terms, "scale_nodes")
+        return await self.changes.scale(wanted, nodes, how, strict=strict)
 
-    @_answer
+    @answered
+    async def adapt_nodes(
+        self, asked: Mapping[str, Any], nodes: Sequence[str] | None = None, **terms: Any
+    ) -> dict[str, Any]:
+        """Give nodes the workers that tasks need, and no others; what it returns is in :meth:`Changes.adapt`."""
+        how = from_wire(Terms, terms, "adapt_nodes")
+        return await self.changes.adapt(from_wire(Asked, asked, "adapt_nodes"), nodes, how)
+
+    @answered
     async def retire_node(self, name: str, ends: bool = False, **terms: Any) -> dict[str, Any]:
         """Move a node's data to others and stop its workers; the node stays, in standby, unless its agent `ends`."""
         return await self.changes.empty(name, from_wire(Terms, terms, "retire_node"), ends)
 
-    @_answer
+    @answered
     async def retire_node_workers(self, names: Sequence[str], **terms: Any) -> dict[str, Any]:
         """Move the data of the named workers to others and stop them; unknown names are gone already."""
         return await self.changes.retire(map(str, names), from_wire(Terms, terms, "retire_node_workers"))
 
-    @_answer
+    @answered
     async def undo_rollout(self, **terms: Any) -> dict[str, Any]:
         """Bring the nodes that the last rollout changed back to the plans that they had before it."""
         return await self.changes.undo(from_wire(Terms, terms, "undo_rollout"))
 
-    @_answer
+    @answered
     async def rollout_status(self) -> dict[str, Any] | None:
         """Return how far the rollout is that runs now; None when none runs."""
         return self.changes.rolling.status() if self.changes.rolling else None
 
-    @_answer
+    @answered
     async def control_rollout(self, action: str) -> None:
         """Pause, resume or cancel the rollout that runs now."""
-        rolling = self.changes.rolling
-        if rolling is None:
-            raise ConfigError(f"cannot {action}: no rollout runs")
-        if action not in ("pause", "resume", "cancel"):
-            raise ConfigError(f"unknown action {action!r}; {suggest(action, ['pause', 'resume', 'cancel'])}")
-        if action == "cancel":
-            rolling.cancel("it was cancelled")
-        else:
-            getattr(rolling, action)()
+        self.changes.control(action)
 
-    @_answer
+    @answered
     async def get_node_logs(self, nodes: Sequence[str] | None = None) -> dict[str, list[str]]:
         """Return node name -> the last lines that its agent logged."""
         chosen = [node for node in self.registry.select(nodes) if node.state != "lost"]

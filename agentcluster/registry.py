@@ -102,6 +102,8 @@ class Node:
         Those of them that placeholders bear.
     room
         How many workers can be there at once, old and new; None for any number.
+    resources
+        What each worker there offers, whatever its mode: its host was given it.
     """
 
     name: str
@@ -121,6 +123,7 @@ class Node:
     tracked: tuple[str, ...] = ()
     held: set[str] = field(default_factory=set)
     room: int | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
     names: Iterator[str] = field(default_factory=lambda: iter(()), repr=False)
 
     def to(self, event: Event) -> None:
@@ -250,6 +253,7 @@ class Registry:
         exact: bool = True,
         given: str | int | None = None,
         room: int | None = None,
+        resources: Mapping[str, float] | None = None,
     ) -> Node:
         """Take a node in.
 
@@ -263,6 +267,8 @@ class Registry:
             The name as a cluster manager gave it, where one did.
         room
             How many workers can be there at once; None for any number.
+        resources
+            What each worker there offers.
 
         Returns
         -------
@@ -282,6 +288,7 @@ class Registry:
         # The new agent has no workers yet, but a worker's name that was used stays used.
         names = self._names.setdefault(name, self._numbered(name))
         node = Node(name, address, hardware, own_mode, fallback, heard=now, given=given, room=room, names=names)
+        node.resources = dict(resources or {})
         if before is not None:
             node.history = before.history
         self.nodes[name] = node

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from dask import config
@@ -47,6 +48,12 @@ def address_in(file: str, timeout: float | None = None) -> str:
             f"--scheduler-file {file!r} cannot be used: {problem}; "
             f"it is what `dask scheduler --scheduler-file FILE` writes"
         ) from error
+
+
+def with_resources(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options for every worker of a host with the resources that dask's configuration gives them there."""
+    found = {**config.get("distributed.worker.resources", {}), **(options.get("resources") or {})}
+    return {**options, "resources": {name: float(amount) for name, amount in found.items()}} if found else {**options}
 
 
 def take_mode(options: dict[str, Any]) -> Mode | None:

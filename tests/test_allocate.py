@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentcluster.allocate import Change, difference, scaled
+from agentcluster.allocate import Amount, Change, Held, difference, filled, scaled
 from agentcluster.model import WorkerSpec
 
 SPECS = st.builds(
@@ -65,6 +65,16 @@ def clusters(draw: st.DrawFn) -> tuple[dict[str, dict[str, int]], dict[str, int]
     return current, capacity, draw(st.integers(0, sum(map(len, current.values())) + 8))
 
 
+def workers(
+    current: Mapping[str, Mapping[str, int]], capacity: Mapping[str, int], total: int
+) -> tuple[set[str], dict[str, int]]:
+    """Scale by number of workers; a node has room for as many as its capacity is."""
+    held = {n: {name: Held(nbytes, (1,)) for name, nbytes in group.items()} for n, group in current.items()}
+    room = {n: [(1,)] * max(0, capacity[n] - len(group)) for n, group in current.items()}
+    go, come = scaled(held, room, (total,))
+    return go, {n: len(indexes) for n, indexes in come.items()}
+
+
 def counts(current: Mapping[str, Mapping[str, int]], go: set[str], come: Mapping[str, int]) -> dict[str, int]:
     return {node: len(set(workers) - go) + come[node] for node, workers in current.items()}
 
@@ -74,7 +84,7 @@ def test_the_total_is_exact_as_far_as_there_is_room(
     cluster: tuple[dict[str, dict[str, int]], dict[str, int], int],
 ) -> None:
     current, capacity, total = cluster
-    go, come = scaled(current, capacity, total)
+    go, come = workers(current, capacity, total)
     now = sum(map(len, current.values()))
     most = sum(max(capacity[node], len(workers)) for node, workers in current.items())
     assert sum(counts(current, go, come).values()) == (min(total, most) if total > now else total)
@@ -91,7 +101,7 @@ def test_no_node_gets_more_than_its_mode_puts_there(
     cluster: tuple[dict[str, dict[str, int]], dict[str, int], int],
 ) -> None:
     current, capacity, total = cluster
-    go, come = scaled(current, capacity, total)
+    go, come = workers(current, capacity, total)
     after = counts(current, go, come)
     assert all(after[node] <= capacity[node] for node, number in come.items() if number)
 
@@ -99,7 +109,7 @@ def test_no_node_gets_more_than_its_mode_puts_there(
 @given(clusters())
 def test_who_holds_least_goes_first(cluster: tuple[dict[str, dict[str, int]], dict[str, int], int]) -> None:
     current, capacity, total = cluster
-    go, _ = scaled(current, capacity, total)
+    go, _ = workers(current, capacity, total)
     held = {worker: nbytes for workers in current.values() for worker, nbytes in workers.items()}
     stay = held.keys() - go
     assert not go or not stay or max(held[w] for w in go) <= min(held[w] for w in stay)
@@ -108,7 +118,7 @@ def test_who_holds_least_goes_first(cluster: tuple[dict[str, dict[str, int]], di
 @given(clusters())
 def test_new_workers_are_spread(cluster: tuple[dict[str, dict[str, int]], dict[str, int], int]) -> None:
     current, capacity, total = cluster
-    go, come = scaled(current, capacity, total)
+    go, come = workers(current, capacity, total)
     after = counts(current, go, come)
     for node, number in come.items():
         if number:
@@ -119,7 +129,7 @@ def test_new_workers_are_spread(cluster: tuple[dict[str, dict[str, int]], dict[s
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=5), st.integers(0, 30))
 def test_of_equal_workers_those_go_that_have_most_beside_them(sizes: list[int], total: int) -> None:
     current = {f"n{i}": {f"n{i}-{j}": 0 for j in range(size)} for i, size in enumerate(sizes)}
-    go, come = scaled(current, dict(zip(current, sizes, strict=True)), total)
+    go, come = workers(current, dict(zip(current, sizes, strict=True)), total)
     after = counts(current, go, come)
     touched = [node for node, size in zip(current, sizes, strict=True) if after[node] < size]
     assert all(max(after.values()) - 1 <= after[node] for node in touched)
@@ -128,8 +138,66 @@ def test_of_equal_workers_those_go_that_have_most_beside_them(sizes: list[int], 
 def test_scaling_by_example() -> None:
     current = {"a": {"a-0": 100, "a-1": 0, "a-2": 5}, "b": {"b-0": 0}}
     capacity = {"a": 4, "b": 4}
-    assert scaled({"a": {"a-0": 9, "a-1": 9}, "b": {"b-0": 1}}, capacity, 2)[0] == {"b-0"}, "data counts before spread"
-    assert scaled(current, capacity, 3) == ({"a-1"}, {"a": 0, "b": 0})
-    assert scaled(current, capacity, 1) == ({"a-1", "b-0", "a-2"}, {"a": 0, "b": 0})
-    assert scaled(current, capacity, 6) == (set(), {"a": 0, "b": 2})
-    assert scaled(current, capacity, 99) == (set(), {"a": 1, "b": 3})
+    assert workers({"a": {"a-0": 9, "a-1": 9}, "b": {"b-0": 1}}, capacity, 2)[0] == {"b-0"}, "data counts before spread"
+    assert workers(current, capacity, 3) == ({"a-1"}, {"a": 0, "b": 0})
+    assert workers(current, capacity, 1) == ({"a-1", "b-0", "a-2"}, {"a": 0, "b": 0})
+    assert workers(current, capacity, 6) == (set(), {"a": 0, "b": 2})
+    assert workers(current, capacity, 99) == (set(), {"a": 1, "b": 3})
+
+
+UNITS = st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4))
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 3), UNITS), max_size=4), max_size=4),
+    st.lists(st.lists(UNITS, max_size=4), min_size=4, max_size=4),
+    UNITS.map(lambda units: tuple(3 * unit for unit in units)),
+)
+def test_nothing_goes_or_comes_in_vain(
+    now: list[list[tuple[int, Amount]]], offers: list[list[Amount]], wanted: Amount
+) -> None:
+    current = {f"n{i}": {f"n{i}-{j}": Held(*each) for j, each in enumerate(group)} for i, group in enumerate(now)}
+    room = {node: offers[i] for i, node in enumerate(current)}
+    go, come = scaled(current, room, wanted)
+
+    def total(amounts: Iterable[Amount]) -> list[float]:
+        return [sum(column) for column in zip((0, 0, 0), *amounts, strict=True)]
+
+    def enough(there: Iterable[float]) -> bool:
+        return all(have >= want for have, want in zip(there, wanted, strict=True))
+
+    before = [held.amount for group in current.values() for held in group.values()]
+    stay = [held.amount for group in current.values() for name, held in group.items() if name not in go]
+    new = [room[node][index] for node, indexes in come.items() for index in indexes]
+    assert not (go and new)
+    assert all(len(set(indexes)) == len(indexes) for indexes in come.values())
+    if enough(total(before)):
+        assert enough(total(stay))
+        assert not new
+        # Each that stays is needed.
+        assert not any(enough([a - b for a, b in zip(total(stay), each, strict=True)]) for each in stay)
+    else:
+        assert not go
+        everything = total([*before, *(each for offered in room.values() for each in offered)])
+        after = total([*before, *new])
+        assert all(have >= min(want, most) for have, want, most in zip(after, wanted, everything, strict=True))
+        # The last one brought something that was missing.
+        assert all(any(each) for each in new)
+
+
+def test_threads_and_memory_by_example() -> None:
+    current = {"a": {"a-0": Held(9, (1, 2, 10)), "a-1": Held(0, (1, 2, 10))}, "b": {}}
+    room: dict[str, list[Amount]] = {"a": [(1, 2, 10)], "b": [(1, 16, 0), (1, 4, 100)]}
+    assert scaled(current, room, (0, 2, 0)) == ({"a-1"}, {"a": [], "b": []})
+    assert scaled(current, room, (0, 3, 0)) == (set(), {"a": [], "b": []})
+    assert scaled(current, room, (0, 5, 0)) == (set(), {"a": [], "b": [0]})
+    assert scaled(current, room, (0, 0, 40)) == (set(), {"a": [], "b": [1]})
+
+
+def test_which_nodes_are_filled() -> None:
+    nbytes = {"a": 5, "b": None, "c": 0, "d": None}
+    assert filled(nbytes, 0) == (["c", "a"], [])
+    assert filled(nbytes, 1) == (["c"], [])
+    assert filled(nbytes, 2) == ([], [])
+    assert filled(nbytes, 3) == ([], ["b"])
+    assert filled(nbytes, 9) == ([], ["b", "d"])

@@ -263,6 +263,49 @@ async def test_scale_by_cores_and_memory(cluster: AgentCluster) -> None:
     assert len(names(cluster)) == 2
 
 
+async def test_scale_by_nodes_and_by_kind() -> None:
+    shape = {"nworkers": 2, "nthreads": 1, "memory_limit": "300MiB"}
+    async with (
+        AgentCluster(hosts=["local", "local"], mode="uniform", config=shape, asynchronous=True, **QUIET) as cluster,
+        Client(cluster, asynchronous=True) as client,
+    ):
+        scattered, computed = await _fill(client)
+        before = await pids(client)
+        assert len(before) == 4
+        await cluster.scale(nodes=1)
+        stay = await pids(client)
+        assert len(stay) == 2
+        assert stay.items() <= before.items()
+        assert sorted(node["state"] for node in cluster.nodes.values()) == ["ready", "standby"]
+        await cluster.scale(cpu=3)
+        assert stay.items() <= (await pids(client)).items()
+        assert len(names(cluster)) == 3
+        now = await pids(client)
+        with pytest.raises(ConfigError, match=r"scale\(cpu=9\): the nodes have room for 4 cpu; nothing was changed"):
+            await cluster.scale(cpu=9, strict=True)
+        with pytest.raises(ConfigError, match=r"'gpu'.*'uniform'"):
+            await cluster.scale(gpu=1)
+        with pytest.raises(ConfigError, match="whole number"):
+            await cluster.scale(1.5)  # type: ignore[arg-type]
+        assert await pids(client) == now
+        assert await _lost(client, scattered, computed) == (0, 0)
+
+
+async def test_scale_by_the_names_in_a_spec(cluster: AgentCluster, client: Client) -> None:
+    nanny = "dask.distributed.Nanny"
+    spec = {name: {"cls": nanny, "opts": {"nthreads": n, "memory_limit": "300MiB"}} for name, n in (("a", 1), ("b", 2))}
+    await cluster.reprovision("spec", {"spec": spec})
+    before = await pids(client)
+    await cluster.scale(a=0)
+    assert await client.run(lambda dask_worker: dask_worker.state.nthreads) == {
+        next(iter(cluster.scheduler.workers)): 2
+    }
+    await cluster.scale(a=1, b=1)
+    after = await pids(client)
+    assert len(after) == 2
+    assert len(before.items() & after.items()) == 1
+
+
 async def test_add_beside_what_runs(cluster: AgentCluster, client: Client) -> None:
     before = await pids(client)
     await cluster.reprovision(Mode("uniform", {"nthreads": 2}), remove_existing=False)

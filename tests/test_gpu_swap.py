@@ -14,7 +14,7 @@ from conftest import wait_until
 from dask.system import CPU_COUNT
 from distributed import Client
 
-from agentcluster import AgentCluster
+from agentcluster import AgentCluster, Mode
 from agentcluster.errors import PreflightError, SwapError
 
 pytest.importorskip("dask_cuda", reason="dask-cuda is not installed")
@@ -216,6 +216,23 @@ async def test_mixed(node: Open) -> None:
         assert await one.client.gather(kept) == list(range(20))
 
 
+@pytest.mark.skipif(CPU_COUNT < 2, reason="needs a core beside the GPU's")
+async def test_gpu_workers_by_number(node: Open) -> None:
+    """The node changes to a mode that has both kinds, and back to what it can do without GPU workers."""
+    async with node(gpus=1) as one:
+        kept = await one.client.scatter(list(range(20)), hash=False)
+        await one.cluster.scale(gpu=1)
+        found = await one.look()
+        assert one.cluster.nodes["local"]["mode"] == "mixed"
+        assert sorted(tuple(each["resources"]) for each in found.values()) == [("CPU",), ("CPU",), ("GPU",)]
+        cpu = {name: each["pid"] for name, each in found.items() if "CPU" in each["resources"]}
+        with pytest.warns(UserWarning, match=r"scale\(gpu=3\): the nodes have room for 1 gpu"):
+            await one.cluster.scale(gpu=3)
+        await one.cluster.scale(gpu=0)
+        assert await one.pids() == cpu
+        assert await one.client.gather(kept) == list(range(20))
+
+
 @pytest.mark.parametrize(("gpus", "resources"), [(1, {"GPU": 1.0}), (0, {"CPU": 1.0})])
 async def test_auto(node: Open, gpus: int, resources: dict[str, float]) -> None:
     async with node("auto", {"cpu": TWO_CPU}, gpus=gpus) as one:
@@ -266,3 +283,25 @@ async def test_dask_cudas_class_in_a_spec_is_refused(node: Open) -> None:
         with pytest.raises(PreflightError, match="use mode 'auto-gpu'"):
             await one.cluster.reprovision("spec", {"spec": {"cls": "dask_cuda.CUDAWorker"}})
         assert await one.pids() == before
+
+
+async def test_adapt_to_tasks_that_need_a_gpu(node: Open) -> None:
+    """Sixty tasks that need a GPU bring GPU workers up, no others, and those go back when they are done."""
+
+    def train(number: int) -> str:
+        import os
+
+        return f"{number} on {os.environ['CUDA_VISIBLE_DEVICES'].partition(',')[0]}"
+
+    async with node(gpus=2) as one:
+        kept = await one.client.scatter(list(range(20)), hash=False)
+        one.cluster.adapt(minimum=1, modes=[Mode("auto-cpu", TWO_CPU), "auto-gpu"], interval="50ms", wait_count=3)
+        prepared = await one.client.gather(one.client.map(float, range(20)))
+        trained = await one.client.gather(one.client.map(train, range(60), resources={"GPU": 1}))
+        assert [each.partition(" on ")[0] for each in trained] == [str(number) for number in range(60)]
+        await wait_until(lambda: any("auto-cpu" in each.decided for each in one.cluster.adaptive_log()[1:]))
+        assert one.cluster.nodes["local"]["mode"] == "auto-cpu"
+        assert prepared == [float(number) for number in range(20)]
+        assert await one.client.gather(kept) == list(range(20))
+        changes = [decision.decided for decision in one.cluster.adaptive_log() if "auto-gpu" in decision.decided]
+        assert len(changes) == 1, one.cluster.adaptive_log()

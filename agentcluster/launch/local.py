@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from typing import cast
 
 from agentcluster.errors import LaunchError
@@ -23,12 +24,15 @@ class LocalLauncher:
         The node name that it suggests.
     python
         The interpreter; by default the one that runs this.
+    env
+        Environment variables of the agent and its workers, beside those of this process.
     """
 
-    def __init__(self, name: str = "local", python: str | None = None) -> None:
+    def __init__(self, name: str = "local", python: str | None = None, env: Mapping[str, str] | None = None) -> None:
         self.name = name
         self.where = "local"
         self._python = python or sys.executable
+        self._env = dict(env or {})
 
     def __repr__(self) -> str:
         return f"LocalLauncher({self.name!r})"
@@ -41,7 +45,9 @@ class LocalLauncher:
         loop = asyncio.get_running_loop()
         try:
             # A session of its own: Ctrl-C in the terminal must not reach the agent, EOF on stdin ends it in order.
-            _, process = await loop.subprocess_exec(_Subprocess, self._python, "-m", MODULE, start_new_session=True)
+            _, process = await loop.subprocess_exec(
+                *(_Subprocess, self._python, "-m", MODULE), start_new_session=True, env={**os.environ, **self._env}
+            )
         except OSError as error:
             reason = f"Python cannot be run as {self._python!r}: {error.strerror or error}"
             raise LaunchError(self.where, reason) from error

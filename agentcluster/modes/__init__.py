@@ -8,7 +8,7 @@ same each time. Third parties add modes as entry points of the group ``agentclus
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from agentcluster.errors import ConfigError, suggest
@@ -19,7 +19,7 @@ from agentcluster.modes.shapes import Site, warn_of_overcommit
 from agentcluster.modes.spec import check_spec, plan_spec
 from agentcluster.modes.values import Place
 
-__all__ = ["GROUP", "names", "parse", "plan", "worker_keywords"]
+__all__ = ["GROUP", "named", "names", "parse", "plan", "worker_keywords"]
 
 #: The group of entry points by which third parties add modes.
 GROUP = "agentcluster.modes"
@@ -116,6 +116,14 @@ def plan(mode: Mode, hardware: Hardware, *, node: str) -> tuple[WorkerSpec, ...]
     workers = _plan_third_party(site, mode.config) if rule is None else rule.plan(site, mode.config)
     warn_of_overcommit(site, workers)
     return workers
+
+
+def named(mode: Mode, workers: Sequence[WorkerSpec]) -> tuple[tuple[str, WorkerSpec], ...]:
+    """Return the workers of a plan with the names that the user gave them in a spec; () for other modes."""
+    if mode.name != "spec":
+        return ()
+    names = list(mode.config["spec"]) * mode.config.get("nworkers", 1)
+    return tuple(zip(names, workers, strict=True))
 
 
 def _third_party() -> dict[str, importlib.metadata.EntryPoint]:

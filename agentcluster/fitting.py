@@ -1,0 +1,324 @@
+"""Which workers the tasks of the moment need, on which nodes and in which of their modes.
+
+Pure: needs, nodes and bounds go in, a :class:`Fit` comes out, the same each time. Tasks that few workers can run are
+seen to first. Who runs is used before anybody comes, a node takes more workers of its mode before another changes its
+mode, and a node that no task holds in another mode goes back to its first one.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from agentcluster.allocate import Amount, difference
+from agentcluster.model import WorkerSpec
+from agentcluster.needs import Bounds, Need, Spot, amount, kinds
+
+#: Of the workers' memory, the part that may be in use before more workers are wanted, as dask has it.
+CROWDED = 0.6
+
+#: How many times what is held the memory of those that stay must be, as dask has it.
+SPARE = 2
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is to be.
+
+    Attributes
+    ----------
+    modes
+        Node -> the mode that it changes to.
+    go
+        Workers that go, of nodes that keep their mode.
+    come
+        Node -> workers that come.
+    unmet
+        Needs that no node can ever serve.
+    short
+        Needs for which no room is left now -> how many tasks more should run at once.
+    """
+
+    modes: Mapping[str, str]
+    go: frozenset[str]
+    come: Mapping[str, tuple[WorkerSpec, ...]]
+    unmet: tuple[Need, ...]
+    short: Mapping[int, int]
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is to change."""
+        return bool(self.modes or self.go or any(self.come.values()))
+
+
+def fitted(
+    needs: Sequence[Need], spots: Sequence[Spot], bounds: Bounds, may_go: Callable[[str], bool] = lambda name: True
+) -> Fit:
+    """Return which workers are to run.
+
+    Parameters
+    ----------
+    needs
+        What tasks ask for; ``Seat.runs`` refers to positions here.
+    spots
+        The nodes.
+    bounds
+        Limits. The upper ones hold for all that comes; the lower ones as far as there is room.
+    may_go
+        Whether a worker, or all workers of a node that goes back to its first mode, have not been needed for long
+        enough; asked by name.
+    """
+    solver = _Solver(needs, spots, bounds, may_go)
+    order = sorted(range(len(needs)), key=lambda i: (not needs[i].resources, _choices(needs[i], spots), i))
+    solver.running()
+    for index in order:
+        if not needs[index].resources:
+            solver.go_home()
+        solver.serve(index)
+    solver.go_home()
+    solver.least()
+    return solver.fit()
+
+
+def _choices(need: Need, spots: Iterable[Spot]) -> int:
+    return sum(any(map(need.fits, offer)) for spot in spots for offer in spot.offers.values())
+
+
+class _Place:
+    """One worker that runs or may come, and what it has left."""
+
+    __slots__ = ("left", "name", "nbytes", "node", "spec", "threads", "used")
+
+    def __init__(self, node: int, spec: WorkerSpec, name: str | None, nbytes: int = 0) -> None:
+        self.node, self.spec, self.name, self.nbytes = node, spec, name, nbytes
+        self.threads = spec.nthreads or 1
+        self.left = dict(spec.resources)
+        self.used = False
+
+    def take(self, need: Need, slots: int) -> int:
+        """Take up to so many slots; return how many were there."""
+        most = min(self.threads, slots)
+        asked = [(name, each) for name, each in need.resources.items() if each > 0]
+        for name, each in asked:
+            most = min(most, int(self.left.get(name, 0) // each))
+        for name, each in asked if most > 0 else ():
+            self.left[name] -= most * each
+        self.threads -= max(0, most)
+        return max(0, most)
+
+
+class _Solver:
+    def __init__(
+        self, needs: Sequence[Need], spots: Sequence[Spot], bounds: Bounds, may_go: Callable[[str], bool]
+    ) -> None:
+        self.needs, self.spots, self.bounds, self.may_go = needs, spots, bounds, may_go
+        self.mode = [spot.mode for spot in spots]
+        self.seats = [
+            [_Place(node, seat.spec, name, seat.nbytes) for name, seat in spot.seats.items()]
+            for node, spot in enumerate(spots)
+        ]
+        self.room = [self._room(node) for node in range(len(spots))]
+        self.busy = [0] * len(spots)
+        #: Needs whose tasks hold a node in its mode.
+        self.held: list[set[int]] = [set() for _ in spots]
+        self.leaving: list[_Place] = []
+        self.missing = {index: need.slots for index, need in enumerate(needs)}
+        there = [place.spec for seats in self.seats for place in seats]
+        self.total = [sum(column) for column in zip([0.0] * 3, *map(amount, there), strict=True)]
+        self.count = {kind: sum(kind in kinds(spec) for spec in there) for kind in bounds.kinds}
+        self._unbounded = not bounds.kinds and min(bounds.most) == math.inf
+        self._fits: dict[tuple[int, int], int] = {}
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def running(self) -> None:
+        """Count what runs where it runs: its worker stays."""
+        for node, spot in enumerate(self.spots):
+            for place, seat in zip(self.seats[node], spot.seats.values(), strict=True):
+                for index, tasks in seat.runs.items():
+                    self._use(place, index, tasks)
+
+    def serve(self, index: int) -> None:
+        """Find workers for the tasks of a need: those that run, those for which there is room, then other modes."""
+        if self.missing[index]:
+            seats = (p for seats in self.seats for p in seats if p.threads and self.fits(index, p.spec))
+            for place in sorted(seats, key=lambda p: (not p.used, -p.nbytes)):
+                self._use(place, index, self.missing[index])
+        self._fill(index)
+        for node, mode in self._others(index):
+            if not self.missing[index]:
+                return
+            if self.mode[node] == self.spots[node].mode and self._better(index, node, self.spots[node].offers[mode]):
+                self._change(node, mode)
+                self._fill(index, node)
+
+    def _fill(self, index: int, *nodes: int) -> None:
+        """Have workers come that serve a need, first where fewest are busy."""
+        for place in self._coming(lambda spec: self.fits(index, spec) > 0, nodes or range(len(self.spots))):
+            if not self.missing[index]:
+                return
+            self._seat(place)
+            self._use(place, index, self.missing[index])
+
+    def _coming(self, helps: Callable[[WorkerSpec], bool], nodes: Iterable[int]) -> Iterator[_Place]:
+        """Yield workers that may come, one of each node in turn, those first where fewest are busy."""
+        fewest = [(self.busy[node], node, 0) for node in nodes if self.room[node]]
+        heapq.heapify(fewest)
+        offered = {node: tuple(self.room[node]) for _, node, _ in fewest}
+        while fewest:
+            _, node, position = heapq.heappop(fewest)
+            place = offered[node][position]
+            if helps(place.spec) and self._allowed(place.spec):
+                yield place
+            if position + 1 < len(offered[node]):
+                heapq.heappush(fewest, (self.busy[node], node, position + 1))
+
+    def _others(self, index: int) -> list[tuple[int, str]]:
+        """Return the nodes, and their other modes, that could serve a need; those first that give up least.
+
+        There are none for tasks that any worker can run: for them nodes go back to their first mode, not to another.
+        """
+        found = []
+        for node, spot in enumerate(self.spots) if self.missing[index] and self.needs[index].resources else ():
+            for number, (mode, offer) in enumerate(spot.offers.items()):
+                serves = mode != spot.mode and self._better(index, node, offer)
+                if serves and all(self._any(other, offer) for other in self.held[node]):
+                    tasks = sum(sum(seat.runs.values()) for seat in spot.seats.values())
+                    nbytes = sum(seat.nbytes for seat in spot.seats.values())
+                    found.append((tasks, nbytes, len(spot.seats), node, number, mode))
+        return [(node, mode) for *_, node, _, mode in sorted(found)]
+
+    def _better(self, index: int, node: int, offer: Sequence[WorkerSpec]) -> bool:
+        """Whether a node in another mode can run more tasks of a need than it can now, within the upper bounds."""
+        now = sum(self.fits(index, place.spec) for place in (*self.seats[node], *self.room[node]))
+        leaving = [place.spec for place in self.seats[node]]
+        then = sum(self.fits(index, spec) for spec in offer if self._allowed(spec, leaving))
+        return then > now
+
+    def go_home(self) -> None:
+        """Have nodes that nothing holds in another mode go back to their first one."""
+        for node, spot in enumerate(self.spots):
+            home = next(iter(spot.offers), spot.mode)
+            if self.mode[node] == spot.mode != home and not self.busy[node] and self.may_go(spot.name):
+                self._change(node, home)
+
+    def least(self) -> None:
+        """Have as many as there must be at least, and where memory is short twice as many as there are."""
+        for kind, (few, _) in self.bounds.kinds.items():
+            self._up_to((few,), lambda spec, kind=kind: (float(kind in kinds(spec)),))  # type: ignore[misc]
+        there = [place for seats in self.seats for place in seats if place.name is not None]
+        memory = sum(place.spec.memory_limit or math.inf for place in there)
+        crowded = sum(place.nbytes for place in there) > CROWDED * memory
+        workers, *rest = self.bounds.least
+        self._up_to((max(workers, SPARE * len(there) if crowded else 0), *rest), amount)
+
+    def _up_to(self, wanted: Amount, measure: Callable[[WorkerSpec], Amount]) -> None:
+        """Keep who runs, those first that hold most, then have others come, until there is enough by some measure."""
+        used = [measure(place.spec) for seats in self.seats for place in seats if place.used]
+        there = [sum(column) for column in zip([0.0] * len(wanted), *used, strict=True)]
+
+        def helps(spec: WorkerSpec) -> bool:
+            return any(m and have < want for m, have, want in zip(measure(spec), there, wanted, strict=True))
+
+        idle = sorted((p for seats in self.seats for p in seats if not p.used), key=lambda p: -p.nbytes)
+        for place in itertools.chain(idle, self._coming(helps, range(len(self.spots)))):
+            if helps(place.spec):
+                if place.name is None:
+                    self._seat(place)
+                self._keep(place)
+                there = [have + part for have, part in zip(there, measure(place.spec), strict=True)]
+
+    # -- bookkeeping ---------------------------------------------------------------------------------------------------
+
+    def fits(self, index: int, spec: WorkerSpec) -> int:
+        """Return how many tasks of a need a worker can run at once; a worker's settings are there many times."""
+        key = index, id(spec)
+        if key not in self._fits:
+            self._fits[key] = self.needs[index].fits(spec)
+        return self._fits[key]
+
+    def _any(self, index: int, offer: Iterable[WorkerSpec]) -> bool:
+        return any(self.fits(index, spec) for spec in offer)
+
+    def _room(self, node: int) -> list[_Place]:
+        offer = self.spots[node].offers.get(self.mode[node], ())
+        current = {str(number): place.spec for number, place in enumerate(self.seats[node])}
+        return [_Place(node, spec, None) for spec in difference(current, offer).come]
+
+    def _allowed(self, spec: WorkerSpec, leaving: Sequence[WorkerSpec] = ()) -> bool:
+        """Whether one more such worker is within the upper bounds, once those that leave have left."""
+        if self._unbounded:
+            return True
+        less = [sum(column) for column in zip((0, 0, 0), *map(amount, leaving), strict=True)]
+        more = [have + part - gone for have, part, gone in zip(self.total, amount(spec), less, strict=True)]
+        if any(have > most for have, most in zip(more, self.bounds.most, strict=True)):
+            return False
+        return all(
+            self.count[kind] - sum(kind in kinds(each) for each in leaving) < most
+            for kind, (_, most) in self.bounds.kinds.items()
+            if kind in kinds(spec)
+        )
+
+    def _use(self, place: _Place, index: int, slots: int) -> None:
+        taken = place.take(self.needs[index], slots)
+        if taken:
+            self.missing[index] = max(0, self.missing[index] - taken)
+            if self.needs[index].resources:
+                self.held[place.node].add(index)
+            self._keep(place)
+
+    def _keep(self, place: _Place) -> None:
+        self.busy[place.node] += not place.used
+        place.used = True
+
+    def _count(self, place: _Place, sign: int) -> None:
+        """Count a worker that is there or comes, or does not count any more."""
+        self.total = [have + sign * part for have, part in zip(self.total, amount(place.spec), strict=True)]
+        for kind in self.count:
+            self.count[kind] += sign * (kind in kinds(place.spec))
+
+    def _seat(self, place: _Place) -> None:
+        self.room[place.node].remove(place)
+        self.seats[place.node].append(place)
+        self._count(place, 1)
+
+    def _change(self, node: int, mode: str) -> None:
+        """Have a node's workers leave for those of another mode."""
+        for place in self.seats[node]:
+            self._count(place, -1)
+        self.mode[node] = mode
+        self.leaving += self.seats[node]
+        self.seats[node], self.busy[node] = [], 0
+        self.room[node] = self._room(node)
+
+    def fit(self) -> Fit:
+        """Return what was found."""
+        return Fit(
+            modes={spot.name: mode for spot, mode in zip(self.spots, self.mode, strict=True) if mode != spot.mode},
+            go=frozenset(self._going()),
+            come={
+                spot.name: come
+                for spot, seats in zip(self.spots, self.seats, strict=True)
+                if (come := tuple(place.spec for place in seats if place.name is None))
+            },
+            unmet=tuple(need for need in self.needs if need.slots and not _choices(need, self.spots)),
+            short={index: slots for index, slots in self.missing.items() if slots},
+        )
+
+    def _going(self) -> list[str]:
+        """Return who is not needed and may go: the memory of those that stay must do for all data."""
+        stay = [place for seats in self.seats for place in seats]
+        held = sum(place.nbytes for place in (*stay, *self.leaving))
+        unlimited = sum(not place.spec.memory_limit for place in stay)
+        memory, count = sum(place.spec.memory_limit or 0 for place in stay), len(stay)
+        go = []
+        for place in sorted((p for p in stay if not p.used), key=lambda p: (p.nbytes, p.node)):
+            limit = place.spec.memory_limit or 0
+            roomy = unlimited - (not limit) > 0 or memory - limit >= SPARE * held
+            if self.may_go(str(place.name)) and (not held or (count > 1 and roomy)):
+                go.append(str(place.name))
+                count, memory, unlimited = count - 1, memory - limit, unlimited - (not limit)
+        return go
