@@ -633,6 +633,8 @@ WRONG = [
     ([NOWHERE, "--mode", "auto-gpu", "--spec", '{"cls": "a.B"}'], ["--spec", "--mode 'auto-gpu'"]),
     ([NOWHERE, "--name", "a", "--spec", '{"cls": "a.B", "opts": {"name": "b"}}'], ["name", "twice", "'a'", "'b'"]),
     ([NOWHERE, "--spec", '{"cls": "a.B", "opts": {"scheduler_ip": "x:1"}}'], ["scheduler", "twice", NOWHERE, "'x:1'"]),
+    (["--spec", '{"cls": "dask.distributed.Scheduler", "opts": {}}'], ["dask.distributed.Scheduler", "`dask spec`"]),
+    ([NOWHERE, "--spec", '{"a": {"cls": "distributed.Scheduler"}}'], ["distributed.Scheduler", "`dask spec`"]),
     ([NOWHERE, "--nworkers", "x"], ["nworkers", "'x'", "whole number"]),
     ([NOWHERE, "--memory-limit", "x"], ["memory_limit", "'x'", "4GiB"]),
     ([NOWHERE, "--resources", "GPU"], ["--resources 'GPU'", "GPU=2"]),
