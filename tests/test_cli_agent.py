@@ -237,6 +237,7 @@ async def test_signal_ends_it_cleanly(
     assert await agent.ended() == 0
     await gone(tree)
     assert not scheduler.workers
+    assert f"Received signal {number.name} ({int(number)})" in agent.output()
     assert "Traceback" not in agent.output()
 
 
@@ -632,6 +633,8 @@ WRONG = [
     ([NOWHERE, "--mode", "auto-gpu", "--spec", '{"cls": "a.B"}'], ["--spec", "--mode 'auto-gpu'"]),
     ([NOWHERE, "--name", "a", "--spec", '{"cls": "a.B", "opts": {"name": "b"}}'], ["name", "twice", "'a'", "'b'"]),
     ([NOWHERE, "--spec", '{"cls": "a.B", "opts": {"scheduler_ip": "x:1"}}'], ["scheduler", "twice", NOWHERE, "'x:1'"]),
+    (["--spec", '{"cls": "dask.distributed.Scheduler", "opts": {}}'], ["dask.distributed.Scheduler", "`dask spec`"]),
+    ([NOWHERE, "--spec", '{"a": {"cls": "distributed.Scheduler"}}'], ["distributed.Scheduler", "`dask spec`"]),
     ([NOWHERE, "--nworkers", "x"], ["nworkers", "'x'", "whole number"]),
     ([NOWHERE, "--memory-limit", "x"], ["memory_limit", "'x'", "4GiB"]),
     ([NOWHERE, "--resources", "GPU"], ["--resources 'GPU'", "GPU=2"]),
@@ -651,6 +654,12 @@ WRONG = [
     ([NOWHERE, "--listen-address", "tcp://127.0.0.1:1", "--worker-port", "1"], ["--listen-address", "--worker-port"]),
     ([NOWHERE, "--listen-address", "tcp://127.0.0.1:1", "--nworkers", "2"], ["--listen-address", "--nworkers"]),
     ([NOWHERE, "--listen-address", "tcp://127.0.0.1"], ["--listen-address 'tcp://127.0.0.1'", "port"]),
+    (
+        [NOWHERE, "--nworkers", "3", "--worker-port", "9:10"],
+        ["Not enough ports in range --worker-port 9:10", "3 workers"],
+    ),
+    ([NOWHERE, "--nworkers", "2", "--nanny-port", "9"], ["Not enough ports in range --nanny-port 9 for 2", "has 1"]),
+    ([NOWHERE, "--worker-port", "9:x"], ["worker_port '9:x'", "a range"]),
     ([NOWHERE, "--worker-class", "os.Worker"], ["--worker-class 'os.Worker'", "module.Class"]),
     ([NOWHERE, "--pid-file", "/no/such/directory/pid"], ["--pid-file '/no/such/directory/pid'", "No such file"]),
     ([NOWHERE, "more"], ["unexpected extra argument", "more"]),

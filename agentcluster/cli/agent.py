@@ -21,6 +21,7 @@ from distributed.config import get_loop_factory
 from distributed.proctitle import enable_proctitle_on_children, enable_proctitle_on_current
 from distributed.utils import import_term
 
+from agentcluster.addresses import room
 from agentcluster.agent import Agent, seconds
 from agentcluster.cli import cuda, spec
 from agentcluster.cli.options import FLAGS, FOR_WORKERS, OURS, SECTIONS, SHAPE
@@ -131,6 +132,7 @@ def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
     scheduler = _scheduler(options)
     options = {**options, **_places(options)}
     mode = _mode(options, given)
+    _check_ports(options, mode)
     security = {
         key: options[option]
         for key, option in (
@@ -261,6 +263,16 @@ def _mode(options: dict[str, Any], given: Any) -> Mode | None:
     return parse(name, {**config, **options[cuda.ARGUMENT], **{key: _number(value) for key, value in shape.items()}})
 
 
+def _check_ports(options: dict[str, Any], mode: Mode | None) -> None:
+    """Refuse ranges with fewer ports than workers here, as ``dask worker`` does: before a scheduler is asked."""
+    count = mode.config.get("nworkers") if mode is not None and mode.name == LIKE_DASK_WORKER.name else None
+    for key in ("worker_port", "nanny_port"):
+        ports = room({key: options[key]})
+        if ports is not None and isinstance(count, int) and ports < count:
+            flag = f"--{key.replace('_', '-')}"
+            raise ConfigError(f"Not enough ports in range {flag} {options[key]} for {count} workers: it has {ports}")
+
+
 def _without_nanny(mode: str, options: dict[str, Any], shape: dict[str, Any]) -> Mode:
     """Return the mode that runs one worker in the agent's own process; what is reprovisioned later has nannies."""
     if mode != LIKE_DASK_WORKER.name:
@@ -281,14 +293,14 @@ def _number(value: Any) -> Any:
 async def _run(arguments: dict[str, Any], notify: Notifier) -> None:
     ended, hurry = asyncio.Event(), asyncio.Event()
 
-    def end(name: str, *events: asyncio.Event) -> None:
-        logger.info("Received signal %s", name)
+    def end(number: signal.Signals, *events: asyncio.Event) -> None:
+        logger.info("Received signal %s (%d)", number.name, number)
         for event in events:
             event.set()
 
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, end, "SIGTERM", ended)
-    loop.add_signal_handler(signal.SIGINT, end, "SIGINT", ended, hurry)
+    loop.add_signal_handler(signal.SIGTERM, end, signal.SIGTERM, ended)
+    loop.add_signal_handler(signal.SIGINT, end, signal.SIGINT, ended, hurry)
     agent = Agent(**arguments)
     work = asyncio.ensure_future(_live(agent, notify))
     over = asyncio.ensure_future(ended.wait())

@@ -10,6 +10,9 @@ import yaml
 from agentcluster.errors import ConfigError
 from agentcluster.worker_like import take_scheduler
 
+#: Every path that leads to the class that ``dask spec`` also starts, and which is no worker.
+_SCHEDULER = ("dask.distributed.Scheduler", "distributed.Scheduler", "distributed.scheduler.Scheduler")
+
 
 def with_spec(options: dict[str, Any]) -> dict[str, Any]:
     """Return options with the spec read, and with what it says of the whole node said by the node's own options.
@@ -22,11 +25,16 @@ def with_spec(options: dict[str, Any]) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        For text that is not JSON, a file that cannot be read, and what is said twice.
+        For text that is not JSON, a file that cannot be read, a class that is no worker, and what is said twice.
     """
     found = _read(options)
     options = {**options, "spec": found}
-    if not isinstance(found, dict) or "cls" not in found:
+    if not isinstance(found, dict):
+        return options
+    for entry in (found, *found.values()):
+        if isinstance(entry, dict) and entry.get("cls") in _SCHEDULER:
+            raise ConfigError(f"the spec has {entry['cls']}, and an agent runs workers; `dask spec` starts a scheduler")
+    if "cls" not in found:
         return options
     key = "opts" if "opts" in found else "options"
     if not isinstance(found.get(key), dict):
