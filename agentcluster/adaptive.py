@@ -28,6 +28,9 @@ from agentcluster.report import html_table, text_table
 
 logger = logging.getLogger(__name__)
 
+#: Seconds between two looks that tasks without a worker cause.
+QUIET = 0.1
+
 #: Seconds that it waits at most after one failure after the other.
 LONGEST_WAIT = 60.0
 
@@ -126,6 +129,7 @@ class AgentAdaptive(Adaptive):
     """
 
     cluster: Any
+    _watching: asyncio.Task[None] | None = None
     state: Any = "inactive"  # before dask sets it: what is refused here is not stopped
 
     def __init__(
@@ -167,6 +171,28 @@ class AgentAdaptive(Adaptive):
         self._failures = 0
         self._not_before = 0.0
         self.decisions: deque[Decision] = deque(maxlen=dask.config.get("distributed.admin.low-level-log-length"))
+
+    def _start(self) -> None:
+        super()._start()
+        if self.state == "running":
+            self._watching = asyncio.ensure_future(self._watch())
+
+    def stop(self, reason: str = "unknown") -> None:
+        """End it; nothing changes any more."""
+        super().stop(reason)
+        if self._watching is not None:
+            self.loop.add_callback(self._watching.cancel)
+            self._watching = None
+
+    async def _watch(self) -> None:
+        """Look at once when tasks begin to wait because there is no worker for them, and not only after an interval."""
+        while self.state == "running":
+            try:
+                if await self.scheduler.await_demand(timeout=LONGEST_WAIT):
+                    await self.adapt()
+                    await asyncio.sleep(min(QUIET, self.interval or QUIET))
+            except OSError:  # the scheduler is gone, or comes back; the looks in each interval say so
+                await asyncio.sleep(self.interval or 1.0)
 
     async def adapt(self) -> None:
         """Have the scheduler look, decide and carry out, once."""

@@ -23,7 +23,7 @@ from distributed import Scheduler
 from agentcluster import allocate, modes, preflight
 from agentcluster.config import Config
 from agentcluster.counts import Counts
-from agentcluster.demand import Offers, label
+from agentcluster.demand import Offers, Watch, label
 from agentcluster.errors import (
     AgentClusterError,
     ConfigError,
@@ -77,6 +77,7 @@ class Changes:
 
     def __post_init__(self) -> None:
         self.tracked = Tracked(self.scheduler, self.registry, self.config.start_timeout)
+        self.watch = Watch()
         self._offers = Offers()
         self._turn = asyncio.Lock()
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -86,6 +87,7 @@ class Changes:
         """Have the scheduler answer cluster managers, who know workers by name, in nodes."""
         self.tracked.install()
         Counts(self.scheduler, self.registry).install()
+        self.scheduler.add_plugin(self.watch)
 
     # -- wishes --------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from distributed import Scheduler
+from distributed.diagnostics.plugin import SchedulerPlugin
 
 from agentcluster import modes
 from agentcluster.errors import ConfigError, ModeRefused
@@ -81,6 +83,34 @@ class Demand:
 
 def _bound(ts: Any) -> bool:
     return bool((ts.worker_restrictions or ts.host_restrictions) and not ts.loose_restrictions)
+
+
+class Watch(SchedulerPlugin):
+    """Hears of tasks that wait because there is no worker for them, for as long as somebody wants to know."""
+
+    name = "agentcluster-watch"
+
+    def __init__(self) -> None:
+        self._news = asyncio.Event()
+        self._listeners = 0
+
+    def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
+        """Hear of a task; called for each step of each one."""
+        if self._listeners and finish in ("no-worker", "queued"):
+            self._news.set()
+
+    async def news(self, timeout: float) -> bool:
+        """Return whether there was such a task within `timeout` seconds."""
+        self._listeners += 1
+        try:
+            async with asyncio.timeout(timeout):
+                await self._news.wait()
+            return True
+        except TimeoutError:
+            return False
+        finally:
+            self._listeners -= 1
+            self._news.clear()
 
 
 class Offers:

@@ -35,7 +35,7 @@ NAME = "agentcluster"
 
 CALLS = (
     *("register_node", "unregister_node", "get_nodes", "await_nodes", "get_node_logs"),
-    *("get_provision_mode", "set_provision_mode", "reprovision_nodes", "scale_nodes", "adapt_nodes"),
+    *("await_demand", "get_provision_mode", "set_provision_mode", "reprovision_nodes", "scale_nodes", "adapt_nodes"),
     *("retire_node", "retire_node_workers", "undo_rollout", "rollout_status", "control_rollout"),
 )
 
@@ -269,8 +269,7 @@ class AgentPlugin(SchedulerPlugin):
             target there is no room for, or None.
         """
         wanted = Target(workers=n) if target is None else from_wire(Target, target, "scale_nodes")
-        how = from_wire(Terms, terms, "scale_nodes")
-        return await self.changes.scale(wanted, nodes, how, strict=strict)
+        return await self.changes.scale(wanted, nodes, from_wire(Terms, terms, "scale_nodes"), strict=strict)
 
     @answered
     async def adapt_nodes(
@@ -279,6 +278,10 @@ class AgentPlugin(SchedulerPlugin):
         """Give nodes the workers that tasks need, and no others; what it returns is in :meth:`Changes.adapt`."""
         how = from_wire(Terms, terms, "adapt_nodes")
         return await self.changes.adapt(from_wire(Asked, asked, "adapt_nodes"), nodes, how)
+
+    async def await_demand(self, timeout: float) -> bool:
+        """Return whether, within `timeout` seconds, a task began to wait because there is no worker for it."""
+        return await self.changes.watch.news(timeout)
 
     @answered
     async def retire_node(self, name: str, ends: bool = False, **terms: Any) -> dict[str, Any]:

@@ -202,6 +202,15 @@ async def test_up_delay_and_idle_timeout(cluster: AgentCluster, client: Client, 
     assert time.monotonic() - began > 0.6
 
 
+async def test_tasks_without_a_worker_are_not_kept_waiting_for_the_next_look(
+    cluster: AgentCluster, client: Client, slow: Slow
+) -> None:
+    cluster.adapt(minimum=0, interval="20s", wait_count=1)
+    await cluster._adaptive.adapt()  # the first look would be in 20 s too
+    assert count(cluster) == 0
+    assert await asyncio.wait_for(client.submit(slow, 1), 10) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
