@@ -16,6 +16,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.context
 import os
+import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -86,6 +87,7 @@ def warm(environ: Mapping[str, str], preload: Sequence[str] = PRELOAD) -> None:
     with environment(environ):
         forkserver.ensure_running()
         _server_environ = start_time_variables(os.environ)
+    atexit.register(_kill_left)
 
 
 def pre_spawn_environ(configured: Mapping[str, Any]) -> dict[str, str]:
@@ -182,10 +184,20 @@ if available():
 
 
 def _kill_left() -> None:
-    """End processes that nobody has ended; multiprocessing would send them SIGTERM, which workers outlive, and wait."""
-    for process in multiprocessing.active_children():
+    """End processes that nobody has ended; multiprocessing would send them SIGTERM, which workers outlive, and wait.
+
+    The server that was warmed here goes too: it would end by itself, but only when it has imported all that it is to.
+    """
+    from multiprocessing import forkserver
+
+    children = multiprocessing.active_children()
+    for process in children:
         if isinstance(process, Process):
             process.kill()
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    if server is not None and _server_environ is not None and all(isinstance(each, Process) for each in children):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server, signal.SIGKILL)
 
 
 def install() -> str | None:

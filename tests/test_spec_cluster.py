@@ -84,6 +84,7 @@ async def test_reprovision_under_load_then_scale(tmp_path: Path) -> None:
         await wait_until(lambda: list(cluster.workers) == [0], 20)
         assert len(await names(client)) == 3
         await work.all_there()
+        await nobody_is_given_up(cluster)  # for the worker 1 that went: the cluster would take the next one for it
         cluster.scale(3)
         await wait_until(lambda: cluster.observed >= {0, 1, 2}, 20)
         assert set(cluster.workers) == {0, 1, 2}
