@@ -21,7 +21,7 @@ from dask.utils import format_time, parse_bytes, parse_timedelta
 from distributed.deploy.adaptive import Adaptive
 
 from agentcluster import modes
-from agentcluster.errors import AgentClusterError, ConfigError, RolloutBusy
+from agentcluster.errors import ConfigError, RolloutBusy
 from agentcluster.model import Mode, to_wire
 from agentcluster.needs import Asked
 from agentcluster.report import html_table, text_table
@@ -189,20 +189,24 @@ class AgentAdaptive(Adaptive):
         while self.state == "running":
             try:
                 if await self.scheduler.await_demand(timeout=LONGEST_WAIT):
-                    await self.adapt()
+                    await self._look()
                     await asyncio.sleep(min(QUIET, self.interval or QUIET))
-            except OSError:  # the scheduler is gone, or comes back; the looks in each interval say so
+            except Exception as error:  # whatever it is, the looks in each interval have to do with it too, and say so
+                logger.debug("Adaptive scaling hears of no tasks for now: %s", error)
                 await asyncio.sleep(self.interval or 1.0)
 
     async def adapt(self) -> None:
-        """Have the scheduler look, decide and carry out, once."""
+        """Have the scheduler look, decide and carry out, once; who was not needed this time may go after some more."""
+        await self._look(counts=True)
+
+    async def _look(self, counts: bool = False) -> None:
         if self._adapting or time.monotonic() < self._not_before:
             return
         self._adapting = True
         asked = set(self._requests)
         try:
             answer = await self._once()
-            if firm := self._patience(answer):
+            if counts and (firm := self._patience(answer)):
                 answer = await self._once(may_go=firm)
             self._answered = (asked, answer)
             self._failures = 0
@@ -210,7 +214,7 @@ class AgentAdaptive(Adaptive):
             self._say(answer)
         except RolloutBusy as busy:
             logger.debug("Adaptive scaling waits: %s", busy)
-        except (AgentClusterError, OSError, TimeoutError) as error:
+        except Exception as error:  # whatever it is, it is said, and tried again
             self._fail(error)
         finally:
             self._adapting = False
@@ -268,7 +272,7 @@ class AgentAdaptive(Adaptive):
         try:
             async with asyncio.timeout(timeout):
                 while not self._holds(number):
-                    await self.adapt()
+                    await self._look()
                     await asyncio.sleep(0.02)
         except TimeoutError:
             self.release(number)

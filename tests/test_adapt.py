@@ -202,6 +202,22 @@ async def test_up_delay_and_idle_timeout(cluster: AgentCluster, client: Client, 
     assert time.monotonic() - began > 0.6
 
 
+async def test_only_looks_in_the_interval_count(cluster: AgentCluster, client: Client) -> None:
+    """Tasks and requests have it look in between, which takes nobody's time away."""
+    cluster.adapt(minimum=0, interval="10s", wait_count=2)
+    await cluster._adaptive.adapt()
+    async with cluster.request(cpu=1):
+        pass
+    for number in range(5):
+        await client.submit(int, number)
+    with pytest.raises(TimeoutError):
+        async with cluster.request(cpu=99, timeout=0.3):
+            pass
+    assert count(cluster) == 4
+    await cluster._adaptive.adapt()
+    assert count(cluster) == 0
+
+
 async def test_tasks_without_a_worker_are_not_kept_waiting_for_the_next_look(
     cluster: AgentCluster, client: Client, slow: Slow
 ) -> None:
