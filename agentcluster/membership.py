@@ -34,6 +34,9 @@ NO_PLUGIN = (
     "(pip install agentcluster, same version), or start it with: dask scheduler --preload agentcluster"
 )
 
+#: Seconds in which a scheduler, or a worker, that has nothing else to do answers.
+PROMPT = 1.0
+
 #: Seconds that workers have for ending by themselves after their scheduler.
 ORPHAN_GRACE = 3.0
 
@@ -145,16 +148,22 @@ class Membership:
     async def retire(self) -> None:
         """Have the workers' data moved to other nodes and the workers stopped; log why not, where that cannot be.
 
-        The scheduler gets ``agentcluster.stop-timeout`` for moving the data, and as long again for all the rest.
+        The scheduler gets ``agentcluster.stop-timeout`` for moving the data, and as long again for all the rest; only
+        :data:`PROMPT` where the workers have neither data nor tasks.
         """
         if self._stream is None or self._stream.closed() or not self.supervisor.states():
             return
         seconds = self._settings.stop_timeout
         try:
             async with asyncio.timeout(2 * seconds), self._scheduler() as scheduler:
-                report = await scheduler.retire_node(
-                    name=self.name, ends=True, drain="data", timeout=seconds, wait=seconds
-                )
+                terms = {"ends": True, "drain": "data", "timeout": seconds, "wait": seconds}
+                order = asyncio.ensure_future(scheduler.retire_node(name=self.name, **terms))
+                done, _ = await asyncio.wait([order], timeout=PROMPT)
+                if not done and await self._idle():
+                    order.cancel()
+                    logger.info("Node %s: its workers have nothing, and the scheduler does not answer", self.name)
+                    return
+                report = await order
         except (OSError, TimeoutError):
             logger.info("Node %s closes with its data: the scheduler at %s did not answer", self.name, self.scheduler)
         except Exception as error:  # whatever the scheduler answers, it does not keep this process from ending
@@ -164,6 +173,20 @@ class Membership:
             for name, moved in report["nodes"].items():
                 size = format_bytes(moved["nbytes"])
                 logger.info("Node %s: %d keys (%s) moved to others", name, moved["keys"], size)
+
+    async def _idle(self) -> bool:
+        """Whether no worker has data or runs a task; one that does not say so may."""
+
+        async def has_nothing(address: str) -> bool:
+            try:
+                async with asyncio.timeout(PROMPT), rpc(address, connection_args=self._connection) as worker:
+                    return not await worker.keys() and not await worker.call_stack()
+            except (OSError, TimeoutError):
+                return False
+
+        states = self.supervisor.states()
+        addresses = [state.address for state in states if state.address]
+        return len(addresses) == len(states) and all(await asyncio.gather(*map(has_nothing, addresses)))
 
     async def leave(self) -> None:
         """Take the node from the scheduler and stop its workers."""

@@ -319,19 +319,26 @@ async def test_sigint_ends_it_with_its_data(
     assert "moved" not in a.output()
 
 
-async def test_sigterm_beside_a_scheduler_that_does_not_answer(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("holds", [True, False], ids=["data", "no data"])
+async def test_sigterm_beside_a_scheduler_that_does_not_answer(start: Start, tmp_path: Path, holds: bool) -> None:
+    """It is waited for as long as there is something to move, and not longer than a moment where there is not."""
     dask_scheduler, address = await start_scheduler(start, tmp_path)
-    agent = start(*AGENT, address, *ONE, env={"DASK_AGENTCLUSTER__STOP_TIMEOUT": "500ms"})
+    agent = start(*AGENT, address, *ONE, env={"DASK_AGENTCLUSTER__STOP_TIMEOUT": "2s" if holds else "1 minute"})
     async with Client(address, asynchronous=True) as client:
         await settled(client)
-    dask_scheduler.popen.send_signal(signal.SIGSTOP)
-    try:
-        tree = agent.kill(signal.SIGTERM)
-        assert await agent.ended(8) == 0
-        await gone(tree)
-    finally:
-        dask_scheduler.popen.send_signal(signal.SIGCONT)
-    assert f"closes with its data: the scheduler at {address} did not answer" in agent.output()
+        kept = await client.scatter({"x": 1}) if holds else {}
+        dask_scheduler.popen.send_signal(signal.SIGSTOP)
+        try:
+            tree = agent.kill(signal.SIGTERM)
+            assert await agent.ended(12) == 0
+            await gone(tree)
+        finally:
+            dask_scheduler.popen.send_signal(signal.SIGCONT)
+        del kept
+    if holds:
+        assert f"closes with its data: the scheduler at {address} did not answer" in agent.output()
+    else:
+        assert "its workers have nothing, and the scheduler does not answer" in agent.output()
 
 
 async def _empty(client: Client) -> bool:
