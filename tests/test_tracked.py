@@ -187,6 +187,7 @@ async def test_a_spec_cluster_keeps_its_agents(monkeypatch: pytest.MonkeyPatch) 
         await cluster.scale(1)
         await wait_until(lambda: len(cluster.scheduler.workers) == 1)
         assert await client.gather(data) == list(range(20))
+        await asyncio.sleep(0.5)  # it still looks for the worker 1 that went, and would take the next one for it
         cluster.scale(2)
         await cluster
-        await client.wait_for_workers(2)
+        await client.wait_for_workers(2, timeout=20)
