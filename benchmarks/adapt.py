@@ -130,7 +130,7 @@ async def run(turns: int) -> int:
     print(titled(f"Seconds until the first task's result, a look each {INTERVAL}", ("", "seconds"), rows))
     floors = [
         Floor("times faster than LocalCluster", ratio, 3),
-        Floor("1% of a core / core at rest", 0.01 / max(rest, 1e-6), 1),
+        Floor("1% of a core / what is used at rest", 0.01 / max(rest, 1e-6), 1),
     ]
     print()
     print(titled("Floors", ("", "found", "at least", ""), [floor.row() for floor in floors]))
