@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import dask
-from dask.utils import format_time, parse_bytes, parse_timedelta
+from dask.utils import format_time
 from distributed.deploy.adaptive import Adaptive
 
 from agentcluster import modes
 from agentcluster.errors import ConfigError, RolloutBusy
+from agentcluster.given import bytes_in, time_in
 from agentcluster.model import Mode, to_wire
 from agentcluster.needs import Asked
 from agentcluster.report import html_table, text_table
@@ -152,11 +153,10 @@ class AgentAdaptive(Adaptive):
     ) -> None:
         self._modes = _modes(modes)
         self._kinds = {kind: _limits(kind, limits) for kind, limits in kinds.items()}
-        self._idle_timeout = _time("idle_timeout", idle_timeout)
-        self._up_delay = _time("up_delay", up_delay)
-        least_memory, most_memory = (
-            None if each is None else int(parse_bytes(each)) for each in (minimum_memory, maximum_memory)
-        )
+        self._idle_timeout = time_in("adapt", "idle_timeout", idle_timeout)
+        self._up_delay = time_in("adapt", "up_delay", up_delay)
+        least_memory = None if minimum_memory is None else bytes_in("adapt", "minimum_memory", minimum_memory)
+        most_memory = None if maximum_memory is None else bytes_in("adapt", "maximum_memory", maximum_memory)
         super().__init__(cluster, interval, minimum, maximum, wait_count, target_duration)
         self._least = (self.minimum or 0, minimum_cores or 0, least_memory or 0)
         self._most = (None if math.isinf(self.maximum) else self.maximum, maximum_cores, most_memory)
@@ -274,11 +274,10 @@ class AgentAdaptive(Adaptive):
                 while not self._holds(number):
                     await self._look()
                     await asyncio.sleep(0.02)
-        except TimeoutError:
+        except BaseException as error:
             self.release(number)
-            raise TimeoutError(f"no room for {dict(request)} within {timeout:g} s; see adaptive_log()") from None
-        except BaseException:
-            self.release(number)
+            if isinstance(error, TimeoutError):
+                raise TimeoutError(f"no room for {dict(request)} within {timeout:g} s; see adaptive_log()") from None
             raise
         return number
 
@@ -363,13 +362,3 @@ def _limits(kind: str, limits: Any) -> tuple[int, int | None]:
     raise ConfigError(
         f"adapt({kind}={limits!r}): give the least and the greatest number of workers, such as {kind}=(0, 2)", key=kind
     )
-
-
-def _time(key: str, value: Any) -> float:
-    try:
-        found = float(parse_timedelta(value, default="seconds"))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        found = -1.0
-    if not 0 <= found < math.inf:
-        raise ConfigError(f"adapt({key}={value!r}): give a time such as '30s' or 30 (seconds)", key=key)
-    return found

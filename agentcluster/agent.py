@@ -15,7 +15,6 @@ import socket
 from collections.abc import Coroutine, Generator, Mapping
 from typing import Any, Self
 
-from dask.utils import parse_timedelta
 from distributed.comm.core import Comm, CommClosedError
 from distributed.core import Server, Status, error_message
 from distributed.security import Security
@@ -25,6 +24,7 @@ from agentcluster.addresses import connection_args, listen_address, room, schedu
 from agentcluster.alone import Alone
 from agentcluster.config import Config
 from agentcluster.errors import AgentClusterError, ConfigError, SchedulerUnfit
+from agentcluster.given import as_seconds
 from agentcluster.logs import LastLines
 from agentcluster.membership import IS_IT_THERE, Membership
 from agentcluster.model import Hardware, Mode, to_wire, unpickled
@@ -370,11 +370,8 @@ class Agent(Server):
 
 def seconds(key: str, value: str | float) -> float:
     """Return a time in seconds, or raise :class:`ConfigError` that names `key`."""
-    try:
-        number = float(parse_timedelta(value, "s"))
-    except (ValueError, KeyError, TypeError):
-        number = -1.0
-    if number <= 0:
+    number = as_seconds(value)
+    if not number > 0:
         raise ConfigError(f"{key} {value!r} must be a time above 0, such as 30 (seconds) or '1 minute'", key=key)
     return number
 

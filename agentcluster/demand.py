@@ -218,7 +218,7 @@ def _offering(node: Node, plan: Sequence[WorkerSpec]) -> tuple[WorkerSpec, ...]:
     """Return workers with the resources that their host gives them too."""
     if not node.resources:
         return tuple(plan)
-    return tuple(replace(spec, resources={**node.resources, **spec.resources}) for spec in plan)
+    return tuple(replace(spec, resources=node.offers(spec)) for spec in plan)
 
 
 def _resources(need: Need) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import distributed.deploy.adaptive
-from dask.utils import parse_bytes, parse_timedelta
 from distributed.core import Status
 from distributed.deploy.adaptive import Adaptive
 from distributed.deploy.cluster import Cluster
@@ -18,6 +17,7 @@ from distributed.utils import NoOpAwaitable
 
 from agentcluster.adaptive import AdaptiveLog, AgentAdaptive
 from agentcluster.errors import ConfigError
+from agentcluster.given import bytes_in, time_in
 from agentcluster.model import to_wire
 from agentcluster.report import Nodes
 from agentcluster.scaling import Target
@@ -71,6 +71,7 @@ class Elasticity(SpecCluster):
     worker_spec: dict[str, dict[str, Any]]
     _nodes: Nodes
     _adaptive: Any = None
+    _refresh: Any
 
     def scale(
         self,
@@ -112,7 +113,7 @@ class Elasticity(SpecCluster):
             return NoOpAwaitable() if self.asynchronous else None
         if (n, memory, cores, nodes, kinds) == (None, None, None, None, {}):
             n = 0  # as in dask
-        target = Target(n, cores, None if memory is None else _bytes(memory), nodes, kinds)
+        target = Target(n, cores, None if memory is None else bytes_in("scale", "memory", memory), nodes, kinds)
         self._by_hand()
         return self.sync(self._scale, target, strict)
 
@@ -146,9 +147,6 @@ class Elasticity(SpecCluster):
         return [spec for node in self._nodes.values() for spec in node["plan"].values()]
 
     _supports_scaling = True
-
-    async def _refresh(self) -> None:
-        raise NotImplementedError
 
     # -- by what tasks need --------------------------------------------------------------------------------------------
 
@@ -227,7 +225,9 @@ class Elasticity(SpecCluster):
         >>> with cluster.request(gpu=4):                              # doctest: +SKIP
         ...     client.submit(train, resources={"GPU": 1}).result()
         """
-        return Request(self, {_resource(name): count for name, count in resources.items()}, _seconds(timeout))
+        return Request(
+            self, {_resource(name): count for name, count in resources.items()}, time_in("request", "timeout", timeout)
+        )
 
     def adaptive_log(self) -> AdaptiveLog:
         """Return what :meth:`adapt` decided and why, oldest first; a table as its repr."""
@@ -238,17 +238,3 @@ class Elasticity(SpecCluster):
         adaptive = self._adaptive
         if adaptive is not None and not (adaptive._adapting and not isinstance(adaptive, AgentAdaptive)):
             adaptive.stop(reason="by hand")
-
-
-def _seconds(timeout: str | float) -> float:
-    try:
-        return float(parse_timedelta(timeout, default="seconds"))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ConfigError(f"request(timeout={timeout!r}): give a time such as '30s'", key="timeout") from None
-
-
-def _bytes(memory: str | int) -> int:
-    try:
-        return int(parse_bytes(memory))
-    except (ValueError, TypeError):
-        raise ConfigError(f"scale(memory={memory!r}): give bytes, or such as '64 GiB'", key="memory") from None

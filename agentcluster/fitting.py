@@ -100,14 +100,11 @@ class _Place:
 
     def take(self, need: Need, slots: int) -> int:
         """Take up to so many slots; return how many were there."""
-        most = min(self.threads, slots)
-        asked = [(name, each) for name, each in need.resources.items() if each > 0]
-        for name, each in asked:
-            most = min(most, int(self.left.get(name, 0) // each))
-        for name, each in asked if most > 0 else ():
-            self.left[name] -= most * each
-        self.threads -= max(0, most)
-        return max(0, most)
+        most = max(0, min(slots, need.at_once(self.threads, self.left)))
+        if most:
+            self.threads -= most
+            self.left |= {name: self.left[name] - most * each for name, each in need.resources.items() if each > 0}
+        return most
 
 
 class _Solver:

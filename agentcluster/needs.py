@@ -36,11 +36,12 @@ class Need:
 
     def fits(self, spec: WorkerSpec) -> int:
         """Return how many of them a worker can run at once."""
-        most = spec.nthreads or 1
-        for name, amount in self.resources.items():
-            if amount > 0:
-                most = min(most, int(spec.resources.get(name, 0) // amount))
-        return most
+        return self.at_once(spec.nthreads or 1, spec.resources)
+
+    def at_once(self, threads: int, offered: Mapping[str, float]) -> int:
+        """Return for how many of them so many threads and resources are enough."""
+        parts = (int(offered.get(name, 0) // each) for name, each in self.resources.items() if each > 0)
+        return min((threads, *parts))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from dask.utils import parse_timedelta
 from distributed.core import Status
 from distributed.utils import Log, Logs
 
@@ -21,6 +20,7 @@ from agentcluster import modes
 from agentcluster.elasticity import Elasticity
 from agentcluster.entries import Blueprint, NodeProcess
 from agentcluster.errors import ConfigError, NodeNotFound
+from agentcluster.given import as_seconds
 from agentcluster.model import Mode, to_wire
 from agentcluster.progress import watch
 from agentcluster.report import Nodes, Report
@@ -310,10 +310,7 @@ def seconds(key: str, value: str | float | None, default: float) -> float:
     """Return a time that the user gave, in seconds, or the default where none was given."""
     if value is None:
         return default
-    try:
-        found = float(parse_timedelta(value, default="seconds"))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        found = -1.0
+    found = as_seconds(value)
     if not 0 < found < math.inf:
         raise ConfigError(f"{key}={value!r} must be a time above 0, such as '30s' or 30 (seconds)", key=key)
     return found

@@ -145,6 +145,10 @@ class Node:
         free = [name for name in self.tracked[:count] if name not in taken]
         return free if len(free) == count else self.take_names(count)
 
+    def offers(self, spec: WorkerSpec) -> dict[str, float]:
+        """Return the resources of a worker there: those of its settings, and those that the host gives to all."""
+        return {**self.resources, **spec.resources}
+
     def spelled(self, worker: str) -> str | int:
         """Return a worker's name as the scheduler has it: a manager's own may be a number."""
         return self.given if self.given is not None and worker == str(self.given) else worker

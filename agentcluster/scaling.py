@@ -88,7 +88,7 @@ class _Place:
     def kinds(self, spec: WorkerSpec) -> frozenset[str]:
         """Return what a worker can be called: what it is, each resource that it has, and its name in a spec."""
         named = (name for name, each in self.named if each == spec)
-        offers = {**self.node.resources, **spec.resources}
+        offers = self.node.offers(spec)
         return frozenset({spec.kind, *(each.lower() for each in offers), *offers, *named})
 
     def kind(self, spec: WorkerSpec, wanted: Iterable[str]) -> str | None:

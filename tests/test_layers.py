@@ -29,6 +29,7 @@ LAYERS = {
     "registry": 3,
     "report": 3,
     "landing": 1,
+    "given": 2,
     "placement": 3,
     "prefork": 4,
     "progress": 4,

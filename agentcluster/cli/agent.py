@@ -147,7 +147,6 @@ def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
         "lasting": options["standby"] or None,
         "name": _number(options["name"]),
         "mode": mode,
-        "fallback": LIKE_DASK_WORKER if mode is None and not options["standby"] else None,
         "security": security,
         "death_timeout": seconds("--death-timeout", options["death_timeout"]) if options["death_timeout"] else None,
         "resources": _resources(options["resources"]) if options["resources"] else None,
