@@ -510,6 +510,23 @@ async def test_cancellation_leaves_no_process(any_launcher: Callable[..., Launch
     assert not psutil.pid_exists(int(pid_file.read_text()))
 
 
+async def test_cancellation_at_any_moment(any_launcher: Callable[..., Launcher], tmp_path: Path) -> None:
+    """Also before the process's id came back, or the answer that it runs: what ignores the end of its stdin ends too."""
+    deaf = _script(tmp_path / "p", "echo $$ >> $0.pid; exec sleep 1000")
+
+    async def cancelled(after: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(after):
+                await any_launcher(deaf).launch(Settings(), timeout=PLENTY)
+
+    for attempt in range(40):
+        await cancelled(0.008 * attempt)
+    await cancelled(2)
+    pids = [int(line) for line in (tmp_path / "p.pid").read_text().split()]
+    assert pids
+    await wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
 async def test_server_that_dies_during_launch(server: SSHServer, tmp_path: Path) -> None:
     # cat: it ends at EOF, as an agent does.
     mute = _script(tmp_path / "p", "echo $$ > $0.pid; exec cat > /dev/null")

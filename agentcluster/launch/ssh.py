@@ -16,7 +16,7 @@ import re
 import shlex
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import asyncssh
@@ -29,8 +29,9 @@ from agentcluster.launch.protocol import Launched, Settings
 #: A network that died without a word is noticed after 4 x 15 s.
 KEEPALIVE: Mapping[str, Any] = {"keepalive_interval": 15, "keepalive_count_max": 4}
 
-#: Runs as ``sh -c START python``, whatever the login shell is. ``exec``: no shell stays in between.
-START = f'echo agentcluster-pid $$; exec "$0" -m {MODULE}'
+#: Runs as ``sh -c START python``, whatever the login shell is. ``exec``: no shell stays in between. Python starts only
+#: at our word (an empty line), once its id is known here: what nobody could end any more is not begun.
+START = f'echo agentcluster-pid $$; read -r go && exec "$0" -m {MODULE}'
 PID = re.compile(rb"agentcluster-pid (\d+)\r?\n")
 
 #: Runs as ``sh -c … pid``. A session of sshd is a process group, which the workers are in.
@@ -108,12 +109,19 @@ class _RemoteProcess:
     def __init__(self, connection: asyncssh.SSHClientConnection, process: asyncssh.SSHClientProcess[bytes]) -> None:
         self._connection = connection
         self._process = process
-        self.stdout = _RemoteReader(process.stdout)
+        self._before_go = b"\n"
+        self.stdout = _RemoteReader(process.stdout, on_pid=self._go)
         self.stderr = _RemoteReader(process.stderr)
 
     def write(self, data: bytes) -> None:
+        if self.stdout.pid is None:
+            self._before_go += data
+            return
         with contextlib.suppress(OSError):
             self._process.stdin.write(data)
+
+    def _go(self) -> None:
+        self.write(self._before_go)
 
     def write_eof(self) -> None:
         with contextlib.suppress(OSError):
@@ -153,15 +161,21 @@ class _RemoteReader:
         The process's id on its host, once :data:`START` has said it. That line is taken out of the stream.
     """
 
-    def __init__(self, reader: asyncssh.SSHReader[bytes]) -> None:
+    def __init__(self, reader: asyncssh.SSHReader[bytes], on_pid: Callable[[], None] | None = None) -> None:
         self._reader = reader
         self._lost = False
+        self._on_pid = on_pid
+        self._seen = b""
         self.pid: int | None = None
 
     async def read(self, n: int, /) -> bytes:
         chunk = await self._read(n)
-        if self.pid is None and (match := PID.search(chunk)):
+        if self.pid is not None or self._on_pid is None:
+            return chunk
+        self._seen = self._seen[-64:] + chunk  # the line may come in two pieces
+        if match := PID.search(self._seen):
             self.pid = int(match[1])
+            self._on_pid()
             chunk = PID.sub(b"", chunk, count=1) or await self._read(n)
         return chunk
 
