@@ -80,6 +80,7 @@ def room(worker_options: Mapping[str, Any]) -> int | None:
         as ``"9000:9010"``, and ``contact_address``, which can be that of one worker only.
     """
     counts = [1] if worker_options.get("contact_address") else []
+    ranges: list[set[int]] = []
     for key in ("worker_port", "nanny_port"):
         try:
             ports = parse_ports(worker_options.get(key))
@@ -88,7 +89,10 @@ def room(worker_options: Mapping[str, Any]) -> int | None:
                 f"{key} {worker_options[key]!r}: {error}; give a port or a range, such as 9000:9010"
             ) from None
         if ports not in ([None], [0]):
-            counts.append(len(ports))
+            ranges.append({port for port in ports if port})
+    counts += map(len, ranges)
+    if len(ranges) > 1:
+        counts.append(len(set.union(*ranges)) // len(ranges))  # where they overlap, a port is still one worker's
     return min(counts, default=None)
 
 

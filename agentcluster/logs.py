@@ -1,4 +1,4 @@
-"""Where the package's log lines go: to stderr, and the last ones to who asks an agent for them."""
+"""Where the package's log lines go: to stderr, and the last to who asks an agent for them; which of dask's stay out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections import deque
 
 import dask.config
+from distributed import Status, Worker
 
 PACKAGE = "agentcluster"
 
@@ -19,6 +20,19 @@ def log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(dask.config.get("distributed.admin.log-format", None)))
     logger.addHandler(handler)
+
+
+def quiet_ends() -> None:
+    """Keep out of dask's log that a heartbeat was cut off when its worker is being closed: that is no error.
+
+    It happens beside a scheduler that does not answer just then.
+    """
+    logging.getLogger("distributed.worker").addFilter(_is_no_end)
+
+
+def _is_no_end(record: logging.LogRecord) -> bool:
+    cut_off = "communicate with scheduler during heartbeat" in str(record.msg)
+    return not cut_off or any(worker.status is Status.running for worker in Worker._instances)
 
 
 class LastLines(logging.Handler):

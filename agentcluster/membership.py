@@ -175,18 +175,17 @@ class Membership:
                 logger.info("Node %s: %d keys (%s) moved to others", name, moved["keys"], size)
 
     async def _idle(self) -> bool:
-        """Whether no worker has data or runs a task; one that does not say so may."""
+        """Whether no worker has data or runs a task; one that does not say so may, one that still starts cannot."""
 
         async def has_nothing(address: str) -> bool:
             try:
                 async with asyncio.timeout(PROMPT), rpc(address, connection_args=self._connection) as worker:
                     return not await worker.keys() and not await worker.call_stack()
-            except (OSError, TimeoutError):
+            except (OSError, TimeoutError, ValueError):
                 return False
 
-        states = self.supervisor.states()
-        addresses = [state.address for state in states if state.address]
-        return len(addresses) == len(states) and all(await asyncio.gather(*map(has_nothing, addresses)))
+        there = [state for state in self.supervisor.states() if state.address or state.state != "starting"]
+        return all(await asyncio.gather(*(has_nothing(state.address or "") for state in there)))
 
     async def leave(self) -> None:
         """Take the node from the scheduler and stop its workers."""

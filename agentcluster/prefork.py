@@ -13,6 +13,8 @@ from importlib import import_module
 
 from distributed.versions import get_versions
 
+from agentcluster.logs import quiet_ends
+
 #: What a worker imports while it starts, beyond what comes with distributed.
 LATE = (
     "agentcluster.forkserver",
@@ -46,6 +48,7 @@ def _end_later(*_: object) -> None:
 
 signal.signal(signal.SIGTERM, _end_later)
 
+quiet_ends()
 for module in LATE:
     import_module(module)
 get_versions()  # reads the metadata of every package that it knows, and keeps the answers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -239,6 +240,21 @@ async def test_signal_ends_it_cleanly(
     assert not scheduler.workers
     assert f"Received signal {number.name} ({int(number)})" in agent.output()
     assert "Traceback" not in agent.output()
+
+
+@pytest.mark.parametrize("nanny", [[], ["--no-nanny"]], ids=["nanny", "no-nanny"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_is_no_error_beside_a_scheduler_that_does_not_answer(
+    scheduler: Scheduler, start: Start, number: signal.Signals, nanny: list[str]
+) -> None:
+    agent = start(*AGENT, scheduler.address, *ONE, *nanny)
+    await wait_until(lambda: scheduler.workers, 30)
+    agent.popen.send_signal(number)
+    assert agent.popen.wait(20) == 0  # in the event loop that is the scheduler's too
+    assert await agent.ended() == 0
+    said = agent.output()
+    assert "End worker" in said
+    assert not re.search("error|exception|timed out", said, re.IGNORECASE), said
 
 
 @pytest.fixture
@@ -665,7 +681,10 @@ WRONG = [
         [NOWHERE, "--nworkers", "3", "--worker-port", "9:10"],
         ["Not enough ports in range --worker-port 9:10", "3 workers"],
     ),
-    ([NOWHERE, "--nworkers", "2", "--nanny-port", "9"], ["Not enough ports in range --nanny-port 9 for 2", "has 1"]),
+    (
+        [NOWHERE, "--nworkers", "2", "--nanny-port", "9"],
+        ["Not enough ports in range --nanny-port 9 for 2", "ports for 1"],
+    ),
     ([NOWHERE, "--worker-port", "9:x"], ["worker_port '9:x'", "a range"]),
     ([NOWHERE, "--worker-class", "os.Worker"], ["--worker-class 'os.Worker'", "module.Class"]),
     ([NOWHERE, "--pid-file", "/no/such/directory/pid"], ["--pid-file '/no/such/directory/pid'", "No such file"]),

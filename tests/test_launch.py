@@ -511,7 +511,7 @@ async def test_cancellation_leaves_no_process(any_launcher: Callable[..., Launch
 
 
 async def test_cancellation_at_any_moment(any_launcher: Callable[..., Launcher], tmp_path: Path) -> None:
-    """Also before the process's id came back, or the answer that it runs: what ignores the end of its stdin ends too."""
+    """Also before its id came back, or the answer that it runs: what ignores the end of its stdin ends too."""
     deaf = _script(tmp_path / "p", "echo $$ >> $0.pid; exec sleep 1000")
 
     async def cancelled(after: float) -> None:

@@ -34,7 +34,7 @@ LAYERS = {
     "prefork": 4,
     "progress": 4,
     "rollout_control": 4,
-    "logs": 4,
+    "logs": 3,
     "shipping": 4,
     "config": 4,
     "hardware": 4,

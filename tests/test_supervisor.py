@@ -7,6 +7,7 @@ import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ import psutil
 import pytest
 from conftest import wait_until
 from distributed import Client, Nanny, Scheduler, SchedulerPlugin, Status, Worker, rpc
+from distributed.comm.addressing import get_address_host_port
 from distributed.process import AsyncProcess
+from distributed.utils import parse_ports
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcluster.errors import ConfigError, WorkerStartError
 from agentcluster.model import WorkerSpec, WorkerState, pickled
-from agentcluster.supervisor import CUDA_WORKER, RestartPolicy, StartMethod, Supervisor, resolve
+from agentcluster.supervisor import CUDA_WORKER, RestartPolicy, StartMethod, Supervisor, ports, resolve
 
 START = 30.0
 STOP = 10.0
@@ -103,6 +106,11 @@ class Watched(Supervisor):
 
 
 Factory = Callable[..., Watched]
+
+
+def ranges() -> st.SearchStrategy[str]:
+    bounds = st.lists(st.integers(1, 40), min_size=2, max_size=2, unique=True).map(sorted)
+    return bounds.map(lambda both: f"{both[0]}:{both[1]}")
 
 
 @pytest.fixture
@@ -209,6 +217,67 @@ async def test_the_agents_event_loop_is_measured_once(supervisor: Watched) -> No
     for each in supervisor._workers.values():
         assert {"tick", "ticks", "monitor"}.isdisjoint(each.server.periodic_callbacks)
         assert each.server.is_alive()
+
+
+async def test_ports_are_dealt_out(supervisor: Watched, scheduler: Scheduler) -> None:
+    """To those that start together in equal shares; to those that come beside them, what is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        first = min(probe.getsockname()[1], 65_000)
+    supervisor.host_options = {
+        **supervisor.host_options,
+        "worker_port": f"{first}:{first + 39}",
+        "nanny_port": f"{first + 40}:{first + 79}",
+    }
+    shares: dict[str, list[int]] = {}
+    for names in (["a-0", "a-1"], ["b-0", "b-1", "b-2"]):
+        before = {port for each in supervisor._workers.values() for port in ports.in_use(each.server)}
+        await supervisor.start({name: worker() for name in names}, START)
+        for name in names:
+            nanny = supervisor._workers[name].server
+            worker_port = get_address_host_port(nanny.worker_address)[1]
+            assert worker_port in nanny.process.worker_kwargs["port"]
+            assert first <= worker_port < first + 40 <= nanny.port < first + 80
+            shares[name] = [*nanny.process.worker_kwargs["port"], *nanny._start_port]
+            assert not before & set(shares[name])
+        together = [port for name in names for port in shares[name]]
+        assert len(together) == len(set(together)) == 80 - len(before)
+    await supervisor.stop(["a-0"], STOP)
+    await supervisor.start({"c-0": worker(cls="distributed.Worker")}, START)
+    (address,) = [ws.address for ws in scheduler.workers.values() if ws.name == "c-0"]
+    assert first <= get_address_host_port(address)[1] < first + 40
+
+
+@given(
+    worker_port=st.one_of(st.none(), st.just(0), st.integers(1, 20), ranges()),
+    nanny_port=st.one_of(st.none(), st.just("0"), ranges()),
+    count=st.integers(0, 6),
+    taken=st.sets(st.integers(1, 40)),
+)
+def test_no_port_is_dealt_to_two(worker_port: Any, nanny_port: Any, count: int, taken: set[int]) -> None:
+    options = {"worker_port": worker_port, "nanny_port": nanny_port}
+    shares = ports.dealt(options, [f"w{number}" for number in range(count)], taken)
+    assert len(shares) == count
+    each = [port for share in shares.values() for key in share for port in share[key]]
+    assert len(each) == len(set(each))
+    asked = {key: {port for port in parse_ports(value) if port} for key, value in options.items()}
+    assert set(each) == (set.union(*asked.values()) - taken if count else set())
+    for key, wanted in asked.items():
+        assert all(set(share.get(key, ())) <= wanted for share in shares.values())
+        sizes = [len(share.get(key, ())) for share in shares.values()]
+        assert not asked[key] or max(sizes, default=0) - min(sizes, default=0) <= 1
+
+
+async def test_a_worker_without_a_nanny_has_a_state_while_it_starts(supervisor: Watched) -> None:
+    start = asyncio.create_task(supervisor.start({"a": worker(cls="distributed.Worker")}, START))
+    seen = []
+    while not start.done():
+        seen += [(state.state, state.address) for state in supervisor.states()]
+        await asyncio.sleep(0)
+    (state,) = await start
+    assert seen[0] == ("starting", None)
+    assert state.address is not None
+    assert {address for _, address in seen} <= {None, state.address}
 
 
 async def test_a_name_in_use(supervisor: Watched) -> None:

@@ -26,7 +26,7 @@ from agentcluster.agent import Agent, seconds
 from agentcluster.cli import cuda, spec
 from agentcluster.cli.options import FLAGS, FOR_WORKERS, OURS, SECTIONS, SHAPE
 from agentcluster.errors import AgentClusterError, ConfigError, suggest
-from agentcluster.logs import log_to_stderr
+from agentcluster.logs import log_to_stderr, quiet_ends
 from agentcluster.model import Mode
 from agentcluster.modes import names, parse
 from agentcluster.notify import Notifier
@@ -86,6 +86,7 @@ def main(context: click.Context, /, **options: Any) -> None:
     """
     notify = Notifier()
     log_to_stderr()
+    quiet_ends()
     enable_proctitle_on_current()
     enable_proctitle_on_children()
     try:
@@ -265,11 +266,11 @@ def _mode(options: dict[str, Any], given: Any) -> Mode | None:
 def _check_ports(options: dict[str, Any], mode: Mode | None) -> None:
     """Refuse ranges with fewer ports than workers here, as ``dask worker`` does: before a scheduler is asked."""
     count = mode.config.get("nworkers") if mode is not None and mode.name == LIKE_DASK_WORKER.name else None
-    for key in ("worker_port", "nanny_port"):
-        ports = room({key: options[key]})
-        if ports is not None and isinstance(count, int) and ports < count:
-            flag = f"--{key.replace('_', '-')}"
-            raise ConfigError(f"Not enough ports in range {flag} {options[key]} for {count} workers: it has {ports}")
+    given = {key: options[key] for key in ("worker_port", "nanny_port") if options[key] is not None}
+    ports = room(given)
+    if ports is not None and isinstance(count, int) and ports < count:
+        ranges = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in given.items())
+        raise ConfigError(f"Not enough ports in range {ranges} for {count} workers: there are ports for {ports}")
 
 
 def _without_nanny(mode: str, options: dict[str, Any], shape: dict[str, Any]) -> Mode:

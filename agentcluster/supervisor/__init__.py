@@ -31,7 +31,7 @@ from agentcluster.supervisor.nanny import (
     tell_name,
     words,
 )
-from agentcluster.supervisor.ports import port_of, with_port
+from agentcluster.supervisor.ports import dealt, in_use, port_of, ports_of_devices, with_port
 
 __all__ = ["CUDA_WORKER", "METHOD_KEY", "RestartPolicy", "StartMethod", "Supervisor", "resolve"]
 
@@ -72,7 +72,8 @@ class _Worker:
             status = "failed" if self.problem else "retired"
         if self.stopping:
             status = "stopping"
-        address = getattr(server, "worker_address", None) or self.address
+        # A worker without a nanny has its address, or an error in its place, before it is a worker.
+        address = None if server.status is Status.init else getattr(server, "worker_address", None) or self.address
         return WorkerState(self.name, status, address, getattr(server, "pid", None), crashes, self.problem)
 
 
@@ -191,10 +192,11 @@ class Supervisor:
     def _build(self, specs: Mapping[str, WorkerSpec], failures: dict[str, str]) -> Iterator[tuple[str, Any]]:
         """Yield each worker, built and not started; note in `failures` why one cannot be."""
         gpus = {name: spec for name, spec in specs.items() if spec.cls == CUDA_WORKER}
+        ports = self._ports(specs, gpus)
         for name, spec in specs.items():
             if name not in gpus:
                 try:
-                    server = self._instance(name, spec)
+                    server = self._instance(name, spec, ports[name])
                 except Exception as error:  # a user's class may raise anything from its constructor
                     failures[name] = words(error)
                 else:
@@ -206,6 +208,12 @@ class Supervisor:
                 failures.update(dict.fromkeys(gpus, words(error)))
             else:
                 yield from nannies.items()
+
+    def _ports(self, specs: Mapping[str, WorkerSpec], gpus: Mapping[str, WorkerSpec]) -> dict[str, dict[str, Any]]:
+        """Deal ports to workers without a GPU; those with one have each the port of its device."""
+        taken = {port for worker in self._workers.values() for port in in_use(worker.server)}
+        taken |= ports_of_devices(self.host_options, gpus.values())
+        return dealt(self.host_options, [name for name in specs if name not in gpus], taken)
 
     def _arguments(self, name: str, spec: WorkerSpec, **more: Any) -> dict[str, Any]:
         arguments = {**self.host_options, **unpickled(spec.options), **more, "name": self.spelling.get(name, name)}
@@ -222,9 +230,11 @@ class Supervisor:
             arguments["security"] = self.security
         return arguments
 
-    def _instance(self, name: str, spec: WorkerSpec) -> Any:
+    def _instance(self, name: str, spec: WorkerSpec, ports: Mapping[str, Any]) -> Any:
         cls = resolve(spec.cls)
-        arguments = with_port(self._arguments(name, spec), "nanny_port" if issubclass(cls, Nanny) else "worker_port")
+        arguments = with_port(
+            self._arguments(name, spec, **ports), "nanny_port" if issubclass(cls, Nanny) else "worker_port"
+        )
         arguments.pop("listen_address", None)  # it is there in parts too
         allowed = modes.worker_keywords(cls)
         if allowed is not None:

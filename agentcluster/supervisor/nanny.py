@@ -28,6 +28,9 @@ logger = logging.getLogger("agentcluster.supervisor")
 
 METHOD_KEY = "distributed.worker.multiprocessing-method"
 
+#: Seconds that a worker which is asked to end while it starts may take to be there, so that it ends in order.
+ALMOST_THERE = 0.25
+
 
 @dataclass(frozen=True)
 class RestartPolicy:
@@ -116,6 +119,8 @@ class Supervised:
     async def kill(self, timeout: float = 5, reason: str = "nanny-kill") -> None:
         process = self.process  # type: ignore[attr-defined]
         closing = self.status is not Status.running  # type: ignore[attr-defined]
+        if closing and process is not None and process.status is Status.starting:
+            await asyncio.wait({asyncio.ensure_future(process.running.wait())}, timeout=ALMOST_THERE)
         if closing and process is not None and process.status is Status.starting:
             await _abandon(process)
         # Client.restart ends the process this way while the nanny's status stays "running": no crash.
