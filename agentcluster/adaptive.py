@@ -7,25 +7,26 @@ the patience (who may come when, who was not needed for how long, how long to le
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import math
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import dask
-from dask.utils import format_time
 from distributed.deploy.adaptive import Adaptive
 
 from agentcluster import modes
+from agentcluster.decisions import Decision
 from agentcluster.errors import ConfigError, RolloutBusy
 from agentcluster.given import bytes_in, time_in
 from agentcluster.model import Mode, to_wire
 from agentcluster.needs import Asked
-from agentcluster.report import html_table, text_table
+from agentcluster.reserve import Launching
+from agentcluster.rolling import TOPIC
 
 logger = logging.getLogger(__name__)
 
@@ -34,69 +35,6 @@ QUIET = 0.1
 
 #: Seconds that it waits at most after one failure after the other.
 LONGEST_WAIT = 60.0
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One thing that was done, or said.
-
-    Attributes
-    ----------
-    when
-        Seconds since the epoch.
-    saw
-        What tasks needed.
-    decided
-        What changed on which node.
-    why
-        Why, where that does not speak for itself.
-    took
-        Seconds.
-    workers
-        Kind of worker -> how many there were afterwards.
-    """
-
-    when: float
-    saw: str
-    decided: str
-    why: str
-    took: float
-    workers: Mapping[str, int]
-
-
-class AdaptiveLog(Sequence[Decision]):
-    """Decisions, oldest first, with a table as their repr."""
-
-    HEADER = ("when", "saw", "decided", "why", "took", "workers")
-
-    def __init__(self, decisions: Sequence[Decision] = ()) -> None:
-        self._decisions = tuple(decisions)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._decisions[index]
-
-    def __len__(self) -> int:
-        return len(self._decisions)
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """Return one row of text per decision."""
-        return [
-            (
-                time.strftime("%H:%M:%S", time.localtime(each.when)),
-                each.saw,
-                each.decided,
-                each.why,
-                format_time(each.took),
-                ", ".join(f"{count} {kind}" for kind, count in each.workers.items()) or "none",
-            )
-            for each in self._decisions
-        ]
-
-    def __repr__(self) -> str:
-        return text_table(self.HEADER, self.rows()) if self._decisions else "nothing was decided yet"
-
-    def _repr_html_(self) -> str:
-        return html_table(self.HEADER, self.rows())
 
 
 class AgentAdaptive(Adaptive):
@@ -168,6 +106,7 @@ class AgentAdaptive(Adaptive):
         self._numbers = itertools.count()
         #: Which requests the scheduler knew of when it last answered, and what it said.
         self._answered: tuple[Collection[int], Mapping[str, Any]] = ((), {})
+        self._launching = Launching(cluster)
         self._failures = 0
         self._not_before = 0.0
         self.decisions: deque[Decision] = deque(maxlen=dask.config.get("distributed.admin.low-level-log-length"))
@@ -211,11 +150,12 @@ class AgentAdaptive(Adaptive):
             self._answered = (asked, answer)
             self._failures = 0
             self._not_before = 0.0
-            self._say(answer)
+            await self._say(answer)
+            await self._hosts(answer, counts)
         except RolloutBusy as busy:
             logger.debug("Adaptive scaling waits: %s", busy)
         except Exception as error:  # whatever it is, it is said, and tried again
-            self._fail(error)
+            await self._fail(error)
         finally:
             self._adapting = False
 
@@ -231,6 +171,8 @@ class AgentAdaptive(Adaptive):
             self._requested(),
             tuple(may_go),
             may_come,
+            self._launching.hosts(),
+            self._launching.out(),
         )
         answer: Mapping[str, Any] = await self.scheduler.adapt_nodes(
             asked=to_wire(asked), nodes=list(self.cluster.workers), wait=False
@@ -240,8 +182,25 @@ class AgentAdaptive(Adaptive):
         elif self._short_since is None:
             self._short_since = now
         if answer["decided"]:
-            await self._note(answer["saw"], answer["decided"], "; ".join(answer["short"]), answer["seconds"])
+            await self._note(answer["saw"], answer["decided"], _short(answer["short"]), answer["seconds"])
         return answer
+
+    async def _hosts(self, answer: Mapping[str, Any], counts: bool) -> None:
+        """Launch hosts in standby that are needed; let go of those that have no workers any more."""
+        if answer["launch"]:
+            began = time.time()
+
+            async def launched(names: Sequence[str], failed: Mapping[str, str]) -> None:
+                came = ", ".join(name for name in names if name not in failed)
+                why = "; ".join(f"{name}: {error}" for name, error in failed.items())
+                decided = f"launched {came}" if came else "nothing"
+                await self._note(answer["saw"], decided, why, time.time() - began)
+                if self.state == "running":
+                    await self._look()
+
+            self._launching.begin(answer["launch"], launched)
+        elif counts and (gone := await self._launching.let_go()):
+            await self._note(answer["saw"], f"let go of {', '.join(gone)}", "no workers there", 0.0)
 
     def _requested(self) -> dict[str, int]:
         found: dict[str, int] = {}
@@ -309,30 +268,36 @@ class AgentAdaptive(Adaptive):
             if self._idle_count[name] >= self.wait_count and now - self._idle_since[name] >= self._idle_timeout
         ]
 
-    def _say(self, answer: Mapping[str, Any]) -> None:
+    async def _say(self, answer: Mapping[str, Any]) -> None:
         """Say once of tasks that nobody can ever run what they need."""
         for what, why in answer["unmet"].items():
             if what not in self._said:
                 self._said.add(what)
                 logger.warning("Adaptive scaling cannot help: %s", why)
-                self.decisions.append(Decision(time.time(), answer["saw"], "nothing", why, 0.0, self._workers()))
+                await self._keep(answer["saw"], "nothing", why)
         self._said &= set(answer["unmet"])
 
     async def _note(self, saw: str, decided: str, why: str, took: float) -> None:
         await self.cluster._refresh()
-        decision = Decision(time.time(), saw, decided, why, took, self._workers())
-        self.decisions.append(decision)
-        self.log.append((decision.when, {"status": "adapt", "saw": saw, "decided": decided}))
+        await self._keep(saw, decided, why, took)
+        self.log.append((time.time(), {"status": "adapt", "saw": saw, "decided": decided}))
         logger.info("Adaptive scaling: %s (%s)", decided, saw)
 
-    def _fail(self, error: Exception) -> None:
+    async def _keep(self, saw: str, decided: str, why: str, took: float = 0.0) -> None:
+        """Keep a decision, here and among the scheduler's events."""
+        decision = Decision(time.time(), saw, decided, why, took, self._workers())
+        self.decisions.append(decision)
+        with contextlib.suppress(OSError):  # a scheduler that is gone has said so already, or will
+            await self.scheduler.log_event(topic=TOPIC, msg={"adapt": to_wire(decision)})
+
+    async def _fail(self, error: Exception) -> None:
         """Leave it for a while, longer each time."""
         self._failures += 1
         wait = min(LONGEST_WAIT, (self.interval or 1.0) * 2**self._failures)
         self._not_before = time.monotonic() + wait
         text = " ".join(str(error).split()) or type(error).__name__
         logger.warning("Adaptive scaling failed, the next try is in %.0f s: %s", wait, text)
-        self.decisions.append(Decision(time.time(), "", "nothing", text, 0.0, self._workers()))
+        await self._keep("", "nothing", text)
 
     def _workers(self) -> dict[str, int]:
         """Return kind -> number of the cluster's workers."""
@@ -341,6 +306,10 @@ class AgentAdaptive(Adaptive):
             for spec in node["plan"].values():
                 found[spec["kind"]] = found.get(spec["kind"], 0) + 1
         return dict(sorted(found.items()))
+
+
+def _short(needs: Sequence[str]) -> str:
+    return f"there is no room for all of: {'; '.join(needs)}" if needs else ""
 
 
 def _modes(given: Sequence[str | Mode] | None) -> tuple[Mode, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from agentcluster.model import WorkerSpec
@@ -67,7 +67,10 @@ class Held:
 
 
 def scaled(
-    current: Mapping[str, Mapping[str, Held]], room: Mapping[str, Sequence[Amount]], wanted: Amount
+    current: Mapping[str, Mapping[str, Held]],
+    room: Mapping[str, Sequence[Amount]],
+    wanted: Amount,
+    extra: Container[str] = (),
 ) -> tuple[set[str], dict[str, list[int]]]:
     """Return which workers go, and which come on each node, so that what is wanted is there in every unit.
 
@@ -79,6 +82,8 @@ def scaled(
         Node -> what the workers count for that could come there, in the order in which they would.
     wanted
         Amount in each unit, such as workers, threads and bytes of memory; 0 where that does not matter.
+    extra
+        Nodes on which workers come last, and from which they go first among those that hold as much.
 
     Returns
     -------
@@ -91,12 +96,16 @@ def scaled(
     count = {node: len(workers) for node, workers in current.items()}
     there = [sum(held.amount[unit] for each in current.values() for held in each.values()) for unit in _units(wanted)]
     go: set[str] = set()
-    least = [(held.nbytes, -count[n], n, name) for n, workers in current.items() for name, held in workers.items()]
+    least = [
+        (held.nbytes, node not in extra, -count[node], node, name)
+        for node, workers in current.items()
+        for name, held in workers.items()
+    ]
     heapq.heapify(least)
     while least:
-        nbytes, negated, node, worker = heapq.heappop(least)
+        nbytes, stays, negated, node, worker = heapq.heappop(least)
         if -negated != count[node]:  # one went from there since
-            heapq.heappush(least, (nbytes, -count[node], node, worker))
+            heapq.heappush(least, (nbytes, stays, -count[node], node, worker))
             continue
         left = [have - part for have, part in zip(there, current[node][worker].amount, strict=True)]
         if all(have >= want for have, want in zip(left, wanted, strict=True)):
@@ -105,18 +114,18 @@ def scaled(
             there = left
     come: dict[str, list[int]] = {node: [] for node in current}
     order = {node: number for number, node in enumerate(current)}
-    fewest = [(count[node], order[node], 0) for node in current if room[node]]
+    fewest = [(node in extra, count[node], order[node], 0) for node in current if room[node]]
     heapq.heapify(fewest)
     nodes = list(current)
     while fewest and (missing := [unit for unit in _units(wanted) if there[unit] < wanted[unit]]):
-        number, position, index = heapq.heappop(fewest)
+        last, number, position, index = heapq.heappop(fewest)
         offered = room[nodes[position]]
         if any(offered[index][unit] for unit in missing):
             come[nodes[position]].append(index)
             there = [have + part for have, part in zip(there, offered[index], strict=True)]
             number += 1
         if index + 1 < len(offered):
-            heapq.heappush(fewest, (number, position, index + 1))
+            heapq.heappush(fewest, (last, number, position, index + 1))
     return go, come
 
 

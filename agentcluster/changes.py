@@ -100,6 +100,7 @@ class Changes:
             self.errors.pop(node.name, None)
             try:
                 specs = modes.plan(mode, node.hardware, node=node.name)
+                specs = () if node.name in self.registry.bare else specs
                 names = node.first_names(len(specs), {str(ws.name) for ws in self.scheduler.workers.values()})
                 named = dict(zip(names, specs, strict=True))
                 proposals = {node.name: Proposal(node, allocate.Change({}, (), specs), named, mode)}

@@ -18,7 +18,7 @@ from distributed.security import Security
 
 from agentcluster import credentials, modes
 from agentcluster.config import Config
-from agentcluster.entries import Blueprint, NodeProcess, is_address, is_remote
+from agentcluster.entries import Blueprint, NodeProcess, in_standby, is_address, is_remote
 from agentcluster.errors import AgentClusterError, ConfigError, NodeNotFound, SchedulerUnfit
 from agentcluster.launch import Host, launchers_for
 from agentcluster.membership import NO_PLUGIN
@@ -26,6 +26,7 @@ from agentcluster.model import Mode, to_wire
 from agentcluster.operations import Operations, seconds
 from agentcluster.plugin import NAME, dask_setup
 from agentcluster.report import Nodes
+from agentcluster.reserve import Reserve
 from agentcluster.shipping import shipped
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ class AgentCluster(Operations):
     hosts : list of str, Host or launcher, optional
         Where the agents run: ``"gpu-1"`` or ``"user@gpu-1:2222"`` launches one there over SSH, ``"tcp://…"`` adopts one
         that runs, ``"local"`` starts one on this machine; a :class:`~agentcluster.Host` has options of its own, and an
-        object with the launcher interface is the user's own way. ``None`` is one local agent.
+        object with the launcher interface is the user's own way. ``None`` is one local agent. Those with
+        ``standby=True`` are launched when :meth:`scale` or :meth:`adapt` needs them, and let go when they do not.
     mode : str, Mode or mapping, optional
         First mode of the nodes, or a mapping from node name to mode.
     config : mapping or str, optional
@@ -110,6 +112,7 @@ class AgentCluster(Operations):
         self._start_timeout = seconds("start_timeout", start_timeout, settings.start_timeout)
         self._on_host_failure = on_host_failure
         launchers = launchers_for(hosts, connect_options=connect_options, remote_python=remote_python)
+        self._reserve = Reserve(launcher for launcher in launchers if in_standby(launcher))
         self._mode, self._own_modes = _modes(mode, config, [launcher.name for launcher in launchers])
         joined = is_address(scheduler)
         remote = any(map(is_remote, launchers)) or scheduler not in (None, "local")
@@ -121,12 +124,13 @@ class AgentCluster(Operations):
             launch_timeout=seconds("launch_timeout", launch_timeout, settings.launch_timeout),
             stop_timeout=settings.stop_timeout,
         )
+        self._missed: dict[str, BaseException] = {}
         self._nodes = Nodes()
         self._opening: set[asyncio.Future[Any]] = set()
         self._refresher: asyncio.Task[None] | None = None
         self._was_up = False
         super().__init__(
-            workers={launcher.name: self._blueprint.node(launcher) for launcher in launchers},
+            workers={each.name: self._blueprint.node(each) for each in launchers if not in_standby(each)},
             scheduler=self._blueprint.scheduler(
                 scheduler, dict(scheduler_options or {}), loopback=not remote and not attached
             ),
@@ -209,9 +213,10 @@ class AgentCluster(Operations):
             error = asyncio.CancelledError() if start.cancelled() else start.exception()
             if error is None:
                 self.workers[name] = nodes[name]
-            else:
-                failed[name] = error
-                self.worker_spec.pop(name, None)
+                continue
+            self.worker_spec.pop(name, None)
+            # Who called a host of the reserve up hears why it did not come; there are others.
+            (self._missed if name in self._reserve else failed)[name] = error
         self._fail(failed)
 
     async def _open(self, node: NodeProcess) -> None:

@@ -14,9 +14,10 @@ from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from agentcluster import modes
+from agentcluster.calling_up import called_up
 from agentcluster.errors import ConfigError, ModeRefused
 from agentcluster.fitting import Fit, fitted
-from agentcluster.model import Mode, WorkerSpec
+from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.needs import Asked, Need, Seat, Spot
 from agentcluster.registry import Node
 
@@ -138,12 +139,19 @@ class Offers:
         demand = Demand(scheduler, asked.target_duration)
         requests = {name: Need({name: 1}, count) for name, count in sorted(asked.requests.items())}
         needs = [*demand.needs, *requests.values()]
-        spots = [self.spot(node, asked.modes, demand, nbytes) for node in nodes]
+        spots = [self.spot(node, asked, demand, nbytes) for node in nodes]
         bounds, may_go = asked.bounds(), set(asked.may_go)
         fit = fitted(needs, spots, bounds, may_go.__contains__)
         later = fitted(needs, spots, bounds)
-        waits = bool(fit.come or fit.modes) and not asked.may_come
-        unmet = {_resources(need): self.explain(need, nodes, asked.modes) for need in fit.unmet}
+        launch = called_up(
+            asked,
+            needs,
+            next((node.hardware for node in reversed(nodes)), None),
+            lambda name, hardware: self._unseen(name, hardware, asked, nodes),
+            lambda more: fitted(needs, [*spots, *more], bounds) if more else fit,
+        )
+        waits = bool(fit.come or fit.modes or launch) and not asked.may_come
+        unmet = {_resources(need): self.explain(need, nodes, asked) for need in fit.unmet if not launch}
         held = {
             name: unmet.get(_resources(need)) or (index not in fit.short and not waits)
             for index, (name, need) in enumerate(requests.items(), len(demand.needs))
@@ -156,29 +164,40 @@ class Offers:
             "short": [wants(needs[index]) for index in fit.short if needs[index] not in fit.unmet],
             "requests": held,
             "waits": waits,
+            "launch": launch if asked.may_come else (),
         }
+
+    def _unseen(self, name: str, hardware: Hardware, asked: Asked, nodes: Sequence[Node]) -> Spot:
+        """Return a host that may be launched as :mod:`fitting` takes it."""
+        allowed = asked.modes or [nodes[-1].plan.mode if nodes else Mode("auto-cpu")]
+        plans = {label(mode): self._planned(mode, hardware, name) for mode in allowed}
+        offers = {key: plan for key, plan in plans.items() if not isinstance(plan, str)}
+        return Spot(name, next(iter(offers), ""), {}, offers, extra=True)
 
     def plan(self, node: Node, mode: Mode) -> tuple[WorkerSpec, ...] | str:
         """Return the workers of a node in a mode, or why it cannot have them."""
-        key = node.name, label(mode)
+        return self._planned(mode, node.hardware, node.name)
+
+    def _planned(self, mode: Mode, hardware: Hardware, name: str) -> tuple[WorkerSpec, ...] | str:
+        key = name, label(mode)
         known = self._known.get(key)
-        if known is None or known[0] is not node.hardware:
+        if known is None or known[0] != hardware:
             try:
-                found: tuple[WorkerSpec, ...] | str = modes.plan(mode, node.hardware, node=node.name)
+                found: tuple[WorkerSpec, ...] | str = modes.plan(mode, hardware, node=name)
             except ConfigError as error:
                 found = error.reason if isinstance(error, ModeRefused) else str(error)
-            self._known[key] = known = (node.hardware, found)
+            self._known[key] = known = (hardware, found)
         return known[1]
 
-    def spot(self, node: Node, allowed: Sequence[Mode], demand: Demand, nbytes: Mapping[str, int]) -> Spot:
+    def spot(self, node: Node, asked: Asked, demand: Demand, nbytes: Mapping[str, int]) -> Spot:
         """Return a node as :mod:`fitting` takes it."""
-        plans = {label(mode): self.plan(node, mode) for mode in allowed or [node.plan.mode]}
+        plans = {label(mode): self.plan(node, mode) for mode in asked.modes or [node.plan.mode]}
         seats = {
             name: Seat(_offering(node, [spec])[0], nbytes.get(name, 0), demand.runs.get(name, {}))
             for name, spec in node.plan.workers.items()
         }
         offers = {name: _offering(node, plan) for name, plan in plans.items() if not isinstance(plan, str)}
-        return Spot(node.name, label(node.plan.mode), seats, offers)
+        return Spot(node.name, label(node.plan.mode), seats, offers, node.name in asked.extra)
 
     def _come(self, fit: Fit, node: Node, allowed: Sequence[Mode]) -> tuple[WorkerSpec, ...]:
         """Return the workers that come as their mode has them: without what their host gives them anyway."""
@@ -189,9 +208,10 @@ class Offers:
         offered = _offering(node, plan)
         return tuple(plan[offered.index(spec)] for spec in fit.come[node.name])
 
-    def explain(self, need: Need, nodes: Sequence[Node], allowed: Sequence[Mode]) -> str:
+    def explain(self, need: Need, nodes: Sequence[Node], asked: Asked) -> str:
         """Say of tasks that nobody can run what they need, and why no node has it."""
-        why = [(node.name, self._why(need, node, allowed or [node.plan.mode])) for node in nodes]
+        why = [(node.name, self._why(need, node, asked.modes or [node.plan.mode])) for node in nodes]
+        why += [(name, "a host in standby that would not have it either") for name in asked.reserve]
         example = f" ({need.example})" if need.example else ""
         return f"{wants(need)}{example}, which no node has: {by_reason(why) or 'there is none'}"
 

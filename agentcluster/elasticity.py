@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import distributed.deploy.adaptive
@@ -15,11 +17,13 @@ from distributed.deploy.cluster import Cluster
 from distributed.deploy.spec import SpecCluster
 from distributed.utils import NoOpAwaitable
 
-from agentcluster.adaptive import AdaptiveLog, AgentAdaptive
+from agentcluster.adaptive import AgentAdaptive
+from agentcluster.decisions import AdaptiveLog
 from agentcluster.errors import ConfigError
 from agentcluster.given import bytes_in, time_in
 from agentcluster.model import to_wire
 from agentcluster.report import Nodes
+from agentcluster.reserve import Reserve
 from agentcluster.scaling import Target
 
 
@@ -71,7 +75,10 @@ class Elasticity(SpecCluster):
     worker_spec: dict[str, dict[str, Any]]
     _nodes: Nodes
     _adaptive: Any = None
+    _reserve: Reserve
     _refresh: Any
+    _call_up: Any
+    _let_go: Any
 
     def scale(
         self,
@@ -85,7 +92,8 @@ class Elasticity(SpecCluster):
     ) -> Any:
         """Bring the cluster to so many workers, on the nodes that it has; data of those that go is moved first.
 
-        Who stays is not restarted, and who goes is who holds least. What has no room is left out, with a warning.
+        Who stays is not restarted, and who goes is who holds least. Hosts with ``standby=True`` are launched when the
+        others are full, and let go when they have no workers. What has no room is left out, with a warning.
 
         Parameters
         ----------
@@ -119,20 +127,48 @@ class Elasticity(SpecCluster):
 
     async def _scale(self, target: Target, strict: bool = False) -> None:
         try:
-            answer = await self.scheduler_comm.scale_nodes(
-                target=to_wire(target), nodes=list(self.workers), strict=strict
-            )
+            answer = await self._scale_once(target, strict)
+            while answer["short"] and (names := list(self._reserve.ready(time.monotonic()))):
+                for name, why in (await self._call_up(names[: self._hosts(target, answer["workers"])])).items():
+                    warnings.warn(f"host {name} is left out: {why}", stacklevel=2)
+                answer = await self._scale_once(target, strict)
+            if strict and answer["short"]:
+                raise ConfigError(answer["short"])
         finally:
             # A scheduler that is gone has said so already, or will; that must not hide what happened.
             with contextlib.suppress(OSError):
                 await self._refresh()
+                await self._let_go()
         if answer["short"]:
             warnings.warn(answer["short"], stacklevel=2)
+
+    async def _scale_once(self, target: Target, strict: bool) -> Mapping[str, Any]:
+        """Scale the nodes that there are; what they have no room for is no error as long as other hosts may come."""
+        nodes = list(self.workers)
+        try:
+            target = replace(target, extra=tuple(name for name in self._reserve.out if name in nodes))
+            answer: Mapping[str, Any] = await self.scheduler_comm.scale_nodes(
+                target=to_wire(target), nodes=nodes, strict=strict
+            )
+        except ConfigError as error:
+            if not self._reserve.ready(time.monotonic()):
+                raise
+            return {"short": str(error), "workers": 0}
+        return answer
+
+    def _hosts(self, target: Target, workers: int) -> int:
+        """Return how many hosts more it may take: of workers, as many on each as nodes have now."""
+        if target.nodes is not None:
+            return max(1, target.nodes - len(self.workers))
+        if target.workers is None or not workers:
+            return 1
+        return max(1, math.ceil((target.workers - workers) / max(1, workers // len(self.workers))))
 
     async def scale_down(self, workers: Sequence[str]) -> None:
         """Stop the named workers, after their data was moved; what Adaptive calls."""
         await self.scheduler_comm.retire_node_workers(names=[str(worker) for worker in workers])
         await self._refresh()
+        await self._let_go()
 
     def _threads_per_worker(self) -> int:
         return min((spec["nthreads"] for spec in self._specs() if spec["nthreads"]), default=1)

@@ -218,6 +218,11 @@ def is_address(where: Any) -> bool:
     return isinstance(where, str) and "://" in where
 
 
+def in_standby(launcher: Launcher) -> bool:
+    """Whether an agent is launched only when its workers are needed."""
+    return bool(getattr(launcher, "standby", False))
+
+
 def is_remote(launcher: Launcher) -> bool:
     """Whether a launcher brings something up on another machine, as far as can be known."""
     return launcher.where != "local" and not is_address(launcher.where)

@@ -40,6 +40,8 @@ class Fit:
         Needs that no node can ever serve.
     short
         Needs for which no room is left now -> how many tasks more should run at once.
+    lacking
+        How much of what is wanted is missing, tasks and lower bounds together; 0 when nothing is. Only for comparing.
     """
 
     modes: Mapping[str, str]
@@ -47,6 +49,7 @@ class Fit:
     come: Mapping[str, tuple[WorkerSpec, ...]]
     unmet: tuple[Need, ...]
     short: Mapping[int, int]
+    lacking: float = 0.0
 
     @property
     def changes(self) -> bool:
@@ -127,6 +130,7 @@ class _Solver:
         self.total = [sum(column) for column in zip([0.0] * 3, *map(amount, there), strict=True)]
         self.count = {kind: sum(kind in kinds(spec) for spec in there) for kind in bounds.kinds}
         self._unbounded = not bounds.kinds and min(bounds.most) == math.inf
+        self.below = 0.0
         self._fits: dict[tuple[int, int], int] = {}
 
     # -- steps ---------------------------------------------------------------------------------------------------------
@@ -142,7 +146,7 @@ class _Solver:
         """Find workers for the tasks of a need: those that run, those for which there is room, then other modes."""
         if self.missing[index]:
             seats = (p for seats in self.seats for p in seats if p.threads and self.fits(index, p.spec))
-            for place in sorted(seats, key=lambda p: (not p.used, -p.nbytes)):
+            for place in sorted(seats, key=lambda p: (not p.used, self.extra(p), -p.nbytes)):
                 self._use(place, index, self.missing[index])
         self._fill(index)
         for node, mode in self._others(index):
@@ -162,16 +166,16 @@ class _Solver:
 
     def _coming(self, helps: Callable[[WorkerSpec], bool], nodes: Iterable[int]) -> Iterator[_Place]:
         """Yield workers that may come, one of each node in turn, those first where fewest are busy."""
-        fewest = [(self.busy[node], node, 0) for node in nodes if self.room[node]]
+        fewest = [(self.spots[node].extra, self.busy[node], node, 0) for node in nodes if self.room[node]]
         heapq.heapify(fewest)
-        offered = {node: tuple(self.room[node]) for _, node, _ in fewest}
+        offered = {node: tuple(self.room[node]) for *_, node, _ in fewest}
         while fewest:
-            _, node, position = heapq.heappop(fewest)
+            extra, _, node, position = heapq.heappop(fewest)
             place = offered[node][position]
             if helps(place.spec) and self._allowed(place.spec):
                 yield place
             if position + 1 < len(offered[node]):
-                heapq.heappush(fewest, (self.busy[node], node, position + 1))
+                heapq.heappush(fewest, (extra, self.busy[node], node, position + 1))
 
     def _others(self, index: int) -> list[tuple[int, str]]:
         """Return the nodes, and their other modes, that could serve a need; those first that give up least.
@@ -220,15 +224,22 @@ class _Solver:
         def helps(spec: WorkerSpec) -> bool:
             return any(m and have < want for m, have, want in zip(measure(spec), there, wanted, strict=True))
 
-        idle = sorted((p for seats in self.seats for p in seats if not p.used), key=lambda p: -p.nbytes)
+        idle = sorted(
+            (p for seats in self.seats for p in seats if not p.used), key=lambda p: (-p.nbytes, self.extra(p))
+        )
         for place in itertools.chain(idle, self._coming(helps, range(len(self.spots)))):
             if helps(place.spec):
                 if place.name is None:
                     self._seat(place)
                 self._keep(place)
                 there = [have + part for have, part in zip(there, measure(place.spec), strict=True)]
+        self.below += sum(1 - have / want for have, want in zip(there, wanted, strict=True) if have < want)
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------------
+
+    def extra(self, place: _Place) -> bool:
+        """Whether a worker is on a node that is there only for what the others have no room for."""
+        return self.spots[place.node].extra
 
     def fits(self, index: int, spec: WorkerSpec) -> int:
         """Return how many tasks of a need a worker can run at once; a worker's settings are there many times."""
@@ -303,6 +314,7 @@ class _Solver:
             },
             unmet=tuple(need for need in self.needs if need.slots and not _choices(need, self.spots)),
             short={index: slots for index, slots in self.missing.items() if slots},
+            lacking=sum(self.missing.values()) + self.below,
         )
 
     def _going(self) -> list[str]:
@@ -312,7 +324,7 @@ class _Solver:
         unlimited = sum(not place.spec.memory_limit for place in stay)
         memory, count = sum(place.spec.memory_limit or 0 for place in stay), len(stay)
         go = []
-        for place in sorted((p for p in stay if not p.used), key=lambda p: (p.nbytes, p.node)):
+        for place in sorted((p for p in stay if not p.used), key=lambda p: (p.nbytes, not self.extra(p), p.node)):
             limit = place.spec.memory_limit or 0
             roomy = unlimited - (not limit) > 0 or memory - limit >= SPARE * held
             if self.may_go(str(place.name)) and (not held or (count > 1 and roomy)):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agentcluster.allocate import Amount
-from agentcluster.model import Mode, WorkerSpec
+from agentcluster.model import Hardware, Mode, WorkerSpec
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,15 @@ class Spot:
         Its workers by name.
     offers
         What it would have in each mode that it can and may have; the first is the one that it goes back to.
+    extra
+        Whether it is there only for what the others have no room for.
     """
 
     name: str
     mode: str
     seats: Mapping[str, Seat]
     offers: Mapping[str, Sequence[WorkerSpec]]
+    extra: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,10 @@ class Asked:
         Workers, and nodes that go back to their first mode, that have not been needed for long enough.
     may_come
         Whether workers may come.
+    reserve
+        Host that may be launched, in the order in which they are -> its hardware; None where that is not known.
+    extra
+        Nodes on such hosts: they have workers only for what the others have no room for.
     """
 
     modes: tuple[Mode, ...] = ()
@@ -115,6 +122,8 @@ class Asked:
     requests: Mapping[str, int] = field(default_factory=dict)
     may_go: tuple[str, ...] = ()
     may_come: bool = True
+    reserve: Mapping[str, Hardware | None] = field(default_factory=dict)
+    extra: tuple[str, ...] = ()
 
     def bounds(self) -> Bounds:
         """Return the limits as :mod:`fitting` takes them."""

@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from distributed.core import Status
@@ -18,7 +19,7 @@ from distributed.utils import Log, Logs
 
 from agentcluster import modes
 from agentcluster.elasticity import Elasticity
-from agentcluster.entries import Blueprint, NodeProcess
+from agentcluster.entries import Blueprint, NodeProcess, in_standby
 from agentcluster.errors import ConfigError, NodeNotFound
 from agentcluster.given import as_seconds
 from agentcluster.model import Mode, to_wire
@@ -45,6 +46,8 @@ class Operations(Elasticity):
     _changed: asyncio.Event
     _refresher: asyncio.Task[None] | None
     _left: Mapping[str, Any] = {}
+    _own_modes: Mapping[str, Mode]
+    _missed: dict[str, BaseException]
 
     # -- what runs -----------------------------------------------------------------------------------------------------
 
@@ -195,10 +198,13 @@ class Operations(Elasticity):
 
     async def _add_host(self, host: Any) -> str:
         launcher = self._blueprint.launcher(host)
-        if launcher.name in self.worker_spec:
+        if launcher.name in self.worker_spec or launcher.name in self._reserve:
             raise ConfigError(
                 f"host {launcher.where!r}: a node named {launcher.name!r} is already there; use Host(…, name=…)"
             )
+        if in_standby(launcher):
+            self._reserve.add(launcher)
+            return launcher.name
         if not self.shutdown_scheduler:
             # The default of a scheduler that others use is not ours.
             await self.scheduler_comm.set_provision_mode(nodes={launcher.name: to_wire(self._mode)})
@@ -224,10 +230,53 @@ class Operations(Elasticity):
         return self.sync(self._remove_host, name)
 
     async def _remove_host(self, name: str) -> None:
-        if name not in self.worker_spec:
-            raise NodeNotFound(name, self.worker_spec)
-        self._left = {name: self.worker_spec.pop(name)}
-        await self._correct_state()
+        if name not in self.worker_spec and name not in self._reserve:
+            raise NodeNotFound(name, [*self.worker_spec, *self._reserve.here])
+        await self._leave([name])
+        self._reserve.forget(name)
+
+    async def _leave(self, names: Iterable[str]) -> None:
+        """Move the data of nodes to others, stop their workers and let the hosts go."""
+        self._left = {name: self.worker_spec.pop(name) for name in names if name in self.worker_spec}
+        if self._left:
+            await self._correct_state()
+
+    # -- hosts in standby ----------------------------------------------------------------------------------------------
+
+    @property
+    def standby(self) -> tuple[str, ...]:
+        """Names of the hosts that are launched when their workers are needed, and are not now."""
+        return self._reserve.here
+
+    async def _call_up(self, names: Sequence[str]) -> dict[str, str]:
+        """Launch hosts of the reserve, without workers; return why some did not come."""
+        own = {name: to_wire(self._own_modes[name]) for name in names if name in self._own_modes}
+        ours = {} if self.shutdown_scheduler else dict.fromkeys(names, to_wire(self._mode))
+        await self.scheduler_comm.set_provision_mode(nodes=ours | own, bare=list(names))
+        for name in names:
+            self.worker_spec[name] = self._blueprint.node(self._reserve.take(name))
+        try:
+            await self._correct_state()
+        finally:
+            now = time.monotonic()
+            for name in names:
+                if name not in self.workers:
+                    self._reserve.failed(name, now)
+                elif name in self._nodes:
+                    self._reserve.came(name, self._nodes[name]["hardware"])
+        return {name: str(error) for name in names if (error := self._missed.pop(name, None))}
+
+    async def _let_go(self) -> list[str]:
+        """End agents of the reserve that have no workers; return the hosts."""
+        idle = [name for name in self._reserve.out if name in self.workers and _idle(self._nodes.get(name))]
+        if idle:
+            try:
+                await self._leave(idle)
+            finally:
+                for name in idle:
+                    if name not in self.workers:
+                        self._reserve.back(name)
+        return idle
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
@@ -297,6 +346,11 @@ class Operations(Elasticity):
 
     def _repr_html_(self, cluster_status: str | None = None) -> str:
         return str(super()._repr_html_(cluster_status)) + self._nodes._repr_html_()
+
+
+def _idle(node: Mapping[str, Any] | None) -> bool:
+    """Whether a node has no workers and gets none just now."""
+    return node is not None and not node["plan"] and node["state"] in ("standby", "refused", "lost")
 
 
 def _given(key: str, value: str | float | None, zero: bool = False) -> float | None:

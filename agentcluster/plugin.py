@@ -190,8 +190,7 @@ class AgentPlugin(SchedulerPlugin):
     async def get_provision_mode(self) -> dict[str, Any]:
         """Return the default mode and its options, and the mode of each node."""
         nodes = {name: node.plan.mode.name for name, node in self.registry.nodes.items()}
-        default = self.registry.default
-        return {"mode": default.name, "config": to_wire(default.config), "nodes": nodes}
+        return {"mode": self.registry.default.name, "config": to_wire(self.registry.default.config), "nodes": nodes}
 
     @answered
     async def set_provision_mode(
@@ -199,6 +198,7 @@ class AgentPlugin(SchedulerPlugin):
         mode: str | None = None,
         config: Mapping[str, Any] | None = None,
         nodes: Mapping[str, Mapping[str, Any]] | None = None,
+        bare: Sequence[str] = (),
     ) -> None:
         """Set the mode that nodes get when they join.
 
@@ -208,11 +208,11 @@ class AgentPlugin(SchedulerPlugin):
             For all that have none of their own; None leaves it as it is.
         nodes
             Node name -> a :class:`~agentcluster.model.Mode` as plain data, for nodes that are yet to join.
+        bare
+            Nodes that are yet to join, and then have no workers until they are given some.
         """
-        if mode is not None:
-            self.registry.default = modes.parse(mode, config)
-        for name, own in (nodes or {}).items():
-            self.registry.wanted[name] = from_wire(Mode, own, f"mode of node {name}")
+        own = {name: from_wire(Mode, each, f"mode of node {name}") for name, each in (nodes or {}).items()}
+        self.registry.expect(None if mode is None else modes.parse(mode, config), own, bare)
 
     @answered
     async def reprovision_nodes(

@@ -237,13 +237,22 @@ class Registry:
         That mode; :data:`BUILT_IN` itself, and not one like it, while nobody has set one.
     wanted
         Node name -> the mode asked for by name.
+    bare
+        Nodes that have no workers when they join.
     """
 
     def __init__(self, mode: Mode | None = None) -> None:
         self.nodes: dict[str, Node] = {}
         self.default = mode or BUILT_IN
         self.wanted: dict[str, Mode] = {}
+        self.bare: set[str] = set()
         self._names: dict[str, Iterator[str]] = {}
+
+    def expect(self, default: Mode | None, wanted: Mapping[str, Mode], bare: Iterable[str]) -> None:
+        """Take what nodes that are yet to join are to have; a `default` of None leaves it as it is."""
+        self.default = default or self.default
+        self.wanted |= wanted
+        self.bare.update(bare)
 
     def register(
         self,
@@ -310,6 +319,7 @@ class Registry:
         """Forget a node; unknown names are those that left already."""
         self.nodes.pop(name, None)
         self.wanted.pop(name, None)
+        self.bare.discard(name)
 
     def get(self, name: str) -> Node:
         """Return the node of that name, or raise :class:`NodeNotFound`."""

@@ -35,6 +35,8 @@ class Target:
     kinds
         Number of workers of each kind: what they are (``cpu``, ``gpu``), a resource that they have, or the name that a
         spec gives them. Those of other kinds stay as they are.
+    extra
+        Nodes that are there only for what the others have no room for.
     """
 
     workers: int | None = None
@@ -42,6 +44,7 @@ class Target:
     memory: int | None = None
     nodes: int | None = None
     kinds: Mapping[str, int] = field(default_factory=dict)
+    extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         amounts = {"n": self.workers, "cores": self.cores, "memory": self.memory, "nodes": self.nodes, **self.kinds}
@@ -120,9 +123,9 @@ def answered(target: Target, nodes: Sequence[Node], mode_of: Mapping[str, Mode],
     if target.nodes is not None:
         return _by_nodes(target.nodes, places, nbytes)
     if target.kinds:
-        return _by_kind(target.kinds, places, nbytes)
+        return _by_kind(target, places, nbytes)
     wanted = {"workers": target.workers or 0, "cores": target.cores or 0, "memory": target.memory or 0}
-    return _by_amount(wanted, places, nbytes)
+    return _by_amount(wanted, places, nbytes, target.extra)
 
 
 def _as_it_is(node: Node, mode: Mode) -> _Place:
@@ -141,7 +144,9 @@ def _by_nodes(wanted: int, places: Sequence[_Place], nbytes: Mapping[str, int]) 
     return Answer(wishes, {"nodes": len(held)} if wanted > len(held) else {})
 
 
-def _by_amount(wanted: Mapping[str, int], places: Sequence[_Place], nbytes: Mapping[str, int]) -> Answer:
+def _by_amount(
+    wanted: Mapping[str, int], places: Sequence[_Place], nbytes: Mapping[str, int], extra: Sequence[str]
+) -> Answer:
     def amount(spec: WorkerSpec) -> Amount:
         return 1, spec.nthreads or 1, spec.memory_limit or 0
 
@@ -149,15 +154,15 @@ def _by_amount(wanted: Mapping[str, int], places: Sequence[_Place], nbytes: Mapp
         raise ConfigError("scale(memory=…): the workers of these nodes have no memory limit", key="memory")
     current = {p.node.name: {w: Held(nbytes.get(w, 0), amount(spec)) for w, spec in p.stay.items()} for p in places}
     room = {p.node.name: [amount(spec) for spec in p.room] for p in places}
-    go, come = scaled(current, room, tuple(wanted.values()))
+    go, come = scaled(current, room, tuple(wanted.values()), extra)
     wishes = {p.node.name: _wish(p, go, [p.room[index] for index in come[p.node.name]]) for p in places}
     there = [sum(column) for column in zip(*map(amount, _after(wishes)), strict=True)] or [0, 0, 0]
     found = dict(zip(wanted, there, strict=True))
     return Answer(wishes, {key: int(found[key]) for key in wanted if found[key] < wanted[key]})
 
 
-def _by_kind(wanted: Mapping[str, int], places: Sequence[_Place], nbytes: Mapping[str, int]) -> Answer:
-    places = list(places)
+def _by_kind(target: Target, places: Sequence[_Place], nbytes: Mapping[str, int]) -> Answer:
+    wanted, places = target.kinds, list(places)
     for kind, count in wanted.items():
         _switch(kind, count, places, nbytes)
     go: set[str] = set()
@@ -173,7 +178,8 @@ def _by_kind(wanted: Mapping[str, int], places: Sequence[_Place], nbytes: Mappin
                 if p.kind(spec, wanted) == kind
             }
             room[name] = [index for index, spec in enumerate(p.room) if p.kind(spec, wanted) == kind]
-        leaving, coming = scaled(current, {name: [(1,)] * len(found) for name, found in room.items()}, (wanted[kind],))
+        ones = {name: [(1,)] * len(found) for name, found in room.items()}
+        leaving, coming = scaled(current, ones, (wanted[kind],), target.extra)
         go |= leaving
         for name, chosen in coming.items():
             come[name] |= {room[name][index] for index in chosen}

@@ -353,6 +353,20 @@ async def test_adapt_on_the_nodes_that_are_there(marathon: Marathon) -> None:
         adaptive.stop()
 
 
+async def test_adapt_brings_apps_and_deletes_them(marathon: Marathon) -> None:
+    hosts = [launcher(marathon, f"dask-{number}", standby=True) for number in range(2)]
+    async with cluster_of(*hosts, config=TWO) as cluster, Client(cluster, asynchronous=True) as client:
+        assert marathon.apps == {}
+        cluster.adapt(interval="100ms", wait_count=2, target_duration="100ms")
+        futures = increments(client, 300)
+        await wait_until(lambda: len(cluster.scheduler.workers) == 4, 30)
+        assert len(marathon.apps) == 2
+        assert await client.gather(futures) == list(range(1, 301))
+        del futures
+        await wait_until(lambda: cluster.standby == ("dask-0", "dask-1"), 30)
+        assert (marathon.apps, marathon.deployments) == ({}, {})
+
+
 async def test_task_that_dies_is_noticed_and_can_be_replaced(marathon: Marathon) -> None:
     async with (
         cluster_of(launcher(marathon, "dask-0"), launcher(marathon, "dask-1")) as cluster,

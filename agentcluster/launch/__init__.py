@@ -47,6 +47,8 @@ class Host:
         Keyword arguments of ``asyncssh.connect``. Not in the repr: a password may be among them.
     env
         Environment variables of the agent and its workers there. Not in the repr.
+    standby
+        Launch nothing there until its workers are needed, and end it when they are not any more.
 
     Raises
     ------
@@ -61,6 +63,7 @@ class Host:
     remote_python: str | None = None
     connect_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    standby: bool = False
 
     def __post_init__(self) -> None:
         _check_text(self, "host", r"[^\s@/\[\]-][^\s@/\[\]]*")

@@ -30,11 +30,14 @@ class AttachedLauncher:
         Where the agent listens, such as ``tcp://10.0.0.5:8790``.
     name
         The node's name.
+    standby
+        Adopt it only when its workers are needed, and release it when they are not any more.
     """
 
-    def __init__(self, address: str, *, name: str) -> None:
+    def __init__(self, address: str, *, name: str, standby: bool = False) -> None:
         self.address = address
         self.name = name
+        self.standby = standby
 
     @property
     def where(self) -> str:

@@ -26,11 +26,21 @@ class LocalLauncher:
         The interpreter; by default the one that runs this.
     env
         Environment variables of the agent and its workers, beside those of this process.
+    standby
+        Launch nothing until its workers are needed, and end it when they are not any more.
     """
 
-    def __init__(self, name: str = "local", python: str | None = None, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str = "local",
+        python: str | None = None,
+        env: Mapping[str, str] | None = None,
+        *,
+        standby: bool = False,
+    ) -> None:
         self.name = name
         self.where = "local"
+        self.standby = standby
         self._python = python or sys.executable
         self._env = dict(env or {})
 

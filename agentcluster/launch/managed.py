@@ -31,15 +31,18 @@ class ManagedLauncher(ABC):
         The node's name.
     where
         Where its agent runs, for messages; without a password.
+    standby
+        Ask for nothing until its workers are needed, and give the agent back when they are not any more.
 
     Notes
     -----
     What the three methods raise becomes a :class:`~agentcluster.errors.LaunchError` that names `where`.
     """
 
-    def __init__(self, name: str, where: str) -> None:
+    def __init__(self, name: str, where: str, *, standby: bool = False) -> None:
         self.name = name
         self.where = where
+        self.standby = standby
 
     @abstractmethod
     async def start(self) -> None:

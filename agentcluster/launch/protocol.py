@@ -287,6 +287,11 @@ class Launcher(Protocol):
         The node name that it suggests; unique in a cluster.
     where
         The host as the user wrote it, for messages. Never a secret.
+
+    Notes
+    -----
+    One that has an attribute ``standby`` that is true is launched when its workers are needed, and closed when they are
+    not any more.
     """
 
     @property

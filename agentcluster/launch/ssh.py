@@ -55,6 +55,7 @@ class SSHLauncher:
     def __init__(self, host: Host) -> None:
         self.name = host.name or host.host
         self.where = str(host)
+        self.standby = host.standby
         self._host = host
         self._python = host.remote_python or sys.executable
         _check_options(host.connect_options, self.where)

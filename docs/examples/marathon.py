@@ -14,9 +14,10 @@ from agentcluster.launch.managed import ManagedLauncher
 class MarathonLauncher(ManagedLauncher):
     """Runs one agent; `app` has more keys of the app, such as cpus, mem, constraints or container."""
 
-    def __init__(self, name: str, marathon: str, *, agent: str = "dask-agent", protocol: str = "tcp", **app: Any):
-        super().__init__(name, f"Marathon at {urlsplit(marathon).hostname} (app {name})")  # never with a password
-        self._api, self._protocol = f"{marathon}/v2", protocol
+    def __init__(self, name: str, url: str, *, agent: str = "dask-agent", protocol: str = "tcp", **app: Any):
+        where = f"Marathon at {urlsplit(url).hostname} (app {name})"  # never with a password
+        super().__init__(name, where, standby=app.pop("standby", False))
+        self._api, self._protocol = f"{url}/v2", protocol
         command = f"exec {agent} --standby --listen-address {protocol}://$HOST:$PORT0"
         self._app = {"cmd": command, "cpus": 1, "mem": 1024, "portDefinitions": [{"port": 0}], **app}
 
