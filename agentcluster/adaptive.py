@@ -144,6 +144,8 @@ class AgentAdaptive(Adaptive):
         self._adapting = True
         asked = set(self._requests)
         try:
+            if not self.decisions:
+                await self._keep("", "begins", "")
             answer = await self._once()
             if counts and (firm := self._patience(answer)):
                 answer = await self._once(may_go=firm)
@@ -182,7 +184,7 @@ class AgentAdaptive(Adaptive):
         elif self._short_since is None:
             self._short_since = now
         if answer["decided"]:
-            await self._note(answer["saw"], answer["decided"], _short(answer["short"]), answer["seconds"])
+            await self._note(answer["saw"], answer["decided"], _short(answer), answer["seconds"])
         return answer
 
     async def _hosts(self, answer: Mapping[str, Any], counts: bool) -> None:
@@ -308,8 +310,10 @@ class AgentAdaptive(Adaptive):
         return dict(sorted(found.items()))
 
 
-def _short(needs: Sequence[str]) -> str:
-    return f"there is no room for all of: {'; '.join(needs)}" if needs else ""
+def _short(answer: Mapping[str, Any]) -> str:
+    """Say what there is no room for, where that is anything."""
+    needs = "; ".join(answer["short"])
+    return needs and f"there is no room for all of {'them' if needs == answer['saw'] else needs}"
 
 
 def _modes(given: Sequence[str | Mode] | None) -> tuple[Mode, ...]:

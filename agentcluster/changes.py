@@ -21,6 +21,7 @@ from dask.utils import format_bytes
 from distributed import Scheduler
 
 from agentcluster import allocate, modes, preflight
+from agentcluster.arriving import Arriving
 from agentcluster.config import Config
 from agentcluster.counts import Counts
 from agentcluster.demand import Offers, Watch, label
@@ -84,9 +85,10 @@ class Changes:
         self._last: tuple[dict[str, NodePlan], Mode, dict[str, Mode]] | None = None
 
     def install(self) -> None:
-        """Have the scheduler answer cluster managers, who know workers by name, in nodes."""
+        """Have the scheduler answer cluster managers, who know workers by name, in nodes, and count what arrives."""
         self.tracked.install()
         Counts(self.scheduler, self.registry).install()
+        Arriving(self.scheduler).install()
         self.scheduler.add_plugin(self.watch)
 
     # -- wishes --------------------------------------------------------------------------------------------------------

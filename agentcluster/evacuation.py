@@ -23,6 +23,9 @@ from agentcluster.placement import placed
 
 Drain = Literal["tasks", "data", "now"]
 
+#: Where a scheduler has what counts the data that is on its way (:mod:`agentcluster.arriving`).
+ARRIVING = "agentcluster-arriving"
+
 #: Seconds between two looks at what has moved. Each costs only what has moved since.
 INTERVAL = 0.005
 
@@ -141,6 +144,8 @@ async def evacuate(
         # A worker that crashes in between comes back under another address: the end is when no name is left.
         while problem is None and leaving.present():
             leaving.close_doors()
+            if drain != "now" and (arriving := scheduler.extensions.get(ARRIVING)) is not None:
+                await arriving.landed(timeout)
             if leaving.drained is None:
                 problem = await leaving.drain(drain_timeout if drain == "tasks" else 0.0)
             if problem is None and drain != "now":

@@ -46,6 +46,7 @@ LAYERS = {
     "fitting": 5,
     "calling_up": 6,
     "reserve": 4,
+    "arriving": 5,
     "decisions": 4,
     "demand": 7,
     "scaling": 4,
