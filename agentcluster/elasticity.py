@@ -128,12 +128,17 @@ class Elasticity(SpecCluster):
     async def _scale(self, target: Target, strict: bool = False) -> None:
         try:
             answer = await self._scale_once(target, strict)
-            while answer["short"] and (names := list(self._reserve.ready(time.monotonic()))):
-                for name, why in (await self._call_up(names[: self._hosts(target, answer["workers"])])).items():
+            tried: set[str] = set()
+            while answer["short"]:
+                names = [name for name in self._reserve.ready(time.monotonic()) if name not in tried]
+                if not (chosen := names[: self._hosts(target, answer["workers"])]):
+                    break
+                tried.update(chosen)
+                for name, why in (await self._call_up(chosen)).items():
                     warnings.warn(f"host {name} is left out: {why}", stacklevel=2)
                 answer = await self._scale_once(target, strict)
-            if strict and answer["short"]:
-                raise ConfigError(answer["short"])
+            if "error" in answer:
+                raise answer["error"]
         finally:
             # A scheduler that is gone has said so already, or will; that must not hide what happened.
             with contextlib.suppress(OSError):
@@ -151,9 +156,7 @@ class Elasticity(SpecCluster):
                 target=to_wire(target), nodes=nodes, strict=strict
             )
         except ConfigError as error:
-            if not self._reserve.ready(time.monotonic()):
-                raise
-            return {"short": str(error), "workers": 0}
+            return {"short": str(error), "workers": 0, "error": error}
         return answer
 
     def _hosts(self, target: Target, workers: int) -> int:

@@ -75,7 +75,7 @@ def fitted(
         enough; asked by name.
     """
     solver = _Solver(needs, spots, bounds, may_go)
-    order = sorted(range(len(needs)), key=lambda i: (not needs[i].resources, _choices(needs[i], spots), i))
+    order = sorted(range(len(needs)), key=lambda i: (not needs[i].resources, solver.choices(i), i))
     solver.running()
     for index in order:
         if not needs[index].resources:
@@ -86,10 +86,6 @@ def fitted(
     return solver.fit()
 
 
-def _choices(need: Need, spots: Iterable[Spot]) -> int:
-    return sum(any(map(need.fits, offer)) for spot in spots for offer in spot.offers.values())
-
-
 class _Place:
     """One worker that runs or may come, and what it has left."""
 
@@ -98,7 +94,7 @@ class _Place:
     def __init__(self, node: int, spec: WorkerSpec, name: str | None, nbytes: int = 0) -> None:
         self.node, self.spec, self.name, self.nbytes = node, spec, name, nbytes
         self.threads = spec.nthreads or 1
-        self.left = dict(spec.resources)
+        self.left = spec.resources
         self.used = False
 
     def take(self, need: Need, slots: int) -> int:
@@ -106,7 +102,9 @@ class _Place:
         most = max(0, min(slots, need.at_once(self.threads, self.left)))
         if most:
             self.threads -= most
-            self.left |= {name: self.left[name] - most * each for name, each in need.resources.items() if each > 0}
+            if need.resources:
+                less = {name: self.left[name] - most * each for name, each in need.resources.items() if each > 0}
+                self.left = {**self.left, **less}
         return most
 
 
@@ -128,10 +126,11 @@ class _Solver:
         self.missing = {index: need.slots for index, need in enumerate(needs)}
         there = [place.spec for seats in self.seats for place in seats]
         self.total = [sum(column) for column in zip([0.0] * 3, *map(amount, there), strict=True)]
-        self.count = {kind: sum(kind in kinds(spec) for spec in there) for kind in bounds.kinds}
+        self._fits: dict[tuple[int, int], int] = {}
+        self._kinds: dict[int, set[str]] = {}
+        self.count = {kind: sum(kind in self.kinds(spec) for spec in there) for kind in bounds.kinds}
         self._unbounded = not bounds.kinds and min(bounds.most) == math.inf
         self.below = 0.0
-        self._fits: dict[tuple[int, int], int] = {}
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -209,7 +208,7 @@ class _Solver:
     def least(self) -> None:
         """Have as many as there must be at least, and where memory is short twice as many as there are."""
         for kind, (few, _) in self.bounds.kinds.items():
-            self._up_to((few,), lambda spec, kind=kind: (float(kind in kinds(spec)),))  # type: ignore[misc]
+            self._up_to((few,), lambda spec, kind=kind: (float(kind in self.kinds(spec)),))  # type: ignore[misc]
         there = [place for seats in self.seats for place in seats if place.name is not None]
         memory = sum(place.spec.memory_limit or math.inf for place in there)
         crowded = sum(place.nbytes for place in there) > CROWDED * memory
@@ -248,6 +247,16 @@ class _Solver:
             self._fits[key] = self.needs[index].fits(spec)
         return self._fits[key]
 
+    def kinds(self, spec: WorkerSpec) -> set[str]:
+        """Return what a worker is called in bounds."""
+        if id(spec) not in self._kinds:
+            self._kinds[id(spec)] = kinds(spec)
+        return self._kinds[id(spec)]
+
+    def choices(self, index: int) -> int:
+        """Return how many nodes could serve a need, each counted once for each mode in which it could."""
+        return sum(self._any(index, offer) for spot in self.spots for offer in spot.offers.values())
+
     def _any(self, index: int, offer: Iterable[WorkerSpec]) -> bool:
         return any(self.fits(index, spec) for spec in offer)
 
@@ -265,9 +274,9 @@ class _Solver:
         if any(have > most for have, most in zip(more, self.bounds.most, strict=True)):
             return False
         return all(
-            self.count[kind] - sum(kind in kinds(each) for each in leaving) < most
+            self.count[kind] - sum(kind in self.kinds(each) for each in leaving) < most
             for kind, (_, most) in self.bounds.kinds.items()
-            if kind in kinds(spec)
+            if kind in self.kinds(spec)
         )
 
     def _use(self, place: _Place, index: int, slots: int) -> None:
@@ -286,7 +295,7 @@ class _Solver:
         """Count a worker that is there or comes, or does not count any more."""
         self.total = [have + sign * part for have, part in zip(self.total, amount(place.spec), strict=True)]
         for kind in self.count:
-            self.count[kind] += sign * (kind in kinds(place.spec))
+            self.count[kind] += sign * (kind in self.kinds(place.spec))
 
     def _seat(self, place: _Place) -> None:
         self.room[place.node].remove(place)
@@ -312,7 +321,9 @@ class _Solver:
                 for spot, seats in zip(self.spots, self.seats, strict=True)
                 if (come := tuple(place.spec for place in seats if place.name is None))
             },
-            unmet=tuple(need for need in self.needs if need.slots and not _choices(need, self.spots)),
+            unmet=tuple(
+                need for index, need in enumerate(self.needs) if self.missing[index] and not self.choices(index)
+            ),
             short={index: slots for index, slots in self.missing.items() if slots},
             lacking=sum(self.missing.values()) + self.below,
         )

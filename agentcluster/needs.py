@@ -40,8 +40,10 @@ class Need:
 
     def at_once(self, threads: int, offered: Mapping[str, float]) -> int:
         """Return for how many of them so many threads and resources are enough."""
-        parts = (int(offered.get(name, 0) // each) for name, each in self.resources.items() if each > 0)
-        return min((threads, *parts))
+        for name, each in self.resources.items():
+            if each > 0:
+                threads = min(threads, int(offered.get(name, 0) // each))
+        return threads
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,13 @@ async def test_scale_launches_as_few_as_it_takes_and_lets_go(cluster: AgentClust
         await cluster.scale(7)
     with pytest.raises(ConfigError, match=r"scale\(7\): the nodes have room for 6 workers"):
         await cluster.scale(7, strict=True)
+    with pytest.raises(ConfigError, match=r"scale\(tpu=1\): no node has workers of the kind 'tpu'"):
+        await cluster.scale(tpu=1)
     await cluster.scale(1)
     assert plan(cluster) == {"local": 1}
+    assert cluster.standby == ("b", "c")
+    with pytest.raises(ConfigError, match=r"scale\(tpu=1\): no node has workers of the kind 'tpu'"):
+        await cluster.scale(tpu=1)
     assert cluster.standby == ("b", "c")
     assert sum(each.is_running() for each in tree) < len(tree)
     assert await client.gather(kept) == list(range(20))
