@@ -33,7 +33,7 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
 
-def _count(number: int, what: str) -> str:
+def count(number: int, what: str) -> str:
     """Say a number of things: ``1 node``, ``2 nodes``."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
@@ -58,14 +58,14 @@ def shape_of(plan: Mapping[str, Mapping[str, Any]]) -> str:
         threads = spec.get("nthreads")
         memory = spec.get("memory_limit")
         cls = spec.get("cls", "")
-        parts = [_count(threads, "thread") if threads else cls if isinstance(cls, str) else "a class of the user's"]
+        parts = [count(threads, "thread") if threads else cls if isinstance(cls, str) else "a class of the user's"]
         if memory is not None:
             parts.append(format_bytes(memory) if memory else "no memory limit")
         if spec.get("kind") == "gpu":
             parts.append("1 GPU")
         shape = ", ".join(parts)
         shapes[shape] = shapes.get(shape, 0) + 1
-    return "; ".join(f"{count} x {shape}" for shape, count in shapes.items()) or "-"
+    return "; ".join(f"{number} x {shape}" for shape, number in shapes.items()) or "-"
 
 
 def _order(node: NodeReport) -> str:
@@ -198,8 +198,8 @@ class Report:
         """Return the change in one line."""
         if self.dry_run:
             return f"{self.mode}: planned only, nothing was changed"
-        moved = f"{_count(self.keys, 'key')} ({format_bytes(self.nbytes)}) moved"
-        return f"{self.mode}: {_count(len(self.nodes), 'node')}, {moved}, {self.seconds:.2f} s"
+        moved = f"{count(self.keys, 'key')} ({format_bytes(self.nbytes)}) moved"
+        return f"{self.mode}: {count(len(self.nodes), 'node')}, {moved}, {self.seconds:.2f} s"
 
     def __repr__(self) -> str:
         return "\n".join([self.summary(), text_table(self.header(), self.rows()), *self.notes()])

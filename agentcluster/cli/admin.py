@@ -1,4 +1,4 @@
-"""``agentcluster``: the operator's command, so far with ``demo``, which shows on this machine what this is for."""
+"""``agentcluster``: the operator's command; here is ``demo``, which shows on this machine what this is for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import click
 from distributed import Client, Future, wait
 
+from agentcluster.cli.operate import events, logs, nodes, reprovision, scale
+from agentcluster.cli.top import top
 from agentcluster.cluster import AgentCluster
 from agentcluster.errors import AgentClusterError, PreflightError
 
@@ -19,7 +21,17 @@ KEYS = 200
 @click.group()
 @click.version_option(package_name="agentcluster")
 def main() -> None:
-    """Dask on machines that you hold: agents, modes, swaps in place."""
+    """Dask on machines that you hold: agents, modes, swaps in place.
+
+    The scheduler is the one of --scheduler, --scheduler-file, or dask's configuration (DASK_SCHEDULER_ADDRESS).
+
+    Exit codes: 0, done. 1, begun, and it went wrong. 2, refused; nothing was touched. 3, no scheduler to ask, or none
+    with agentcluster.
+    """
+
+
+for command in (nodes, reprovision, scale, logs, events, top):
+    main.add_command(command)
 
 
 @main.command()
