@@ -43,6 +43,7 @@ from agentcluster.registry import Node, Registry
 from agentcluster.rolling import Rolling, Terms
 from agentcluster.scaling import Target, answered
 from agentcluster.swap import Limits
+from agentcluster.tally import Tally
 from agentcluster.tracked import Tracked
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class Changes:
     def __post_init__(self) -> None:
         self.tracked = Tracked(self.scheduler, self.registry, self.config.start_timeout)
         self.watch = Watch()
+        self.tally = Tally()
         self._offers = Offers()
         self._turn = asyncio.Lock()
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -300,6 +302,7 @@ class Changes:
             raise
         finally:
             self.rolling = None
+            self.tally.add(rolling.report())
             await self.notify()
         for name in proposals:
             self.errors.pop(name, None)

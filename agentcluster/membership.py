@@ -22,8 +22,9 @@ from agentcluster import hardware
 from agentcluster.addresses import connection_args
 from agentcluster.config import Config
 from agentcluster.errors import PreflightError, SchedulerUnfit
+from agentcluster.hearing import RETIRED
 from agentcluster.model import Hardware, WorkerState, from_wire, to_wire
-from agentcluster.plugin import NAME, RETIRED
+from agentcluster.plugin import NAME
 from agentcluster.shipping import shipped
 from agentcluster.supervisor import RestartPolicy, Supervisor
 

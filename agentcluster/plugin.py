@@ -1,31 +1,32 @@
 """The scheduler's side: the registry of nodes, and the calls that ask for nodes or change what they run.
 
-One :class:`AgentPlugin` lives in a scheduler, however many agents ask for it. It hears the agents, keeps the registry
-true, and answers; what a change means and how it is carried out is :mod:`agentcluster.changes`.
+One :class:`AgentPlugin` lives in a scheduler, however many agents ask for it. It hears the agents
+(:mod:`agentcluster.hearing`), keeps the registry true, and answers; what a change means and how it is carried out is
+:mod:`agentcluster.changes`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distributed import Scheduler, Status
-from distributed.comm.core import Comm, CommClosedError
+from distributed.comm.core import Comm
 from distributed.core import error_message
 from distributed.diagnostics.plugin import SchedulerPlugin
 
-from agentcluster import modes
+from agentcluster import metrics, modes
 from agentcluster.answers import answered
 from agentcluster.changes import Changes
 from agentcluster.config import Config
 from agentcluster.errors import AgentClusterError, LaunchError
-from agentcluster.model import Hardware, HostMetrics, Mode, WorkerState, from_wire, to_wire
+from agentcluster.hearing import Hearing
+from agentcluster.model import Hardware, Mode, from_wire, to_wire
 from agentcluster.needs import Asked
-from agentcluster.registry import SETTLED, Node, Registry
+from agentcluster.registry import SETTLED, Registry
 from agentcluster.rolling import Terms
 from agentcluster.scaling import Target
 
@@ -39,11 +40,8 @@ CALLS = (
     *("retire_node", "retire_node_workers", "undo_rollout", "rollout_status", "control_rollout"),
 )
 
-#: What an agent hears when the last of its workers was retired, and not by a change of its node's plan.
-RETIRED = "retired"
 
-
-class AgentPlugin(SchedulerPlugin):
+class AgentPlugin(Hearing, SchedulerPlugin):
     """Registry of nodes, and the calls ``register_node``, ``reprovision_nodes``, ``get_nodes`` … on a scheduler.
 
     Parameters
@@ -54,6 +52,7 @@ class AgentPlugin(SchedulerPlugin):
 
     name = NAME
     idempotent = True
+    changes: Changes
 
     def __init__(self, mode: Mode | None = None) -> None:
         self.registry = Registry(mode)
@@ -77,9 +76,11 @@ class AgentPlugin(SchedulerPlugin):
         self._streams: dict[str, Comm] = {}
         scheduler.handlers.update({call: getattr(self, call) for call in CALLS})
         self._spawn(self._expire(), "expire nodes")
+        metrics.publish(scheduler, self.registry, self.changes.tally)
 
     async def before_close(self) -> None:
         """End what the plugin started; called when the scheduler closes."""
+        metrics.withdraw(self.registry)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -315,84 +316,6 @@ class AgentPlugin(SchedulerPlugin):
         agents: list[Any] = [self.scheduler.rpc(node.address) for node in chosen]
         lines = await asyncio.gather(*(agent.agent_logs() for agent in agents))
         return {node.name: list(log) for node, log in zip(chosen, lines, strict=True)}
-
-    # -- hearing -------------------------------------------------------------------------------------------------------
-
-    async def _listen(self, node: Node, comm: Comm) -> None:
-        """Take an agent's messages until its connection ends, and the node with it."""
-        self._streams[node.name] = comm
-        why = "its agent's connection ended"
-        try:
-            while (message := await comm.read()) != "leaving":
-                self._hear(node, message)
-            self.registry.unregister(node.name)
-            logger.info("Node %s left", node.name)
-        except (CommClosedError, OSError):
-            pass
-        except AgentClusterError as error:
-            why = f"its agent said what is not understood here, is it of another version? {error}"
-        finally:
-            comm.abort()
-            if self._streams.get(node.name) is comm:
-                del self._streams[node.name]
-            if self.registry.nodes.get(node.name) is node:
-                self._lose(node, why)
-            await self._notify()
-
-    def _hear(self, node: Node, message: Mapping[str, Any]) -> None:
-        node.heard = time.monotonic()
-        if "metrics" in message:
-            node.metrics = from_wire(HostMetrics, message["metrics"])
-        for each in message.get("workers", ()):
-            self._worker_changed(node, from_wire(WorkerState, each))
-
-    def _worker_changed(self, node: Node, state: WorkerState) -> None:
-        if state.state in ("retired", "failed"):
-            logger.info("Worker %s of node %s %s", state.name, node.name, state.problem or "was retired")
-            last = node.drop(state.name) and node.given is None
-            if not state.problem and (node.forget(state.name) or last):
-                self._spawn(self._end(node), f"end {node.name}")
-            node.problem = f"worker {state.name} {state.problem}" if state.problem else node.problem
-        elif state.name in node.plan.workers:
-            node.workers[state.name] = state
-
-    async def _end(self, node: Node) -> None:
-        """Tell an agent that its workers were retired, when those that nobody retired by name have gone too."""
-        if node.plan.workers:
-            with contextlib.suppress(AgentClusterError, TimeoutError):
-                await self.changes.empty(node.name, Terms(drain="data"))
-        if stream := self._streams.get(node.name):
-            with contextlib.suppress(CommClosedError, OSError):
-                await stream.write(RETIRED)
-
-    def _lose(self, node: Node, why: str) -> None:
-        if node.state != "lost":
-            logger.info("Node %s is lost: %s", node.name, why)
-            node.to("lost")
-            node.problem = why
-            node.workers.clear()
-            node.plan = type(node.plan)(node.plan.revision, node.plan.mode)
-
-    async def _expire(self) -> None:
-        while True:
-            await asyncio.sleep(self.config.node_ttl / 4)
-            for node in self.registry.stale(time.monotonic(), self.config.node_ttl):
-                self._lose(node, f"its agent was not heard for {self.config.node_ttl:g} s")
-                if stream := self._streams.get(node.name):
-                    # If it lives after all it must not go on alone: without this connection it ends, or stands by.
-                    stream.abort()
-                await self._notify()
-
-    # -- helpers -------------------------------------------------------------------------------------------------------
-
-    async def _notify(self) -> None:
-        async with self._moved:
-            self._moved.notify_all()
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, Any], name: str) -> None:
-        task = asyncio.create_task(coroutine, name=f"agentcluster: {name}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 async def dask_setup(scheduler: Scheduler) -> None:
