@@ -72,9 +72,10 @@ class Agent(Server):
         Stay when the last worker was retired, by a client or a cluster manager, and wait for others; without it the
         agent ends then, as ``dask worker`` does. An agent that was adopted stays.
     **worker_options
-        Keyword arguments for every worker on this host, whatever its mode (``local_directory``, ``resources``, …). An
-        agent that is not `lasting` may stand where a worker stood: ``scheduler_ip``, ``scheduler_port`` and
-        ``scheduler_file`` name its scheduler then, and ``nthreads`` and ``memory_limit`` are its first worker's.
+        Keyword arguments for every worker on this host, whatever its mode (``local_directory``, ``resources``, …), and
+        ``labels``, words about the host such as ``{"rack": "a"}`` by which its node can be chosen. An agent that is not
+        `lasting` may stand where a worker stood: ``scheduler_ip``, ``scheduler_port`` and ``scheduler_file`` name its
+        scheduler then, and ``nthreads`` and ``memory_limit`` are its first worker's.
 
     Attributes
     ----------
@@ -199,6 +200,7 @@ class Agent(Server):
     async def _join(self, scheduler: str) -> None:
         """Register this node with a scheduler, and take orders from it."""
         adopted, options = self._adopted, with_resources(self._worker_options)
+        labels = options.pop("labels", None) or {}
         terms: dict[str, Any] = {
             "security": self.security,
             "settings": self.settings,
@@ -217,6 +219,7 @@ class Agent(Server):
             "exact": self.given_name is not None,
             "room": room(options),
             "resources": options.get("resources") or {},
+            "labels": labels,
             **({"given": self.given_name} if tracked else {}),
             **{key: to_wire(mode) for key, mode in own.items() if mode is not None},
         }

@@ -157,7 +157,7 @@ class Blueprint:
             "options": {
                 "name": launcher.name,
                 "launcher": launcher,
-                "settings": self._told("worker", self.worker_options),
+                "settings": self._told("worker", {**self.worker_options, **_labels(launcher)}),
                 "launch_timeout": self.launch_timeout,
                 "stop_timeout": 2 * self.stop_timeout,
             },
@@ -216,6 +216,11 @@ class Blueprint:
 def is_address(where: Any) -> bool:
     """Whether `where` is the address of something that runs, and no host to launch on."""
     return isinstance(where, str) and "://" in where
+
+
+def _labels(launcher: Launcher) -> dict[str, Any]:
+    labels = getattr(launcher, "labels", None)
+    return {"labels": dict(labels)} if labels else {}
 
 
 def in_standby(launcher: Launcher) -> bool:

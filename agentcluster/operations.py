@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from distributed.core import Status
@@ -61,7 +61,7 @@ class Operations(Elasticity):
         mode: str | Mode | Mapping[str, Any],
         config: Mapping[str, Any] | str | None = None,
         *,
-        nodes: str | Sequence[str] | None = None,
+        nodes: str | Sequence[str] | Callable[[Mapping[str, Any]], bool] | None = None,
         remove_existing: bool = True,
         strategy: Literal["surge", "replace"] = "surge",
         drain: Literal["tasks", "data", "now"] = "tasks",
@@ -82,8 +82,9 @@ class Operations(Elasticity):
             The mode, or a mapping from node name to mode.
         config : mapping or str, optional
             The mode's options.
-        nodes : str or list of str, optional
-            Names of the nodes; default is all, and those that join later.
+        nodes : str, list of str, or callable, optional
+            Names of nodes, patterns such as ``gpu-*``, labels such as ``rack=a``; or a function that says of what
+            :attr:`nodes` has of one whether it is meant. Default is all, and those that join later.
         remove_existing : bool
             ``False`` adds the mode's workers beside those that run.
         strategy : {"surge", "replace"}
@@ -147,7 +148,7 @@ class Operations(Elasticity):
                 raise ConfigError("nodes= cannot go with a mapping of modes: its keys are the nodes", key="nodes")
             orders = [([name], modes.parse(each, config)) for name, each in mode.items()]
         else:
-            orders = [(nodes, modes.parse(mode, config))]
+            orders = [(self._chosen(nodes) if callable(nodes) else nodes, modes.parse(mode, config))]
         reports = []
         try:
             for names, each in orders:
@@ -160,6 +161,12 @@ class Operations(Elasticity):
             with contextlib.suppress(OSError):
                 await self._refresh()
         return Report.merged(reports) if len(reports) > 1 else reports[0]
+
+    def _chosen(self, fits: Callable[[Mapping[str, Any]], bool]) -> list[str]:
+        names = [name for name, node in self._nodes.items() if fits(node)]
+        if not names:
+            raise ConfigError(f"nodes={fits!r} fits no node of {', '.join(self._nodes)}", key="nodes")
+        return names
 
     @property
     def rollout(self) -> RolloutControl:

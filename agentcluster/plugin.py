@@ -99,6 +99,7 @@ class AgentPlugin(Hearing, SchedulerPlugin):
         given: str | int | None = None,
         room: int | None = None,
         resources: Mapping[str, float] | None = None,
+        labels: Mapping[str, str] | None = None,
         stream: bool = False,
     ) -> Any:
         """Take an agent's node in, and give it its workers.
@@ -121,6 +122,8 @@ class AgentPlugin(Hearing, SchedulerPlugin):
             How many workers can be there at once, where the agent was given ports for so many.
         resources
             What each worker there offers, whatever its mode.
+        labels
+            Words about its host, by which it can be chosen.
         stream
             Keep the connection open: its messages are the agent's heartbeats, its end is the agent's.
 
@@ -130,6 +133,7 @@ class AgentPlugin(Hearing, SchedulerPlugin):
             ``{"name": …}``, the name that the node got.
         """
         known: dict[str, Any] = {"exact": exact, "given": given, "room": room, "resources": resources}
+        known["labels"] = {str(key): str(value) for key, value in (labels or {}).items()}
         try:
             for key, own in (("own_mode", mode), ("fallback", fallback)):
                 known[key] = None if own is None else from_wire(Mode, own, key)
@@ -231,7 +235,8 @@ class AgentPlugin(Hearing, SchedulerPlugin):
         mode, config
             The mode and its options.
         nodes
-            Names of nodes; None for all, and for those that join later.
+            Names of nodes, patterns such as ``gpu-*``, or labels such as ``rack=a``; None for all, and for those that
+            join later.
         remove_existing
             False keeps the workers that run and adds the mode's beside them.
         **terms

@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from dask.utils import natural_sort_key
@@ -104,6 +105,8 @@ class Node:
         How many workers can be there at once, old and new; None for any number.
     resources
         What each worker there offers, whatever its mode: its host was given it.
+    labels
+        Words about its host, by which it can be chosen.
     """
 
     name: str
@@ -124,6 +127,7 @@ class Node:
     held: set[str] = field(default_factory=set)
     room: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
     names: Iterator[str] = field(default_factory=lambda: iter(()), repr=False)
 
     def to(self, event: Event) -> None:
@@ -205,10 +209,18 @@ class Node:
             self.plan = NodePlan(self.plan.revision + 1, self.plan.mode, rest)
             self.workers.pop(worker, None)
 
+    def fits(self, pattern: str) -> bool:
+        """Whether its name, or for ``key=value`` its label, fits a pattern."""
+        key, is_label, value = pattern.partition("=")
+        if is_label:
+            return key in self.labels and fnmatchcase(self.labels[key], value)
+        return fnmatchcase(self.name, pattern)
+
     def snapshot(self) -> dict[str, Any]:
         """Return what is known of the node as plain data (the form of ``get_nodes``)."""
         return {
             "name": self.name,
+            "labels": dict(self.labels),
             "address": self.address,
             "state": self.state,
             "mode": self.plan.mode.name,
@@ -267,6 +279,7 @@ class Registry:
         given: str | int | None = None,
         room: int | None = None,
         resources: Mapping[str, float] | None = None,
+        labels: Mapping[str, str] | None = None,
     ) -> Node:
         """Take a node in.
 
@@ -282,6 +295,8 @@ class Registry:
             How many workers can be there at once; None for any number.
         resources
             What each worker there offers.
+        labels
+            Words about its host, by which it can be chosen.
 
         Returns
         -------
@@ -301,7 +316,7 @@ class Registry:
         # The new agent has no workers yet, but a worker's name that was used stays used.
         names = self._names.setdefault(name, self._numbered(name))
         node = Node(name, address, hardware, own_mode, fallback, heard=now, given=given, room=room, names=names)
-        node.resources = dict(resources or {})
+        node.resources, node.labels = dict(resources or {}), dict(labels or {})
         if before is not None:
             node.history = before.history
         self.nodes[name] = node
@@ -329,12 +344,27 @@ class Registry:
             raise NodeNotFound(name, self.nodes) from None
 
     def select(self, names: Iterable[str] | str | None) -> list[Node]:
-        """Return the named nodes as they were named, or all that are not lost as one would sort them by hand."""
+        """Return nodes as they were named, or all that are not lost as one would sort them by hand.
+
+        A name may be a pattern such as ``gpu-*``, or a label such as ``rack=a`` or ``rack=*``: then it stands for the
+        nodes that it fits and that are not lost.
+
+        Raises
+        ------
+        NodeNotFound
+            For a name that fits no node.
+        """
+        there = [node for node in self.nodes.values() if node.state != "lost"]
+        there.sort(key=lambda node: natural_sort_key(node.name))
         if names is None:
-            there = [node for node in self.nodes.values() if node.state != "lost"]
-            return sorted(there, key=lambda node: natural_sort_key(node.name))
-        chosen = [names] if isinstance(names, str) else list(names)
-        return [self.get(name) for name in dict.fromkeys(chosen)]
+            return there
+        chosen: dict[str, Node] = {}
+        for name in [names] if isinstance(names, str) else names:
+            found = [self.nodes[name]] if name in self.nodes else [node for node in there if node.fits(name)]
+            if not found:
+                raise NodeNotFound(name, self.nodes)
+            chosen |= {node.name: node for node in found}
+        return list(chosen.values())
 
     def mode_for(self, node: Node) -> Mode:
         """Return the mode that a joining node gets.

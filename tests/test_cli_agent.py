@@ -242,6 +242,24 @@ async def test_signal_ends_it_cleanly(
     assert "Traceback" not in agent.output()
 
 
+async def test_labels_choose_nodes(client: Client, scheduler: Scheduler, start: Start) -> None:
+    for name, rack in (("one", "a"), ("other", "b")):
+        start(*AGENT, scheduler.address, *ONE, "--name", name, "--label", f"rack={rack}", "--label", "site=x=y")
+    await settled(client, 2)
+    found = await nodes(client)
+    assert {name: node["labels"] for name, node in found.items()} == {
+        "one": {"rack": "a", "site": "x=y"},
+        "other": {"rack": "b", "site": "x=y"},
+    }
+    options = {"nworkers": 2, "nthreads": 1, "memory_limit": "300MiB"}
+    assert client.scheduler is not None
+    await client.scheduler.reprovision_nodes(mode="uniform", config=options, nodes="rack=b")
+    assert {name: node["mode"] for name, node in (await nodes(client)).items()} == {
+        "one": "auto-cpu",
+        "other": "uniform",
+    }
+
+
 @pytest.mark.parametrize("nanny", [[], ["--no-nanny"]], ids=["nanny", "no-nanny"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_is_no_error_beside_a_scheduler_that_does_not_answer(
@@ -686,6 +704,7 @@ WRONG = [
         ["Not enough ports in range --nanny-port 9 for 2", "ports for 1"],
     ),
     ([NOWHERE, "--worker-port", "9:x"], ["worker_port '9:x'", "a range"]),
+    ([NOWHERE, "--label", "rack"], ["--label 'rack'", "rack=a"]),
     ([NOWHERE, "--worker-class", "os.Worker"], ["--worker-class 'os.Worker'", "module.Class"]),
     ([NOWHERE, "--pid-file", "/no/such/directory/pid"], ["--pid-file '/no/such/directory/pid'", "No such file"]),
     ([NOWHERE, "more"], ["unexpected extra argument", "more"]),

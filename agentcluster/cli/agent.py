@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class _Command(cuda.Command):
 @click.option("--config", "mode_config", default=None, help="Options of the mode, as JSON.")
 @click.option("--spec", default=None, help="Workers as `dask spec` takes them, as JSON; implies --mode spec.")
 @click.option("--spec-file", default=None, type=click.Path(dir_okay=False), help="The same, from a YAML or JSON file.")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="By which nodes are chosen, as in rack=a.")
 @click.option(
     "--standby", is_flag=True, help="Join no scheduler: wait to be adopted by AgentCluster(hosts=['tcp://…'])."
 )
@@ -151,6 +153,7 @@ def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
         "security": security,
         "death_timeout": seconds("--death-timeout", options["death_timeout"]) if options["death_timeout"] else None,
         "resources": _resources(options["resources"]) if options["resources"] else None,
+        "labels": _labels(options["labels"]) or None,
         "worker_class": _worker_class(options["worker_class"]) if given("worker_class") else None,
         "listen_address": options.get("worker_listen_address"),
         **{key: options[key] if options[key] not in ((), "") else None for key in FOR_WORKERS if key in options},
@@ -173,6 +176,16 @@ def _resources(text: str) -> Any:
         return parse("auto-cpu", {"resources": text}).config["resources"]
     except ConfigError:
         raise ConfigError(f"--resources {text!r}: give amounts by name, such as 'GPU=2 MEM=10e9'") from None
+
+
+def _labels(given: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise ConfigError(f"--label {text!r}: give a key and a value, such as rack=a")
+        found[key] = value
+    return found
 
 
 def _scheduler(options: dict[str, Any]) -> str | None:

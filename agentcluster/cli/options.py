@@ -41,7 +41,7 @@ SHAPE = {"n_workers": "nworkers", "nthreads": "nthreads", "memory_limit": "memor
 #: The sections of ``--help``, and what each has; an option of ``dask worker`` that is new to us comes last.
 SECTIONS = {
     "What runs here first": ("mode", "mode_config", "spec", "spec_file", *SHAPE, "nanny", "worker_class"),
-    "Which scheduler": ("scheduler_file", "standby", "name", "death_timeout", "scheduler_sni"),
+    "Which scheduler": ("scheduler_file", "standby", "name", "labels", "death_timeout", "scheduler_sni"),
     "Where it listens": (
         *("host", "interface", "protocol", "listen_address", "contact_address", "worker_port", "nanny_port"),
         *("dashboard", "dashboard_address"),

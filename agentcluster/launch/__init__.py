@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ class Host:
         Environment variables of the agent and its workers there. Not in the repr.
     standby
         Launch nothing there until its workers are needed, and end it when they are not any more.
+    labels
+        Words about it, such as ``{"rack": "a"}``, by which nodes can be chosen.
 
     Raises
     ------
@@ -64,6 +67,7 @@ class Host:
     connect_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     standby: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_text(self, "host", r"[^\s@/\[\]-][^\s@/\[\]]*")
@@ -74,10 +78,12 @@ class Host:
             raise ConfigError(f"Host({self.host!r}): port {self.port!r} is not a number from 1 to 65535", key="port")
         if not isinstance(self.connect_options, Mapping):
             raise ConfigError(f"Host({self.host!r}): connect_options must be a mapping", key="connect_options")
-        if not isinstance(self.env, Mapping) or not all(
-            isinstance(k, str) and isinstance(v, str) for k, v in self.env.items()
-        ):
-            raise ConfigError(f"Host({self.host!r}): env must be a mapping of text to text", key="env")
+        for key in ("env", "labels"):
+            value = getattr(self, key)
+            if not isinstance(value, Mapping) or not all(isinstance(each, str) for each in (*value, *value.values())):
+                raise ConfigError(f"Host({self.host!r}): {key} must be a mapping of text to text", key=key)
+        if not isinstance(self.standby, bool):
+            raise ConfigError(f"Host({self.host!r}): standby {self.standby!r} is not true or false", key="standby")
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -128,8 +134,10 @@ def launchers_for(
     Parameters
     ----------
     hosts
-        A list, or one item alone. Items: ``"local"``; ``"tcp://host:port"`` or ``"tls://host:port"`` of an agent that
-        runs; other text as :meth:`Host.parse` reads it; a :class:`Host`; an object with the interface of
+        A list, or one item alone; the name of a file of hosts (``.yaml``, ``.yml``, ``.txt``, or any path), see
+        :mod:`agentcluster.launch.inventory`; or ``"slurm"``, the hosts of the allocation that this runs in. Items:
+        ``"local"``; ``"tcp://host:port"`` or ``"tls://host:port"`` of an agent that runs; other text as
+        :meth:`Host.parse` reads it; a :class:`Host`; an object with the interface of
         :class:`~agentcluster.launch.protocol.Launcher`. ``None`` is one local agent.
     connect_options
         Keyword arguments of ``asyncssh.connect`` for all SSH hosts, or a list with one mapping per host. Those of a
@@ -164,8 +172,14 @@ def launchers_for(
 
 
 def _items(hosts: object) -> list[object]:
+    from agentcluster.launch.inventory import hosts_in, is_file, slurm_hosts
+
     if hosts is None:
         return ["local"]
+    if hosts == "slurm":
+        return list(slurm_hosts())
+    if isinstance(hosts, str | os.PathLike) and is_file(hosts):
+        return hosts_in(hosts)
     if isinstance(hosts, str | Host) or _is_launcher(hosts):
         return [hosts]
     if isinstance(hosts, Iterable) and not isinstance(hosts, Mapping | bytes):

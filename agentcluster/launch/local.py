@@ -28,6 +28,8 @@ class LocalLauncher:
         Environment variables of the agent and its workers, beside those of this process.
     standby
         Launch nothing until its workers are needed, and end it when they are not any more.
+    labels
+        Words about it, by which nodes can be chosen.
     """
 
     def __init__(
@@ -37,10 +39,12 @@ class LocalLauncher:
         env: Mapping[str, str] | None = None,
         *,
         standby: bool = False,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
         self.where = "local"
         self.standby = standby
+        self.labels = dict(labels or {})
         self._python = python or sys.executable
         self._env = dict(env or {})
 

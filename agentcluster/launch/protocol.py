@@ -291,7 +291,7 @@ class Launcher(Protocol):
     Notes
     -----
     One that has an attribute ``standby`` that is true is launched when its workers are needed, and closed when they are
-    not any more.
+    not any more. An attribute ``labels``, a mapping of text to text, is the node's.
     """
 
     @property

@@ -56,6 +56,7 @@ class SSHLauncher:
         self.name = host.name or host.host
         self.where = str(host)
         self.standby = host.standby
+        self.labels = host.labels
         self._host = host
         self._python = host.remote_python or sys.executable
         _check_options(host.connect_options, self.where)

@@ -1,0 +1,167 @@
+"""Hosts that are written down elsewhere: an inventory in YAML, a plain list of hosts, a Slurm allocation.
+
+An inventory has ``hosts``, ``groups`` of hosts, and ``defaults``; a host is its name, several such as ``gpu-[1-8]``, or
+a mapping of the options of :class:`~agentcluster.Host`. Options of a host go before those of its group, and those go
+before the defaults; labels add up, and the group is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agentcluster.errors import ConfigError, suggest
+from agentcluster.launch import Host
+
+#: What ends the name of a file of hosts, where it is given as text.
+ENDINGS = (".yaml", ".yml", ".txt")
+
+#: More hosts than this are a mistake in a range.
+MOST = 10_000
+
+_RANGE = re.compile(r"\[([^\[\]]*)\]")
+_OPTIONS = {field.name for field in dataclasses.fields(Host)}
+
+
+def is_file(hosts: object) -> bool:
+    """Whether `hosts` names a file of hosts, and no host."""
+    if isinstance(hosts, os.PathLike):
+        return True
+    return isinstance(hosts, str) and "://" not in hosts and (hosts.endswith(ENDINGS) or "/" in hosts)
+
+
+def hosts_in(path: str | os.PathLike[str]) -> list[Any]:
+    """Return the hosts of a file: an inventory where it ends with ``.yaml`` or ``.yml``, else one host per line.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be read, or something in it is not understood; it names the place.
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ConfigError(f"file of hosts {os.fspath(path)!r} cannot be read: {why}", key="hosts") from None
+    if not os.fspath(path).endswith((".yaml", ".yml")):
+        lines = (line.split("#")[0].strip() for line in text.splitlines())
+        return [host for line in lines if line for host in expanded(line, os.fspath(path))]
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{os.fspath(path)}: {' '.join(str(error).split())}", key="hosts") from None
+    return list(_inventory(data, os.fspath(path)))
+
+
+def slurm_hosts(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the hosts of the Slurm allocation that this process is in.
+
+    Raises
+    ------
+    ConfigError
+        When it is in none.
+    """
+    names = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
+    if not names:
+        raise ConfigError("hosts='slurm': this is no Slurm allocation, SLURM_JOB_NODELIST is not set", key="hosts")
+    return expanded(names, "SLURM_JOB_NODELIST")
+
+
+def expanded(text: str, place: str) -> list[str]:
+    """Return what a text such as ``gpu-[1-3,07],login`` stands for, as Slurm writes lists of hosts.
+
+    Parameters
+    ----------
+    text
+        Hosts with commas between them, with ranges in brackets; a range such as ``[01-10]`` keeps its zeros.
+    place
+        Where it stands, for messages. The brackets of an IPv6 address stay.
+    """
+    found: list[str] = []
+    for part in re.split(r",(?![^\[]*\])", text):
+        for host in _ranges(part.strip(), place):
+            found.append(host)
+            if len(found) > MOST:
+                raise ConfigError(f"{place}: {text!r} are more than {MOST} hosts", key="hosts")
+    return found
+
+
+def _ranges(text: str, place: str) -> Iterator[str]:
+    match = _RANGE.search(text)
+    if match is None or ":" in match[1]:
+        yield text
+        return
+    for item in match[1].split(","):
+        first, dash, last = item.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise ConfigError(f"{place}: [{match[1]}] in {text!r} is no range, such as [1-8] or [1,3]", key="hosts")
+        for number in range(int(first), int(last) + 1):
+            for rest in _ranges(text[match.end() :], place):
+                yield f"{text[: match.start()]}{number:0{len(first)}d}{rest}"
+
+
+def _inventory(data: Any, path: str) -> Iterator[Any]:
+    top = _mapping(data, path, {"hosts", "groups", "defaults"})
+    defaults = _mapping(top.get("defaults"), f"{path}: defaults", _OPTIONS - {"host", "name"})
+    groups = top.get("groups") or {}
+    if not isinstance(groups, Mapping):
+        raise ConfigError(f"{path}: groups: expected a mapping of group to hosts, got {groups!r}", key="hosts")
+    yield from _hosts(top.get("hosts"), f"{path}: hosts", [defaults])
+    for name, group in groups.items():
+        place = f"{path}: groups: {name}"
+        own = _mapping(group, place, {"hosts", *_OPTIONS} - {"host", "name"})
+        labels = {"labels": {"group": str(name)}}
+        options = {key: value for key, value in own.items() if key != "hosts"}
+        yield from _hosts(own.get("hosts"), f"{place}: hosts", [defaults, labels, options])
+
+
+def _hosts(hosts: Any, place: str, above: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+    if not isinstance(hosts, list | None):
+        raise ConfigError(f"{place}: expected a list, got {hosts!r}", key="hosts")
+    for entry in hosts or ():
+        own: Mapping[str, Any] = {"host": entry} if isinstance(entry, str) else _mapping(entry, place, _OPTIONS)
+        if not isinstance(own.get("host"), str):
+            raise ConfigError(f"{place}: {entry!r} names no host", key="hosts")
+        levels: list[Mapping[str, Any]] = [*above, own]
+        options = {key: value for level in levels for key, value in level.items()}
+        for name in ("labels", "env", "connect_options"):
+            parts = [level[name] for level in levels if level.get(name) is not None]
+            if wrong := [part for part in parts if not isinstance(part, Mapping)]:
+                raise ConfigError(f"{place}: {name}: expected a mapping, got {wrong[0]!r}", key=name)
+            if parts:
+                options[name] = {str(key): value for part in parts for key, value in part.items()}
+        if labels := options.get("labels"):
+            options["labels"] = {key: str(value) for key, value in labels.items()}
+        names = expanded(options.pop("host"), place)
+        if len(names) > 1 and options.get("name"):
+            raise ConfigError(f"{place}: {entry!r} are {len(names)} hosts, which cannot all have one name", key="name")
+        for name in names:
+            elsewhere = isinstance(entry, str) and (name == "local" or "://" in name)
+            yield name if elsewhere else _host(name, options, place)
+
+
+def _host(text: str, options: Mapping[str, Any], place: str) -> Host:
+    try:
+        parsed = Host.parse(text)
+        typed = {key: value for key in ("user", "port") if (value := getattr(parsed, key)) is not None}
+        return dataclasses.replace(parsed, **{**options, **typed})
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}", key="hosts") from None
+
+
+def _mapping(data: Any, place: str, known: set[str]) -> Mapping[str, Any]:
+    if data is None:
+        return {}
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{place}: expected a mapping, got {data!r}", key="hosts")
+    for key in data:
+        if key not in known:
+            raise ConfigError(f"{place}: unknown key {key!r}; {suggest(str(key), known)}", key=str(key))
+    return data
