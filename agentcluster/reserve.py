@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from agentcluster.model import Hardware, from_wire
+
+logger = logging.getLogger(__name__)
 
 #: Seconds for which a host is left alone after a launch that failed, doubled for each further one.
 RETRY = 10.0
@@ -127,7 +130,10 @@ class Launching:
             failed = dict.fromkeys(names, str(error) or type(error).__name__)
         finally:
             self._now = ()
-        await then(names, failed)
+        try:
+            await then(names, failed)
+        except Exception as error:  # the cluster was closed meanwhile
+            logger.debug("Nobody hears what became of %s: %s", ", ".join(names), error)
 
     async def let_go(self) -> list[str]:
         """End agents of the reserve that have no workers; return the hosts."""

@@ -140,8 +140,7 @@ async def logs(there: Connection, names: Sequence[str], follow: bool, lines: int
     while True:
         found = await there.call("get_node_logs", nodes=chosen)
         for node, log in found.items():
-            fresh = list(log) if node in seen else list(log)[-lines if lines else 0 :] if lines != 0 else []
-            for line in _after(seen[node], fresh) if node in seen else fresh:
+            for line in _after(seen[node], log) if node in seen else _last(log, lines):
                 printed({"node": node, "line": line}) if as_json else click.echo(f"{node}  {line}")
             seen[node] = list(log)
         if not follow:
@@ -165,6 +164,10 @@ async def events(there: Connection, follow: bool, as_json: bool) -> None:
         if not follow:
             return
         await asyncio.sleep(LOOK)
+
+
+def _last(log: Sequence[str], count: int | None) -> Sequence[str]:
+    return log if count is None else log[max(0, len(log) - count) :]
 
 
 def _after(before: Sequence[str], now: Sequence[str]) -> Sequence[str]:
