@@ -226,3 +226,14 @@ def test_only_lines_that_are_new(before: list[str], more: list[str], kept: int) 
     fresh = list(_after(before[-kept:], now))
     assert now[len(now) - len(fresh) :] == fresh
     assert len(fresh) <= len(more)
+
+
+def test_completion() -> None:
+    def completed(words: str, position: int) -> list[str]:
+        environ = {"_AGENTCLUSTER_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(position)}
+        output = CliRunner().invoke(main, prog_name="agentcluster", env=environ).output
+        return [line.partition(",")[2] for line in output.splitlines()]
+
+    assert completed("agentcluster re", 1) == ["reprovision"]
+    assert "--drain-timeout" in completed("agentcluster reprovision --drain", 2)
+    assert completed("agentcluster reprovision auto-", 2) == ["auto-cpu", "auto-gpu"]

@@ -44,8 +44,13 @@ async def nodes(there: Connection, as_json: bool) -> None:
         click.echo(repr(Nodes(found)) if found else "no nodes")
 
 
+def _modes(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    """Complete the name of a mode; others may be known where the scheduler runs."""
+    return [name for name in modes.names() if name.startswith(begun)]
+
+
 @click.command()
-@click.argument("mode")
+@click.argument("mode", shell_complete=_modes)
 @click.option("--config", metavar="JSON", help="Options of the mode, as in '{\"nthreads\": 2}'.")
 @WHICH
 @click.option("--add", is_flag=True, help="Add the mode's workers beside those that run.")
