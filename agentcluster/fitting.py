@@ -209,29 +209,35 @@ class _Solver:
         """Have as many as there must be at least, and where memory is short twice as many as there are."""
         for kind, (few, _) in self.bounds.kinds.items():
             self._up_to((few,), lambda spec, kind=kind: (float(kind in self.kinds(spec)),))  # type: ignore[misc]
+        self._up_to(self.bounds.least, amount)
         there = [place for seats in self.seats for place in seats if place.name is not None]
         memory = sum(place.spec.memory_limit or math.inf for place in there)
-        crowded = sum(place.nbytes for place in there) > CROWDED * memory
-        workers, *rest = self.bounds.least
-        self._up_to((max(workers, SPARE * len(there) if crowded else 0), *rest), amount)
+        if sum(place.nbytes for place in there) > CROWDED * memory:
+            self._up_to((SPARE * len(there), 0, 0), amount, at_home=False)
 
-    def _up_to(self, wanted: Amount, measure: Callable[[WorkerSpec], Amount]) -> None:
-        """Keep who runs, those first that hold most, then have others come, until there is enough by some measure."""
-        used = [measure(place.spec) for seats in self.seats for place in seats if place.used]
-        there = [sum(column) for column in zip([0.0] * len(wanted), *used, strict=True)]
+    def _up_to(self, wanted: Amount, measure: Callable[[WorkerSpec], Amount], at_home: bool = True) -> None:
+        """Keep who runs, those first that hold most, then have others come, until there is enough by some measure.
+
+        What there must be is to be on ordinary nodes, as far as they have room, so that the others can be let go.
+        """
+        if not any(wanted):
+            return
+        there = [0.0] * len(wanted)
 
         def helps(spec: WorkerSpec) -> bool:
             return any(m and have < want for m, have, want in zip(measure(spec), there, wanted, strict=True))
 
-        idle = sorted(
-            (p for seats in self.seats for p in seats if not p.used), key=lambda p: (-p.nbytes, self.extra(p))
-        )
-        for place in itertools.chain(idle, self._coming(helps, range(len(self.spots)))):
-            if helps(place.spec):
-                if place.name is None:
-                    self._seat(place)
-                self._keep(place)
-                there = [have + part for have, part in zip(there, measure(place.spec), strict=True)]
+        seats = sorted((p for seats in self.seats for p in seats), key=lambda p: (not p.used, -p.nbytes))
+        for extra in (False, True):
+            nodes = [node for node, spot in enumerate(self.spots) if (at_home and spot.extra) == extra]
+            own = (place for place in seats if (at_home and self.extra(place)) == extra)
+            for place in itertools.chain(own, self._coming(helps, nodes)):
+                if place.used or helps(place.spec):
+                    if not place.used:
+                        if place.name is None:
+                            self._seat(place)
+                        self._keep(place)
+                    there = [have + part for have, part in zip(there, measure(place.spec), strict=True)]
         self.below += sum(1 - have / want for have, want in zip(there, wanted, strict=True) if have < want)
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------------

@@ -23,16 +23,18 @@ def log_to_stderr() -> None:
 
 
 def quiet_ends() -> None:
-    """Keep out of dask's log that a heartbeat was cut off when its worker is being closed: that is no error.
+    """Keep out of dask's log what is no error where a worker is being closed.
 
-    It happens beside a scheduler that does not answer just then.
+    A heartbeat is cut off beside a scheduler that does not answer just then; and when a worker ends by itself, a thread
+    of its process may still read from the nanny's queue while that is closed.
     """
-    logging.getLogger("distributed.worker").addFilter(_is_no_end)
+    for name in ("distributed.worker", "distributed.nanny"):
+        logging.getLogger(name).addFilter(_is_no_end)
 
 
 def _is_no_end(record: logging.LogRecord) -> bool:
-    cut_off = "communicate with scheduler during heartbeat" in str(record.msg)
-    return not cut_off or any(worker.status is Status.running for worker in Worker._instances)
+    ends = any(said in str(record.msg) for said in ("with scheduler during heartbeat", "process died unexpectedly"))
+    return not ends or any(worker.status is Status.running for worker in Worker._instances)
 
 
 class LastLines(logging.Handler):

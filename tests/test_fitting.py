@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -258,3 +259,17 @@ def test_the_change_is_the_least() -> None:
     fit = fitted([Need({}, 1)], spots, Bounds())
     assert len(fit.go) == 2
     assert difference({}, ()).come == ()
+
+
+def test_what_there_must_be_is_on_ordinary_nodes() -> None:
+    """A worker in standby that is busy does not count for the minimum: its host could never be let go."""
+    home, extra = spot("home", CPU), replace(spot("extra", CPU, running=1, runs=[{0: 1}]), extra=True)
+    fit = fitted([Need({}, 1, 1)], [home, extra], Bounds(least=(1, 0, 0)))
+    assert (set(fit.come), fit.go) == ({"home"}, frozenset())
+    home, extra = spot("home", CPU, running=1), replace(spot("extra", CPU, running=1), extra=True)
+    fit = fitted([], [extra, home], Bounds(least=(1, 0, 0)))
+    assert (fit.come, fit.go) == ({}, {"extra-0"})
+    # Where they have no room it does.
+    home, extra = spot("home", {"cpu": ()}), replace(spot("extra", CPU, running=1, runs=[{0: 1}]), extra=True)
+    fit = fitted([Need({}, 1, 1)], [home, extra], Bounds(least=(1, 0, 0)))
+    assert (fit.come, fit.go, fit.lacking) == ({}, frozenset(), 0)
