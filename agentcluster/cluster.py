@@ -255,6 +255,9 @@ class AgentCluster(Operations):
         for start in opening:
             start.cancel()
         await asyncio.gather(*opening, return_exceptions=True)
+        for node in self._created:
+            if node.status is Status.created:  # its start was cancelled before the first step
+                await node.close()
         if self._refresher is not None:
             self._refresher.cancel()
             await asyncio.gather(self._refresher, return_exceptions=True)

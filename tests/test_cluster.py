@@ -87,10 +87,15 @@ async def test_close_before_start() -> None:
     assert cluster.status is Status.closed
 
 
-async def test_close_while_starting() -> None:
+@pytest.mark.parametrize("steps", [0, 1, 2, 100])
+async def test_close_while_starting(steps: int) -> None:
     cluster = AgentCluster(hosts=["local", "local"], asynchronous=True, **QUIET)
     starting = asyncio.ensure_future(_enter(cluster))
-    await wait_until(lambda: cluster._opening)
+    async with asyncio.timeout(30):
+        while not cluster._opening:
+            await asyncio.sleep(0)  # each step, so that it is also closed before a launch has taken its first one
+    for _ in range(steps):
+        await asyncio.sleep(0)
     await cluster.close()
     with pytest.raises(BaseException):  # noqa: B017, PT011 (cancelled, or closed under it: either is an end)
         await starting

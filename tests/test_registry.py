@@ -295,6 +295,7 @@ def test_a_snapshot_is_plain_data() -> None:
     assert found.pop("metrics")["cpu"] == 0.0
     assert found == {
         "name": "n",
+        "labels": {},
         "address": "tcp://n:1",
         "state": "ready",
         "mode": "auto-cpu",
