@@ -174,7 +174,7 @@ class AgentAdaptive(Adaptive):
             tuple(may_go),
             may_come,
             self._launching.hosts(),
-            self._launching.out(),
+            self.cluster._extra(),
         )
         answer: Mapping[str, Any] = await self.scheduler.adapt_nodes(
             asked=to_wire(asked), nodes=list(self.cluster.workers), wait=False

@@ -18,6 +18,9 @@ from distributed.utils import get_ip, parse_ports
 
 from agentcluster.errors import ConfigError
 
+#: Options that say where a worker and its nanny may listen: a port, or a range of them.
+PORT_OPTIONS = ("worker_port", "nanny_port")
+
 
 def scheduler_address(scheduler: str) -> str:
     """Return the address of a scheduler in full, or raise :class:`ConfigError`."""
@@ -81,7 +84,7 @@ def room(worker_options: Mapping[str, Any]) -> int | None:
     """
     counts = [1] if worker_options.get("contact_address") else []
     ranges: list[set[int]] = []
-    for key in ("worker_port", "nanny_port"):
+    for key in PORT_OPTIONS:
         try:
             ports = parse_ports(worker_options.get(key))
         except (ValueError, TypeError) as error:

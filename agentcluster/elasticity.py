@@ -149,15 +149,18 @@ class Elasticity(SpecCluster):
 
     async def _scale_once(self, target: Target, strict: bool) -> Mapping[str, Any]:
         """Scale the nodes that there are; what they have no room for is no error as long as other hosts may come."""
-        nodes = list(self.workers)
+        target = replace(target, extra=self._extra())
         try:
-            target = replace(target, extra=tuple(name for name in self._reserve.out if name in nodes))
             answer: Mapping[str, Any] = await self.scheduler_comm.scale_nodes(
-                target=to_wire(target), nodes=nodes, strict=strict
+                target=to_wire(target), nodes=list(self.workers), strict=strict
             )
         except ConfigError as error:
             return {"short": str(error), "workers": 0, "error": error}
         return answer
+
+    def _extra(self) -> tuple[str, ...]:
+        """Return the hosts of the reserve that are there."""
+        return tuple(name for name in self._reserve.out if name in self.workers)
 
     def _hosts(self, target: Target, workers: int) -> int:
         """Return how many hosts more it may take: of workers, as many on each as nodes have now."""

@@ -233,10 +233,9 @@ class _Solver:
             own = (place for place in seats if (at_home and self.extra(place)) == extra)
             for place in itertools.chain(own, self._coming(helps, nodes)):
                 if place.used or helps(place.spec):
-                    if not place.used:
-                        if place.name is None:
-                            self._seat(place)
-                        self._keep(place)
+                    if place.name is None and not place.used:
+                        self._seat(place)
+                    self._keep(place)
                     there = [have + part for have, part in zip(there, measure(place.spec), strict=True)]
         self.below += sum(1 - have / want for have, want in zip(there, wanted, strict=True) if have < want)
 

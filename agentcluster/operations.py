@@ -275,7 +275,7 @@ class Operations(Elasticity):
 
     async def _let_go(self) -> list[str]:
         """End agents of the reserve that have no workers; return the hosts."""
-        idle = [name for name in self._reserve.out if name in self.workers and _idle(self._nodes.get(name))]
+        idle = [name for name in self._extra() if _idle(self._nodes.get(name))]
         if idle:
             try:
                 await self._leave(idle)

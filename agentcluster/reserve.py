@@ -103,10 +103,6 @@ class Launching:
         """Return the hosts that may come, those first that are being launched -> their hardware where it is known."""
         return {**dict.fromkeys(self._now), **self._cluster._reserve.ready(time.monotonic())}
 
-    def out(self) -> tuple[str, ...]:
-        """Return the hosts of the reserve that are there."""
-        return tuple(name for name in self._cluster._reserve.out if name in self._cluster.workers)
-
     def begin(self, names: Sequence[str], then: Callable[[Sequence[str], Mapping[str, str]], Awaitable[None]]) -> None:
         """Launch hosts, unless some are being launched.
 
@@ -137,7 +133,7 @@ class Launching:
 
     async def let_go(self) -> list[str]:
         """End agents of the reserve that have no workers; return the hosts."""
-        if self._now or not self.out():
+        if self._now or not self._cluster._extra():
             return []
         await self._cluster._refresh()
         gone: list[str] = await self._cluster._let_go()

@@ -91,6 +91,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=f"run by: pytest -m {mark}"))
 
 
+@pytest.fixture
+def slow() -> Callable[[int], int]:
+    """A task of 0.1 s; what is defined in here needs no test module where it runs."""
+
+    def slow(number: int) -> int:
+        time.sleep(0.1)
+        return number
+
+    return slow
+
+
 @pytest.fixture(autouse=True)
 def dask_settings() -> Iterator[None]:
     """Short connect timeouts, and dask's configuration as it was before the test."""

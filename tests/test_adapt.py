@@ -50,17 +50,6 @@ def count(cluster: AgentCluster) -> int:
     return len(cluster.scheduler.workers)
 
 
-@pytest.fixture
-def slow() -> Callable[[int], int]:
-    """A task of 0.1 s; what is defined in here needs no test module where it runs."""
-
-    def slow(number: int) -> int:
-        time.sleep(0.1)
-        return number
-
-    return slow
-
-
 async def test_up_for_tasks_and_down_after_them(cluster: AgentCluster, client: Client, slow: Slow) -> None:
     adaptive = cluster.adapt(minimum=0, maximum=3, target_duration="200ms", **FAST)
     assert isinstance(adaptive, AgentAdaptive)

@@ -22,7 +22,7 @@ from distributed.config import get_loop_factory
 from distributed.proctitle import enable_proctitle_on_children, enable_proctitle_on_current
 from distributed.utils import import_term
 
-from agentcluster.addresses import room
+from agentcluster.addresses import PORT_OPTIONS, room
 from agentcluster.agent import Agent, seconds
 from agentcluster.cli import cuda, spec
 from agentcluster.cli.options import FLAGS, FOR_WORKERS, OURS, SECTIONS, SHAPE
@@ -279,7 +279,7 @@ def _mode(options: dict[str, Any], given: Any) -> Mode | None:
 def _check_ports(options: dict[str, Any], mode: Mode | None) -> None:
     """Refuse ranges with fewer ports than workers here, as ``dask worker`` does: before a scheduler is asked."""
     count = mode.config.get("nworkers") if mode is not None and mode.name == LIKE_DASK_WORKER.name else None
-    given = {key: options[key] for key in ("worker_port", "nanny_port") if options[key] is not None}
+    given = {key: options[key] for key in PORT_OPTIONS if options[key] is not None}
     ports = room(given)
     if ports is not None and isinstance(count, int) and ports < count:
         ranges = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in given.items())

@@ -25,8 +25,6 @@ from agentcluster.scaling import Target
 #: Seconds between two looks of what follows.
 LOOK = 0.5
 
-ON_FAILURE = ("rollback", "stop", "continue")
-
 WHICH = click.option(
     "--nodes", multiple=True, metavar="NAME", help="Which, as in gpu-1,gpu-2 or 'gpu-*'. Default: all."
 )

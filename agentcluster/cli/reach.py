@@ -17,11 +17,10 @@ from typing import Any
 import click
 import dask.config
 from dask.utils import natural_sort_key
-from distributed.comm.addressing import normalize_address, parse_address
-from distributed.comm.registry import get_backend
 from distributed.core import rpc
 from distributed.security import Security
 
+from agentcluster.addresses import scheduler_address
 from agentcluster.errors import (
     AgentClusterError,
     ConfigError,
@@ -115,12 +114,7 @@ def _address(options: Mapping[str, Any]) -> str:
         raise ConfigError(
             "which scheduler? give --scheduler tcp://…, --scheduler-file, or DASK_SCHEDULER_ADDRESS in the environment"
         )
-    try:
-        found = str(normalize_address(address))
-        get_backend(parse_address(found)[0])
-    except ValueError as error:
-        raise ConfigError(f"--scheduler {address!r} is no address: {error}") from error
-    return found
+    return scheduler_address(address)
 
 
 def operates(command: Callable[..., Coroutine[Any, Any, int | None]]) -> Callable[..., None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,22 +129,27 @@ def _hosts(hosts: Any, place: str, above: Iterable[Mapping[str, Any]]) -> Iterat
         own: Mapping[str, Any] = {"host": entry} if isinstance(entry, str) else _mapping(entry, place, _OPTIONS)
         if not isinstance(own.get("host"), str):
             raise ConfigError(f"{place}: {entry!r} names no host", key="hosts")
-        levels: list[Mapping[str, Any]] = [*above, own]
-        options = {key: value for level in levels for key, value in level.items()}
-        for name in ("labels", "env", "connect_options"):
-            parts = [level[name] for level in levels if level.get(name) is not None]
-            if wrong := [part for part in parts if not isinstance(part, Mapping)]:
-                raise ConfigError(f"{place}: {name}: expected a mapping, got {wrong[0]!r}", key=name)
-            if parts:
-                options[name] = {str(key): value for part in parts for key, value in part.items()}
-        if labels := options.get("labels"):
-            options["labels"] = {key: str(value) for key, value in labels.items()}
+        options = _merged([*above, own], place)
         names = expanded(options.pop("host"), place)
         if len(names) > 1 and options.get("name"):
             raise ConfigError(f"{place}: {entry!r} are {len(names)} hosts, which cannot all have one name", key="name")
         for name in names:
             elsewhere = isinstance(entry, str) and (name == "local" or "://" in name)
             yield name if elsewhere else _host(name, options, place)
+
+
+def _merged(levels: Sequence[Mapping[str, Any]], place: str) -> dict[str, Any]:
+    """Return options of which the later go before the earlier; those that are mappings add up."""
+    options = {key: value for level in levels for key, value in level.items()}
+    for name in ("labels", "env", "connect_options"):
+        parts = [level[name] for level in levels if level.get(name) is not None]
+        if wrong := [part for part in parts if not isinstance(part, Mapping)]:
+            raise ConfigError(f"{place}: {name}: expected a mapping, got {wrong[0]!r}", key=name)
+        if parts:
+            options[name] = {str(key): value for part in parts for key, value in part.items()}
+    if labels := options.get("labels"):
+        options["labels"] = {key: str(value) for key, value in labels.items()}
+    return options
 
 
 def _host(text: str, options: Mapping[str, Any], place: str) -> Host:

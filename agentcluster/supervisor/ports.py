@@ -10,11 +10,9 @@ from typing import Any
 from distributed.comm.addressing import get_address_host_port
 from distributed.utils import parse_ports
 
+from agentcluster.addresses import PORT_OPTIONS
 from agentcluster.errors import ConfigError
 from agentcluster.model import WorkerSpec
-
-#: Options that say where a worker and its nanny may listen: a port, or a range of them.
-KEYS = ("worker_port", "nanny_port")
 
 
 def in_use(server: Any) -> set[int]:
@@ -32,7 +30,7 @@ def dealt(options: Mapping[str, Any], names: Iterable[str], taken: set[int]) -> 
     Parameters
     ----------
     options
-        Options for every worker of a host, each of :data:`KEYS` a port, a range such as ``"9000:9010"`` or None.
+        Options for every worker of a host, each of ``PORT_OPTIONS`` a port, a range such as ``"9000:9010"`` or None.
     names
         The workers.
     taken
@@ -41,10 +39,10 @@ def dealt(options: Mapping[str, Any], names: Iterable[str], taken: set[int]) -> 
     Returns
     -------
     dict
-        Worker -> those of :data:`KEYS` for which there are ports for it -> its ports, in their order.
+        Worker -> those of them for which there are ports for it -> its ports, in their order.
     """
     shares: dict[str, dict[str, list[int]]] = {name: {} for name in names}
-    ranges = {key: deque(_numbers(options, key)) for key in KEYS}
+    ranges = {key: deque(_numbers(options, key)) for key in PORT_OPTIONS}
     seen = set(taken)
     while shares and any(ranges.values()):
         for share in shares.values():
