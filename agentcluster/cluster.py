@@ -79,9 +79,11 @@ class AgentCluster(Operations):
     Examples
     --------
     >>> from agentcluster import AgentCluster
-    >>> cluster = AgentCluster()                                      # doctest: +SKIP
-    >>> cluster.reprovision("uniform", {"nthreads": 2})               # doctest: +SKIP
-    >>> cluster.close()                                               # doctest: +SKIP
+    >>> cluster = AgentCluster()
+    >>> report = cluster.reprovision("uniform", {"nthreads": 1})
+    >>> report.mode, list(report.nodes)
+    ('uniform', ['local'])
+    >>> cluster.close()
     """
 
     def __init__(
@@ -265,6 +267,7 @@ class AgentCluster(Operations):
             # SpecCluster would try to reach it, for as long as a connection may take.
             self.shutdown_scheduler = False
         await super()._close()
+        self._close_panel()
 
 
 def _modes(mode: Any, config: Any, names: Sequence[str]) -> tuple[Mode, dict[str, Mode]]:

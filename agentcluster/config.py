@@ -36,6 +36,12 @@ class Config:
     The attributes are named like the options below ``agentcluster`` in :mod:`dask.config`, with ``_`` for ``.`` and
     ``-``.
 
+    Examples
+    --------
+    >>> with dask.config.set({"agentcluster.node.ttl": "1 minute"}):
+    ...     Config.load().node_ttl
+    60.0
+
     Attributes
     ----------
     launch_timeout

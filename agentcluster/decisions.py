@@ -9,7 +9,7 @@ from typing import Any
 
 from dask.utils import format_time
 
-from agentcluster.report import html_table, text_table
+from agentcluster.markup import html_table, page, text_table
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,16 @@ class Decision:
 
 
 class AdaptiveLog(Sequence[Decision]):
-    """Decisions, oldest first, with a table as their repr."""
+    """Decisions, oldest first, with a table as their repr.
+
+    Examples
+    --------
+    >>> AdaptiveLog()
+    nothing was decided yet
+    >>> log = AdaptiveLog([Decision(0.0, "120 'train' tasks need GPU=1", "local: +2 -2 auto-gpu", "", 4.0, {"gpu": 2})])
+    >>> log.timeline()
+    ([0.0], {'gpu': [2]})
+    """
 
     HEADER = ("when", "saw", "decided", "why", "took", "workers")
 
@@ -72,7 +81,7 @@ class AdaptiveLog(Sequence[Decision]):
         return text_table(self.HEADER, self.rows()) if self._decisions else "nothing was decided yet"
 
     def _repr_html_(self) -> str:
-        return html_table(self.HEADER, self.rows())
+        return page(html_table(self.HEADER, self.rows()))
 
     def timeline(self) -> tuple[list[float], dict[str, list[int]]]:
         """Return how many workers of each kind there were, for a plot with steps.

@@ -115,6 +115,12 @@ class Elasticity(SpecCluster):
         ------
         ConfigError
             For a kind that no node can have, and with `strict` where there is no room.
+
+        Examples
+        --------
+        >>> cluster.scale(1)
+        >>> len(cluster.nodes["local"]["plan"])
+        1
         """
         if self.status in (Status.closing, Status.closed, Status.failed):
             self.worker_spec.clear()
@@ -224,6 +230,13 @@ class Elasticity(SpecCluster):
         -------
         Adaptive
             Its ``stop()`` ends it; so do :meth:`scale`, :meth:`reprovision` and the end of the cluster.
+
+        Examples
+        --------
+        >>> adaptive = cluster.adapt(minimum=1, maximum=4)
+        >>> client.submit(sum, [1, 2, 3]).result()
+        6
+        >>> adaptive.stop()
         """
         if Adaptive is AgentAdaptive and kwargs.get("worker_key") is not None:
             Adaptive = distributed.deploy.adaptive.Adaptive
@@ -264,8 +277,11 @@ class Elasticity(SpecCluster):
 
         Examples
         --------
-        >>> with cluster.request(gpu=4):                              # doctest: +SKIP
-        ...     client.submit(train, resources={"GPU": 1}).result()
+        >>> adaptive = cluster.adapt(minimum=1)
+        >>> with cluster.request(cpu=1):
+        ...     client.submit(sum, [1, 2, 3], resources={"CPU": 1}).result()
+        6
+        >>> adaptive.stop()
         """
         return Request(
             self, {_resource(name): count for name, count in resources.items()}, time_in("request", "timeout", timeout)

@@ -57,6 +57,13 @@ def suggest(wrong: str, allowed: Iterable[str]) -> str:
     -------
     str
         ``"did you mean 'x'? Allowed: …"`` or ``"allowed: …"``.
+
+    Examples
+    --------
+    >>> suggest("autocpu", ["auto-cpu", "auto-gpu"])
+    "did you mean 'auto-cpu'? Allowed: auto-cpu, auto-gpu"
+    >>> suggest("x", ["auto-cpu", "auto-gpu"])
+    'allowed: auto-cpu, auto-gpu'
     """
     names = sorted(allowed)
     close = difflib.get_close_matches(wrong, names, n=1)

@@ -1,4 +1,4 @@
-"""What users ask of a cluster while it runs: swap, scale, hosts, looks and logs.
+"""What users ask of a cluster while it runs: swaps and hosts.
 
 :class:`Operations` is the half of :class:`~agentcluster.AgentCluster` that talks to the plugin in the scheduler. What
 it knows of the nodes is kept true in the background, also after what other clients did.
@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from distributed.core import Status
-from distributed.utils import Log, Logs
 
 from agentcluster import modes
+from agentcluster.display import Display
 from agentcluster.elasticity import Elasticity
 from agentcluster.entries import Blueprint, NodeProcess, in_standby
 from agentcluster.errors import ConfigError, NodeNotFound
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 GATHER = 0.2
 
 
-class Operations(Elasticity):
+class Operations(Display, Elasticity):
     """What can be asked of a cluster that runs; the base of :class:`~agentcluster.AgentCluster`."""
 
     scheduler: Any
@@ -48,6 +48,7 @@ class Operations(Elasticity):
     _left: Mapping[str, Any] = {}
     _own_modes: Mapping[str, Mode]
     _missed: dict[str, BaseException]
+    _problem: str | None = None
 
     # -- what runs -----------------------------------------------------------------------------------------------------
 
@@ -121,6 +122,16 @@ class Operations(Elasticity):
             When the change cannot be; nothing was touched.
         SwapError
             When a step failed. The workers that ran before still run, or the message says what is true.
+
+        Examples
+        --------
+        >>> cluster.reprovision("uniform", {"nthreads": 1, "nworkers": 1})          # doctest: +ELLIPSIS
+        uniform: 1 node, 0 keys (0 B) moved, ... s
+        node   mode     outcome  went  ...
+        local  uniform  changed  ...
+        >>> cluster.reprovision("unifrom")
+        Traceback (most recent call last):
+        agentcluster.errors.ConfigError: unknown mode 'unifrom'; did you mean 'uniform'? Allowed: ...
         """
         if not dry_run:
             self._by_hand()
@@ -200,6 +211,13 @@ class Operations(Elasticity):
         -------
         str
             The node's name. Awaitable when the cluster is asynchronous.
+
+        Examples
+        --------
+        >>> from agentcluster.launch.local import LocalLauncher
+        >>> cluster.add_host(LocalLauncher("second"))
+        'second'
+        >>> cluster.remove_host("second")
         """
         return self.sync(self._add_host, host)
 
@@ -299,7 +317,9 @@ class Operations(Elasticity):
             self._changed.clear()
             try:
                 await self._refresh()
+                self._problem = None
             except OSError as error:
+                self._problem = f"cannot reach the scheduler: {error}"
                 logger.debug("cannot ask the scheduler for its nodes: %s", error)
 
     async def _refresh(self) -> None:
@@ -325,34 +345,6 @@ class Operations(Elasticity):
         super()._update_worker_status(op, msg)
         if self._refresher is not None:
             self._changed.set()
-
-    def get_logs(self, cluster: bool = True, scheduler: bool = True, workers: Any = True, agents: bool = False) -> Any:
-        """Return logs of the cluster object, the scheduler, the workers and the agents.
-
-        Parameters
-        ----------
-        cluster, scheduler, workers
-            As for :meth:`distributed.deploy.Cluster.get_logs`.
-        agents : bool
-            Also what each node's agent logged, by node name.
-        """
-        return self.sync(self._get_logs, cluster=cluster, scheduler=scheduler, workers=workers, agents=agents)
-
-    async def _get_logs(
-        self, cluster: bool = True, scheduler: bool = True, workers: Any = True, agents: bool = False
-    ) -> Logs:
-        logs: Logs = await super()._get_logs(cluster=cluster, scheduler=scheduler, workers=workers)
-        if agents:
-            for name, node in self.workers.items():
-                logs[name] = Log("\n".join(node.lines()))
-            remote = [name for name, node in self.workers.items() if not node.lines()]
-            if remote:
-                for name, lines in (await self.scheduler_comm.get_node_logs(nodes=remote)).items():
-                    logs[name] = Log("\n".join(lines))
-        return logs
-
-    def _repr_html_(self, cluster_status: str | None = None) -> str:
-        return str(super()._repr_html_(cluster_status)) + self._nodes._repr_html_()
 
 
 def _idle(node: Mapping[str, Any] | None) -> bool:

@@ -26,7 +26,7 @@ from agentcluster.errors import AgentClusterError, LaunchError
 from agentcluster.hearing import Hearing
 from agentcluster.model import Hardware, Mode, from_wire, to_wire
 from agentcluster.needs import Asked
-from agentcluster.registry import SETTLED, Registry
+from agentcluster.registry import SETTLED, Node, Registry
 from agentcluster.rolling import Terms
 from agentcluster.scaling import Target
 
@@ -159,8 +159,17 @@ class AgentPlugin(Hearing, SchedulerPlugin):
 
     @answered
     async def get_nodes(self) -> dict[str, dict[str, Any]]:
-        """Return node name -> what is known of it (see :meth:`agentcluster.registry.Node.snapshot`)."""
-        return {name: node.snapshot() for name, node in self.registry.nodes.items()}
+        """Return node name -> what is known of it (see :meth:`agentcluster.registry.Node.snapshot`).
+
+        There is also ``held``: the number of keys that its workers hold, as ``keys``, and their ``nbytes``.
+        """
+        return {name: {**node.snapshot(), "held": self._held(node)} for name, node in self.registry.nodes.items()}
+
+    def _held(self, node: Node) -> dict[str, int]:
+        names = node.plan.workers.keys() | node.workers.keys()
+        addresses = (self.scheduler.aliases.get(node.spelled(name)) for name in names)
+        workers = [self.scheduler.workers[address] for address in addresses if address in self.scheduler.workers]
+        return {"keys": sum(len(each.has_what) for each in workers), "nbytes": sum(each.nbytes for each in workers)}
 
     @answered
     async def await_nodes(self, names: Sequence[str], timeout: float) -> dict[str, dict[str, Any]]:

@@ -1,41 +1,18 @@
-"""What people see of nodes and changes: tables as text and as HTML.
+"""What people see of nodes and changes: tables, with bars where they are HTML.
 
 Pure rendering; the values come from :mod:`agentcluster.model` and from ``get_nodes``.
 """
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dask.utils import format_bytes
 
+from agentcluster.markup import Markup, Tone, bar, count, html_table, page, paragraph, stacked, text_table, toned
 from agentcluster.model import NodeReport, from_wire
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an aligned table."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-
-
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an HTML table."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag} style='text-align:left'>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
-
-
-def count(number: int, what: str) -> str:
-    """Say a number of things: ``1 node``, ``2 nodes``."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _workers(names: Sequence[str]) -> str:
@@ -75,6 +52,17 @@ def _order(node: NodeReport) -> str:
     return "new start" if node.new else "old stop" if node.old else "nothing changes"
 
 
+#: State of a node -> how it is shown.
+TONES: Mapping[str, Tone] = {
+    "ready": "good",
+    "standby": "calm",
+    "swapping": "busy",
+    "joining": "busy",
+    "lost": "bad",
+    "refused": "bad",
+}
+
+
 class Nodes(Mapping[str, Mapping[str, Any]]):
     """Node name -> what is known of the node, with a table as its repr.
 
@@ -85,6 +73,7 @@ class Nodes(Mapping[str, Mapping[str, Any]]):
     """
 
     HEADER = ("node", "state", "mode", "workers", "cores", "memory", "GPUs")
+    HTML_HEADER = ("node", "state", "mode", "workers", "CPU", "memory", "data", "GPUs")
 
     def __init__(self, snapshots: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self._snapshots = dict(snapshots or {})
@@ -119,9 +108,34 @@ class Nodes(Mapping[str, Mapping[str, Any]]):
     def __repr__(self) -> str:
         return "\n".join([text_table(self.HEADER, self.rows()), *self._problems()])
 
+    def html_rows(self) -> list[tuple[str, ...]]:
+        """Return one row per node with its load, as bars."""
+        return [(name, *_seen(node)) for name, node in self._snapshots.items()]
+
     def _repr_html_(self) -> str:
-        problems = "".join(f"<p>{html.escape(problem)}</p>" for problem in self._problems())
-        return html_table(self.HEADER, self.rows()) + problems
+        return page(html_table(self.HTML_HEADER, self.html_rows()), *map(paragraph, self._problems()))
+
+
+def _seen(node: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a node's cells beside its name; of a lost one nothing is known but that."""
+    hardware, load, held = node["hardware"], node["metrics"], node.get("held", {})
+    first = (toned(node["state"], TONES.get(node["state"], "still")), node["mode"], shape_of(node["plan"]))
+    if node["state"] == "lost":
+        return (*first, "-", "-", "-", "-")
+    gpus = zip(hardware["gpus"], load["gpu"], load["gpu_memory_used"], strict=False)
+    bars = [each for gpu, busy, used in gpus for each in (bar(busy / 100, f"{busy}%"), _filled(used, gpu["memory"]))]
+    return (
+        *first,
+        bar(load["cpu"] / 100, f"{load['cpu']:.0f}% of {count(hardware['cpus'], 'core')}"),
+        _filled(load["memory_used"], hardware["memory"]),
+        f"{format_bytes(held['nbytes'])} in {count(held['keys'], 'key')}" if held.get("keys") else "-",
+        stacked(bars) if bars else str(len(hardware["gpus"]) or "-"),
+    )
+
+
+def _filled(used: int, whole: int) -> Markup:
+    """Return a bar of memory."""
+    return bar(used / whole if whole else 0.0, f"{format_bytes(used)} of {format_bytes(whole)}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -138,6 +152,11 @@ class Report:
         How long all of it took.
     dry_run
         Whether it was only planned.
+
+    Examples
+    --------
+    >>> Report("uniform", {}, seconds=0.5).summary()
+    'uniform: 0 nodes, 0 keys (0 B) moved, 0.50 s'
     """
 
     mode: str
@@ -205,8 +224,7 @@ class Report:
         return "\n".join([self.summary(), text_table(self.header(), self.rows()), *self.notes()])
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes())
-        return f"<p>{html.escape(self.summary())}</p>{html_table(self.header(), self.rows())}{notes}"
+        return page(paragraph(self.summary()), html_table(self.header(), self.rows()), *map(paragraph, self.notes()))
 
     @classmethod
     def parse(cls, answer: Mapping[str, Any]) -> Report:

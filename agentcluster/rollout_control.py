@@ -6,7 +6,16 @@ from typing import Any
 
 
 class RolloutControl:
-    """Watches and steers the rollout of a cluster. Each method is awaitable when the cluster is asynchronous."""
+    """Watches and steers the rollout of a cluster. Each method is awaitable when the cluster is asynchronous.
+
+    Examples
+    --------
+    >>> report = cluster.reprovision("uniform", {"nthreads": 1, "nworkers": 1, "memory_limit": "500 MiB"})
+    >>> cluster.rollout.status()              # None: it has ended
+    >>> report = cluster.rollout.undo()
+    >>> report.nodes["local"].outcome
+    'changed'
+    """
 
     def __init__(self, cluster: Any) -> None:
         self._cluster = cluster

@@ -30,6 +30,7 @@ LAYERS = {
     "report": 3,
     "landing": 1,
     "given": 2,
+    "markup": 2,
     "placement": 3,
     "prefork": 4,
     "progress": 4,
@@ -61,7 +62,7 @@ LAYERS = {
     "orders": 6,
     "credentials": 4,
     "addresses": 4,
-    "widget": 4,
+    "widget": 5,
     "launch": 4,
     "supervisor": 5,
     "entries": 5,
@@ -75,6 +76,7 @@ LAYERS = {
     "adaptive": 9,
     "alone": 11,
     "elasticity": 10,
+    "display": 10,
     "operations": 11,
     "agent": 12,
     "cluster": 12,
@@ -85,7 +87,7 @@ LAYERS = {
 IMPORTERS = {
     "asyncssh": {"launch.ssh"},
     "pynvml": {"hardware"},
-    "ipywidgets": {"widget"},
+    "ipywidgets": {"widget", "widget.part", "widget.change", "widget.scaling", "widget.logs"},
     "distributed.nanny": {"supervisor", "modes.classes"},
     "distributed.Nanny": {"supervisor", "modes.classes"},
 }

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from agentcluster.markup import html_table, text_table
 from agentcluster.model import Gpu, Hardware, Mode, NodeReport, WorkerSpec, pickled
 from agentcluster.registry import Registry
-from agentcluster.report import Nodes, Report, html_table, text_table
+from agentcluster.report import Nodes, Report
 
 GIB = 2**30
 STEPS = ("start", "drain", "retire", "stop")
@@ -24,6 +25,7 @@ class Cells(html.parser.HTMLParser):
         self.rows: list[list[str]] = []
         self.tags: set[str] = set()
         self.text = ""
+        self._in_cell = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
@@ -32,10 +34,15 @@ class Cells(html.parser.HTMLParser):
             self.rows.append([])
         elif tag in ("td", "th"):
             self.rows[-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._in_cell = False
 
     def handle_data(self, data: str) -> None:
         self.text += data
-        if self.rows and self.rows[-1] and self.lasttag in ("td", "th"):
+        if self._in_cell:
             self.rows[-1][-1] += data
 
 
@@ -99,13 +106,23 @@ def test_nodes_are_a_mapping_with_a_table_as_repr() -> None:
     assert repr(Nodes()) == "node  state  mode  workers  cores  memory  GPUs"
 
 
-def test_nodes_in_html_show_the_same_and_escape_it() -> None:
-    nodes = Nodes({EVIL: snapshot([], name=EVIL, problem=EVIL), "b": snapshot([])})
+def test_nodes_in_html_have_bars_and_are_escaped() -> None:
+    busy = snapshot([cpu(nthreads=4)], ngpus=2)
+    busy["metrics"] = {"cpu": 95.0, "memory_used": 16 * GIB, "gpu": [10, 75], "gpu_memory_used": [0, 141 * GIB]}
+    busy["held"] = {"keys": 1, "nbytes": 3 * GIB}
+    lost = {**snapshot([]), "state": "lost"}
+    nodes = Nodes({EVIL: snapshot([], name=EVIL, problem=EVIL), "b": busy, "c": lost})
     text = nodes._repr_html_()
     cells = Cells(text)
-    assert cells.rows == [list(Nodes.HEADER), *map(list, nodes.rows())]
-    assert cells.tags == {"table", "tr", "th", "td", "p"}
+    gpus = "10%0 B of 141.00 GiB75%141.00 GiB of 141.00 GiB"
+    load = ["95% of 16 cores", "16.00 GiB of 64.00 GiB", "3.00 GiB in 1 key", gpus]
+    assert cells.rows[0] == list(Nodes.HTML_HEADER)
+    assert cells.rows[1][0] == EVIL
+    assert cells.rows[2] == ["b", "\N{BLACK CIRCLE}\N{NO-BREAK SPACE}ready", "auto-cpu", "1 x 4 threads", *load]
+    assert cells.rows[3][-4:] == ["-"] * 4
+    assert "script" not in cells.tags
     assert text.count("&lt;script&gt;") == 3
+    assert "width:95%;background:#d64541" in text
     assert "<p>" not in Nodes({"b": snapshot([])})._repr_html_()
 
 
@@ -211,4 +228,4 @@ def test_a_report_in_html_is_escaped() -> None:
     node = NodeReport(EVIL, EVIL, old=(EVIL,), because=EVIL, bound=(EVIL,))
     cells = Cells(Report(EVIL, {EVIL: node}, seconds=1)._repr_html_())
     assert cells.rows[1][:4] == [EVIL, EVIL, "unchanged", EVIL]
-    assert cells.tags == {"p", "table", "tr", "th", "td"}
+    assert cells.tags == {"div", "style", "p", "table", "tr", "th", "td"}

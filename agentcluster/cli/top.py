@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from agentcluster.cli.reach import AS_JSON, Connection, operates, printed
+from agentcluster.markup import count
 from agentcluster.progress import reckon
-from agentcluster.report import count, shape_of
+from agentcluster.report import shape_of
 
 #: State -> how it is shown.
 STYLES = {

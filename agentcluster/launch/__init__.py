@@ -32,7 +32,7 @@ _ADDRESS = re.compile(rf"(?:tcp|tls)://(?:\[(?P<v6>[^\s\]]+)\]|(?P<host>{_PART})
 
 @dataclass(frozen=True)
 class Host:
-    """A host that is reached by SSH, with its own options.
+    """A host that is reached by SSH, or ``local``, this machine; with its own options.
 
     Attributes
     ----------
@@ -74,6 +74,8 @@ class Host:
         _check_text(self, "user", _PART)
         _check_text(self, "name", r"\S(.*\S)?")
         _check_text(self, "remote_python", r".*\S.*")
+        if self.host == "local" and (self.user is not None or self.port is not None):
+            raise ConfigError(f"Host('local', user={self.user!r}, port={self.port!r}): this machine has neither")
         if self.port is not None and (type(self.port) is not int or not 0 < self.port < 65536):
             raise ConfigError(f"Host({self.host!r}): port {self.port!r} is not a number from 1 to 65535", key="port")
         if not isinstance(self.connect_options, Mapping):
@@ -98,6 +100,12 @@ class Host:
         ------
         ConfigError
             When it has none of the allowed forms, which the message names.
+
+        Examples
+        --------
+        >>> host = Host.parse("user@gpu-1:2222")
+        >>> host.user, host.host, host.port
+        ('user', 'gpu-1', 2222)
         """
         if "://" in text:
             raise ConfigError(
@@ -160,7 +168,7 @@ def launchers_for(
     pythons = _per_host(remote_python, str, len(items), "remote_python")
     launchers = []
     for item, name, own_options, python in zip(parsed, _names(parsed), options, pythons, strict=True):
-        if isinstance(item, Host):
+        if isinstance(item, Host) and item.host != "local":
             item = dataclasses.replace(
                 item,
                 name=name,
@@ -254,6 +262,10 @@ def _default_name(item: str | Host) -> str:
 
 
 def _launcher(item: Any, name: str) -> Launcher:
+    if isinstance(item, Host) and item.host == "local":
+        from agentcluster.launch.local import LocalLauncher
+
+        return LocalLauncher(name, item.remote_python, item.env, standby=item.standby, labels=item.labels)
     if isinstance(item, Host):
         from agentcluster.launch.ssh import SSHLauncher
 

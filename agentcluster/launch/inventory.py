@@ -82,6 +82,11 @@ def expanded(text: str, place: str) -> list[str]:
         Hosts with commas between them, with ranges in brackets; a range such as ``[01-10]`` keeps its zeros.
     place
         Where it stands, for messages. The brackets of an IPv6 address stay.
+
+    Examples
+    --------
+    >>> expanded("gpu-[1-3,07],login", "hosts")
+    ['gpu-1', 'gpu-2', 'gpu-3', 'gpu-07', 'login']
     """
     found: list[str] = []
     for part in re.split(r",(?![^\[]*\])", text):

@@ -65,6 +65,11 @@ def parse(mode: str | Mode, config: Mapping[str, Any] | str | None = None) -> Mo
     ------
     ConfigError
         For an unknown mode, an unknown option, or a value that is not allowed.
+
+    Examples
+    --------
+    >>> parse("uniform", {"nthreads": 2, "memory_limit": "8 GiB"})
+    Mode(name='uniform', config={'nthreads': 2, 'memory_limit': '8 GiB'})
     """
     if isinstance(mode, Mode):
         if config is not None and mode.config:

@@ -1,0 +1,118 @@
+"""Tables and bars, as text and as HTML that fits a light page and a dark one.
+
+Pure rendering: what is in them comes from the callers. A cell that is plain text is escaped.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+#: What a bar or a word says by its colour; each can be told from light and from dark ground.
+COLOURS = {"good": "#2e9e5b", "busy": "#d08a00", "bad": "#d64541", "calm": "#3b82c4", "still": "#8a8f98"}
+
+Tone = Literal["good", "busy", "bad", "calm", "still"]
+
+#: Part of a bar from which it is shown as busy, and as bad.
+BUSY, FULL = 0.7, 0.9
+
+_STYLE = """<style>
+.agentcluster {line-height: 1.45; font-size: 13px}
+.agentcluster table {border-collapse: collapse; margin: 4px 0; color: inherit; font-size: inherit}
+.agentcluster th, .agentcluster td {text-align: left !important; vertical-align: top; padding: 2px 14px 2px 0}
+.agentcluster th {border-bottom: 1px solid rgba(128, 128, 128, .5); font-weight: 600}
+.agentcluster th, .agentcluster .scroll td {white-space: nowrap}
+.agentcluster p {margin: 3px 0; line-height: inherit}
+.agentcluster pre {margin: 3px 0; white-space: pre-wrap; color: inherit; background: none; font-size: 12px}
+.agentcluster .scroll {max-height: 420px; overflow: auto}
+.agentcluster .bar {position: relative; min-width: 120px; margin-bottom: 2px; border-radius: 3px;
+  background: rgba(128, 128, 128, .22); overflow: hidden}
+.agentcluster .bar i {position: absolute; left: 0; top: 0; bottom: 0; opacity: .55}
+.agentcluster .bar span {position: relative; display: block; padding: 0 6px; white-space: nowrap; font-size: 12px}
+</style>"""
+
+
+class Markup(str):
+    """HTML, as it is to stand on the page."""
+
+    __slots__ = ()
+
+
+def escaped(text: str) -> Markup:
+    """Return HTML that shows a text; what is HTML already stays as it is."""
+    return text if isinstance(text, Markup) else Markup(html.escape(text))
+
+
+def page(*parts: str) -> Markup:
+    """Return parts, one below the other, with the style that they need."""
+    return Markup(f"<div class='agentcluster'>{_STYLE}{''.join(map(escaped, parts))}</div>")
+
+
+def paragraph(text: str) -> Markup:
+    """Return a paragraph."""
+    return Markup(f"<p>{escaped(text)}</p>")
+
+
+def scrolled(content: str) -> Markup:
+    """Return what can be scrolled where it is long."""
+    return Markup(f"<div class='scroll'>{escaped(content)}</div>")
+
+
+def preformatted(text: str) -> Markup:
+    """Return lines as they are."""
+    return Markup(f"<pre>{escaped(text)}</pre>")
+
+
+def toned(text: str, tone: Tone) -> Markup:
+    """Return a text with a dot of a colour before it."""
+    return Markup(f"<span style='color:{COLOURS[tone]}'>&#9679;</span>&nbsp;{escaped(text)}")
+
+
+def bar(part: float, says: str, tone: Tone | None = None) -> Markup:
+    """Return a bar with words in it.
+
+    Parameters
+    ----------
+    part
+        How full it is, of 1.
+    says
+        The words.
+    tone
+        Its colour; None for one that says how full it is.
+    """
+    part = min(max(part, 0.0), 1.0)
+    if tone is None:
+        tone = "bad" if part >= FULL else "busy" if part >= BUSY else "good"
+    return Markup(
+        f"<div class='bar'><i style='width:{part:.0%};background:{COLOURS[tone]}'></i>"
+        f"<span>{escaped(says)}</span></div>"
+    )
+
+
+def stacked(parts: Iterable[str]) -> Markup:
+    """Return parts of one cell, one below the other."""
+    return Markup("".join(map(escaped, parts)))
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
+    """Return an HTML table."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return Markup(f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>")
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return an aligned table."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def count(number: int, what: str) -> str:
+    """Say a number of things: ``1 node``, ``2 nodes``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
