@@ -8,7 +8,9 @@ One :class:`AgentPlugin` lives in a scheduler, however many agents ask for it. I
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -77,6 +79,8 @@ class AgentPlugin(Hearing, SchedulerPlugin):
         scheduler.handlers.update({call: getattr(self, call) for call in CALLS})
         self._spawn(self._expire(), "expire nodes")
         metrics.publish(scheduler, self.registry, self.changes.tally)
+        if "distributed.dashboard.scheduler" in sys.modules:  # what dask draws with is here, it need not be imported
+            importlib.import_module("agentcluster.dashboard").publish(scheduler, self.registry, self._held)
 
     async def before_close(self) -> None:
         """End what the plugin started; called when the scheduler closes."""
