@@ -214,8 +214,8 @@ class Operations(Display, Elasticity):
 
         Examples
         --------
-        >>> from agentcluster.launch.local import LocalLauncher
-        >>> cluster.add_host(LocalLauncher("second"))
+        >>> from agentcluster import Host
+        >>> cluster.add_host(Host("local", name="second"))
         'second'
         >>> cluster.remove_host("second")
         """

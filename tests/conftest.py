@@ -85,7 +85,7 @@ def _check(predicate: Callable[[], Any], deadline: float, timeout: float) -> Non
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what takes a Slurm of its own, as root, or minutes under another tool, unless it is asked for."""
-    for mark in ("slurm", "deploy"):
+    for mark in ("slurm", "deploy", "browser", "notebook"):
         for item in items if mark not in config.option.markexpr else ():
             if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=f"run by: pytest -m {mark}"))
