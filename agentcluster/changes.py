@@ -370,7 +370,10 @@ def _decided(wishes: Mapping[str, tuple[Mode, allocate.Change]]) -> str:
 def _listed(short: Mapping[str, int]) -> str:
     """Name amounts, as in "2 gpu, 8 cpu"."""
     sizes = {key: format_bytes(value) if key == "memory" else str(value) for key, value in short.items()}
-    return ", ".join(f"{size} {'of memory' if key == 'memory' else key}" for key, size in sizes.items())
+    words = {key: key.removesuffix("s") if number == 1 else key for key, number in short.items()} | {
+        "memory": "of memory"
+    }
+    return ", ".join(f"{size} {words[key]}" for key, size in sizes.items())
 
 
 def _without(node: Node, leaving: Iterable[str]) -> allocate.Change:

@@ -17,6 +17,7 @@ from agentcluster import modes
 from agentcluster.calling_up import called_up
 from agentcluster.errors import ConfigError, ModeRefused
 from agentcluster.fitting import Fit, fitted
+from agentcluster.markup import count
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.needs import Asked, Need, Seat, Spot
 from agentcluster.registry import Node
@@ -260,7 +261,7 @@ def wants(need: Need) -> str:
     """Say what tasks need, as in "60 'train' tasks need GPU=1"."""
     what = ", ".join(f"{name}={amount:g}" for name, amount in sorted(need.resources.items())) or "any worker"
     if not need.tasks:
-        return f"a request for {need.slots} tasks with {what}"
+        return f"a request for {count(need.slots, 'task')} with {what}"
     return f"{need.tasks} {need.name!r} tasks need {what}" if need.tasks > 1 else f"a {need.name!r} task needs {what}"
 
 

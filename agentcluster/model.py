@@ -214,8 +214,8 @@ class NodeReport:
     mode
         Name of the mode that it was to have.
     outcome
-        ``changed``, ``unchanged`` (not reached, or planned only), ``failed`` (it has its old workers, unless the error
-        says otherwise) or ``rolled back``.
+        ``changed``, ``unchanged`` (planned only, not reached, or right as it was), ``failed`` (it has its old workers,
+        unless the error says otherwise) or ``rolled back``.
     strategy, because
         Whether new workers came before old ones went (``surge``) or after (``replace``), and why they could not before.
     old, new

@@ -80,7 +80,8 @@ class Operations(Display, Elasticity):
         Parameters
         ----------
         mode : str, Mode or mapping
-            The mode, or a mapping from node name to mode.
+            The mode, or a mapping from node name to mode; that is one rollout after the other, of which undo knows the
+            last.
         config : mapping or str, optional
             The mode's options.
         nodes : str, list of str, or callable, optional
@@ -249,7 +250,7 @@ class Operations(Display, Elasticity):
         ------
         NodeNotFound
             When there is no such node.
-        SwapError
+        PreflightError, SwapError
             When its data has nowhere to go; the node stays as it was.
         """
         return self.sync(self._remove_host, name)

@@ -79,8 +79,16 @@ class AgentPlugin(Hearing, SchedulerPlugin):
         scheduler.handlers.update({call: getattr(self, call) for call in CALLS})
         self._spawn(self._expire(), "expire nodes")
         metrics.publish(scheduler, self.registry, self.changes.tally)
-        if "distributed.dashboard.scheduler" in sys.modules:  # what dask draws with is here, it need not be imported
-            importlib.import_module("agentcluster.dashboard").publish(scheduler, self.registry, self._held)
+        self._show()
+
+    def _show(self) -> None:
+        """Add the Nodes page where dask has a dashboard; that it cannot be drawn is no reason to have no nodes."""
+        if "distributed.dashboard.scheduler" not in sys.modules:  # what would draw it was not imported for dask either
+            return
+        try:
+            importlib.import_module("agentcluster.dashboard").publish(self.scheduler, self.registry, self._held)
+        except Exception as error:  # of another bokeh, or another dask
+            logger.warning("The dashboard has no page for nodes: %s", error)
 
     async def before_close(self) -> None:
         """End what the plugin started; called when the scheduler closes."""

@@ -296,7 +296,9 @@ class Rolling:
             return "rolled back"
         if name in self.rollout.failed:
             return "failed"
-        return "changed" if name in self.rollout.changed else "unchanged"
+        proposal = self.proposals[name]
+        same = not proposal.change.go and not proposal.change.come and proposal.mode == self.before[name].mode
+        return "changed" if name in self.rollout.changed and not same else "unchanged"
 
     def _error(self, report: dict[str, Any]) -> SwapError:
         changed = [name for name in self.proposals if self.outcome(name) == "changed"]

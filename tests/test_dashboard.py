@@ -6,17 +6,19 @@ import asyncio
 import json
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import wait_until
 from distributed import Client, Scheduler
+from programs import AGENT, SCHEDULER_WITHOUT, programs, start_scheduler
 
 from agentcluster import AgentCluster, Host, dask_setup
 from agentcluster.timeline import Span, decisions, spans
 
 pytest.importorskip("bokeh", reason="bokeh is not installed (extra 'dashboard')")
-from agentcluster import dashboard  # noqa: E402
+from agentcluster import dashboard
 
 SMALL = {"nworkers": 2, "nthreads": 1, "memory_limit": "256MiB"}
 
@@ -128,3 +130,20 @@ async def test_a_scheduler_without_a_dashboard() -> None:
     async with Scheduler(dashboard=False, dashboard_address=None, port=0) as scheduler:
         await dask_setup(scheduler)
         assert "agentcluster" in scheduler.extensions
+
+
+async def test_a_scheduler_that_gets_the_package_from_an_agent(tmp_path: Path) -> None:
+    with programs(tmp_path) as start:
+        board = ("--dashboard", "--dashboard-address", "127.0.0.1:0")
+        scheduler, address = await start_scheduler(start, tmp_path, *board, command=SCHEDULER_WITHOUT)
+        base = (await scheduler.says("dashboard at:")).split()[-1].removesuffix("/status")
+        start(*AGENT, address, "--mode", "none", "--name", "box")
+        async with Client(address, asynchronous=True) as client:
+
+            async def joined() -> bool:
+                nodes = await client.scheduler.get_nodes()
+                return bool(nodes) and nodes["box"]["state"] == "standby"
+
+            await wait_until(joined, 30)
+            assert "<html" in await asyncio.to_thread(fetched, f"{base}/nodes")
+        assert "The dashboard has no page" not in scheduler.output()

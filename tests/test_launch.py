@@ -267,6 +267,14 @@ def test_host_checks_its_fields(change: dict[str, Any], key: str) -> None:
     assert "secret" not in str(caught.value)
 
 
+def test_this_machine_has_no_user_and_no_port() -> None:
+    (launcher,) = launchers_for(Host("local", name="a", env={"X": "1"}, standby=True), remote_python="/no/such/python")
+    assert (type(launcher), launcher.name, launcher.standby) == (LocalLauncher, "a", True)
+    for options in ({"user": "me"}, {"port": 22}):
+        with pytest.raises(ConfigError, match="this machine has neither"):
+            Host("local", **options)
+
+
 def test_host_keeps_secrets_out_of_the_repr() -> None:
     assert "secret" not in repr(Host("gpu-1", connect_options={"password": "secret"}, env={"TOKEN": "secret"}))
 
@@ -288,6 +296,7 @@ class _Own(LocalLauncher):
         (["me@gpu-1", "gpu-1:2222", "[::1]:22"], ["gpu-1", "gpu-1.2", "::1"]),
         (["tcp://10.0.0.5:8790", "tls://10.0.0.5:8791", "tls://[::1]:1"], ["10.0.0.5", "10.0.0.5.2", "::1"]),
         (["local", _Own("local")], ["local.2", "local"]),
+        ([Host("local", name="a"), "local", Host("local")], ["a", "local", "local.2"]),
         (["local", "local", Host("x", name="local.2")], ["local", "local.3", "local.2"]),
         (iter(["a", "b"]), ["a", "b"]),
     ],
