@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from bokeh.layouts import column, row
@@ -16,7 +16,7 @@ from bokeh.models import BasicTicker, ColumnDataSource, DataRange1d, DatetimeTic
 from bokeh.models.widgets.markups import Div
 from bokeh.plotting import figure
 from bokeh.server.tornado import BokehTornado
-from dask.utils import format_bytes
+from dask.utils import format_bytes, natural_sort_key
 from distributed import Scheduler
 from distributed.dashboard.components import add_periodic_callback
 from distributed.dashboard.components.scheduler import BOKEH_THEME, env
@@ -43,6 +43,9 @@ LOAD = {"CPU": ("#2e9e5b", -0.3), "memory": ("#d08a00", -0.1), "GPU": ("#76b900"
 
 #: Milliseconds between two looks.
 INTERVAL = 500
+
+#: Milliseconds that a plot over time shows at least.
+SPAN = 10_000
 
 #: Pixels of a node, and of a plot beside its nodes.
 LINE, FRAME = 26, 110
@@ -96,12 +99,12 @@ class NodesPlot:
     def update(self) -> None:
         """Show what is true now."""
         data = self._data()
-        names = [*self.registry.nodes][::-1]
+        names = _downwards(self.registry.nodes)
         if names != self.names.factors:
             self.names.factors = names
             self.figure.height = self.busy.height = FRAME + LINE * max(3, len(names))
         widest = max((len(node.plan.workers) for node in self.registry.nodes.values()), default=0)
-        self.figure.x_range.end = max(2.0, widest * 1.6)  # room for the words beside the longest bar
+        self.figure.x_range.end = 2.6 * max(1, widest)  # room for the words beside the longest bar
         for source, new in zip((self.workers, self.load, self.words), data, strict=True):
             if new != source.data:
                 source.data = new
@@ -196,7 +199,7 @@ class Rollouts:
         data = self._data(found)
         if data == self.source.data:
             return
-        names = [*dict.fromkeys(span.node for span in found)][::-1]
+        names = _downwards({span.node for span in found})
         if names != self.names.factors:
             self.names.factors = names
             self.root.height = FRAME + LINE * max(3, len(names))
@@ -250,11 +253,13 @@ class Decisions:
         """Show what the scheduler's events tell."""
         found = decisions(self.scheduler.get_events(TOPIC))
         points = self._points(found)
-        if points == self.points.data:
-            return
-        self.points.data = points
-        for kind, source in self.sources.items():
-            source.data = {"when": points["when"], "number": [_number(each["workers"], kind) for each in found]}
+        if points != self.points.data:
+            self.points.data = points
+        if found:
+            now = 1000 * int(time.time())  # what was decided last still holds
+            for kind, source in self.sources.items():
+                numbers = [_number(each["workers"], kind) for each in (*found, found[-1])]
+                source.data = {"when": [*points["when"], max(now, points["when"][-1])], "number": numbers}
 
     def _points(self, found: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         rows = [
@@ -271,6 +276,11 @@ def _number(workers: Mapping[str, int], kind: str) -> int:
     if kind != "other":
         return workers.get(kind, 0)
     return sum(number for name, number in workers.items() if name not in KINDS)
+
+
+def _downwards(names: Iterable[str]) -> list[str]:
+    """Return names for an axis that goes upwards."""
+    return sorted(names, key=natural_sort_key, reverse=True)
 
 
 def _figure(title: str, names: FactorRange, label: str | None, **settings: Any) -> Any:

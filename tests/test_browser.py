@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import psutil
@@ -52,7 +53,7 @@ PANEL = ".agentcluster-panel"
 def test_the_panel(tmp_path: Path, theme: str) -> None:
     with (
         jupyterlab(tmp_path / "lab", theme=f"JupyterLab {theme.title()}", notebook=CELLS) as lab,
-        chromium(tmp_path, (1280, 1000)) as browser,
+        chromium(tmp_path, (1400, 1000)) as browser,
     ):
         lab.open(browser, "n.ipynb")
         lab.run_all(browser)
@@ -117,7 +118,7 @@ def _command(process: psutil.Process) -> str:
 
 
 def test_the_nodes_page(tmp_path: Path) -> None:
-    hosts = [Host("local", name="box-1"), Host("local", name="box-2")]
+    hosts = [Host("local", name=f"box-{number}") for number in (1, 2, 3)]
     options = {"dashboard_address": "127.0.0.1:0"}
     with (
         AgentCluster(hosts=hosts, config=SMALL, scheduler_options=options) as cluster,
@@ -129,10 +130,13 @@ def test_the_nodes_page(tmp_path: Path) -> None:
         browser.wait(DRAWN, "Workers by kind")
         kept = client.scatter(list(range(100)), hash=False)
         cluster.reprovision("uniform", {"nthreads": 1, "memory_limit": "300MiB"}, max_parallel=1)
-        adaptive = cluster.adapt(minimum=1, interval="200ms")
         browser.wait(f"{SOURCES}.some(data => data.rollout?.includes('uniform') && data.step.includes('retire'))")
-        browser.wait(f"{SOURCES}.some(data => data.decided?.includes('begins'))")
         browser.wait(f"{SOURCES}.some(data => data.mode?.every(mode => mode === 'uniform'))")
+        cluster.scale(1)
+        adaptive = cluster.adapt(minimum=1, maximum=5, interval="500ms", target_duration="1s")
+        client.gather(client.map(time.sleep, [0.25] * 24, pure=False))
+        browser.wait(f"{SOURCES}.some(data => data.decided?.some(each => each.includes(': +')))")
+        browser.wait(f"{SOURCES}.some(data => data.decided?.some(each => each.includes(': -')))")
         browser.picture("nodes-page")
         adaptive.stop()
         assert client.gather(kept) == list(range(100))
