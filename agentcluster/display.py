@@ -8,6 +8,7 @@ from typing import Any
 
 import dask
 from dask.utils import parse_timedelta
+from distributed.core import Status
 from distributed.deploy.cluster import Cluster
 from distributed.utils import Log, Logs
 from tornado.ioloop import PeriodicCallback
@@ -68,7 +69,10 @@ class Display(Cluster):
                 if error.name != "ipywidgets":
                     raise
                 return None
-            self.loop.add_callback(self._keep_panel)
+            if self.status in (Status.closing, Status.closed, Status.failed):
+                self._close_panel()
+            else:
+                self.loop.add_callback(self._keep_panel)
         return self._panel.root
 
     async def _keep_panel(self) -> None:

@@ -205,6 +205,14 @@ def test_a_closed_cluster_says_so() -> None:
     assert all(each.disabled for each in screen.all("Reprovision") if isinstance(each, ipywidgets.Button))
 
 
+def test_a_panel_that_is_first_shown_when_the_cluster_is_closed() -> None:
+    with AgentCluster(**OPTIONS) as cluster:
+        pass
+    screen = Screen(cluster)
+    assert "closed" in screen.header.value
+    assert screen.named("Scale", "Scale").disabled
+
+
 def test_a_lost_scheduler_is_said() -> None:
     dask.config.set({"distributed.comm.timeouts.connect": "1s"})
     with AgentCluster(scheduler="local", **{**OPTIONS, "scheduler_options": {"dashboard": False}}) as cluster:
