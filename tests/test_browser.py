@@ -65,7 +65,7 @@ def test_the_panel(tmp_path: Path, theme: str) -> None:
         browser.press(f"{PANEL} button", "Reprovision")
         browser.find(f"{PANEL} p", "uniform: 2 nodes, 100 keys .* moved")
         browser.find(f"{PANEL} table", r"box-1.*uniform.*1 x 2 threads, 1.00 GiB")
-        browser.picture(f"panel-{theme}")
+        browser.picture(f"panel-{theme}", PANEL)
         browser.press(f"{PANEL} .lm-TabBar-tab", "Logs")
         browser.press(f"{PANEL} button", "Show")
         browser.find(f"{PANEL} pre", "box-1")
@@ -102,11 +102,14 @@ def test_dask_s_sidebar(tmp_path: Path) -> None:
         browser.find(item, "Number of Workers: 1\n")
         rescale(("Minimum workers", "1"), ("Maximum workers", "2"), adaptive=True)
         browser.find(item, "Minimum Workers: 1\nMaximum Workers: 2")
-        workers = [each for each in psutil.Process().children(recursive=True) if "agentcluster" in _command(each)]
+        everything = psutil.Process().children(recursive=True)
+        agents = [each for each in everything if "agentcluster.cli" in _command(each)]
+        assert agents
+        workers = [child for agent in agents for child in agent.children(recursive=True)]
         assert workers
         browser.press(f"{item} button", "SHUTDOWN")
         browser.wait(f"return document.querySelector('{item}') === null")
-        _, left = psutil.wait_procs(workers, timeout=20)
+        _, left = psutil.wait_procs([*agents, *workers], timeout=20)
         assert [_command(each) for each in left] == []
 
 
