@@ -29,6 +29,8 @@ _STYLE = """<style>
 .agentcluster .bar {position: relative; min-width: 120px; margin-bottom: 2px; border-radius: 3px;
   background: rgba(128, 128, 128, .22); overflow: hidden}
 .agentcluster .bar i {position: absolute; left: 0; top: 0; bottom: 0; opacity: .55}
+.agentcluster .grid {display: grid; column-gap: 4px}
+.agentcluster .grid .bar {min-width: 58px}
 .agentcluster .bar span {position: relative; display: block; padding: 0 6px; white-space: nowrap; font-size: 12px}
 </style>"""
 
@@ -93,6 +95,11 @@ def bar(part: float, says: str, tone: Tone | None = None) -> Markup:
 def stacked(parts: Iterable[str]) -> Markup:
     """Return parts of one cell, one below the other."""
     return Markup("".join(map(escaped, parts)))
+
+
+def grid(parts: Sequence[str], columns: int) -> Markup:
+    """Return parts of one cell in so many columns."""
+    return Markup(f"<div class='grid' style='grid-template-columns:repeat({columns},auto)'>{stacked(parts)}</div>")
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:

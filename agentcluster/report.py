@@ -11,7 +11,7 @@ from typing import Any
 
 from dask.utils import format_bytes
 
-from agentcluster.markup import Markup, Tone, bar, count, html_table, page, paragraph, stacked, text_table, toned
+from agentcluster.markup import Markup, Tone, bar, count, grid, html_table, page, paragraph, text_table, toned
 from agentcluster.model import NodeReport, from_wire
 
 
@@ -61,6 +61,10 @@ TONES: Mapping[str, Tone] = {
     "lost": "bad",
     "refused": "bad",
 }
+
+
+#: GPUs of a node of which each has a line of its own.
+ROW = 2
 
 
 class Nodes(Mapping[str, Mapping[str, Any]]):
@@ -122,15 +126,20 @@ def _seen(node: Mapping[str, Any]) -> tuple[str, ...]:
     first = (toned(node["state"], TONES.get(node["state"], "still")), node["mode"], shape_of(node["plan"]))
     if node["state"] == "lost":
         return (*first, "-", "-", "-", "-")
-    gpus = zip(hardware["gpus"], load["gpu"], load["gpu_memory_used"], strict=False)
-    bars = [each for gpu, busy, used in gpus for each in (bar(busy / 100, f"{busy}%"), _filled(used, gpu["memory"]))]
+    gpus = [*zip(hardware["gpus"], load["gpu"], load["gpu_memory_used"], strict=False)]
+    bars = [each for gpu, busy, used in gpus for each in (bar(busy / 100, f"{busy}%"), _of_gpu(used, gpu["memory"]))]
     return (
         *first,
         bar(load["cpu"] / 100, f"{load['cpu']:.0f}% of {count(hardware['cpus'], 'core')}"),
         _filled(load["memory_used"], hardware["memory"]),
         f"{format_bytes(held['nbytes'])} in {count(held['keys'], 'key')}" if held.get("keys") else "-",
-        stacked(bars) if bars else str(len(hardware["gpus"]) or "-"),
+        grid(bars, 2 if len(gpus) <= ROW else 4) if bars else str(len(hardware["gpus"]) or "-"),
     )
+
+
+def _of_gpu(used: int, whole: int) -> Markup:
+    """Return a short bar of a GPU's memory."""
+    return bar(used / whole if whole else 0.0, f"{used / 2**30:.0f} GiB")
 
 
 def _filled(used: int, whole: int) -> Markup:

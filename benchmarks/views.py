@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import random
 import sys
 import time
@@ -44,11 +43,10 @@ def settle(registry: Any) -> None:
 def stir(registry: Any, chance: random.Random) -> None:
     """Change the load of all nodes."""
     for node in registry.nodes.values():
-        gpus = [chance.randrange(100) for _ in node.hardware.gpus]
+        busy = [chance.randrange(100) for _ in node.hardware.gpus]
+        taken = [percent * gpu.memory // 100 for percent, gpu in zip(busy, node.hardware.gpus, strict=True)]
         used = int(chance.random() * node.hardware.memory)
-        node.metrics = dataclasses.replace(
-            HostMetrics(), cpu=100 * chance.random(), memory_used=used, gpu=tuple(gpus), gpu_memory_used=tuple(gpus)
-        )
+        node.metrics = HostMetrics(100 * chance.random(), used, tuple(busy), tuple(taken))
 
 
 def tell(scheduler: Any) -> None:

@@ -114,7 +114,7 @@ def test_nodes_in_html_have_bars_and_are_escaped() -> None:
     nodes = Nodes({EVIL: snapshot([], name=EVIL, problem=EVIL), "b": busy, "c": lost})
     text = nodes._repr_html_()
     cells = Cells(text)
-    gpus = "10%0 B of 141.00 GiB75%141.00 GiB of 141.00 GiB"
+    gpus = "10%0 GiB75%141 GiB"
     load = ["95% of 16 cores", "16.00 GiB of 64.00 GiB", "3.00 GiB in 1 key", gpus]
     assert cells.rows[0] == list(Nodes.HTML_HEADER)
     assert cells.rows[1][0] == EVIL
