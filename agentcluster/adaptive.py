@@ -21,7 +21,7 @@ from distributed.deploy.adaptive import Adaptive
 
 from agentcluster import modes
 from agentcluster.decisions import Decision
-from agentcluster.errors import ConfigError, RolloutBusy
+from agentcluster.errors import ConfigError, RolloutBusy, one_line
 from agentcluster.given import bytes_in, time_in
 from agentcluster.model import Mode, to_wire
 from agentcluster.needs import Asked
@@ -287,7 +287,8 @@ class AgentAdaptive(Adaptive):
 
     async def _keep(self, saw: str, decided: str, why: str, took: float = 0.0) -> None:
         """Keep a decision, here and among the scheduler's events."""
-        decision = Decision(time.time(), saw, decided, why, took, self._workers())
+        workers = dict(sorted(self.cluster.nodes.kinds().items()))
+        decision = Decision(time.time(), saw, decided, why, took, workers)
         self.decisions.append(decision)
         with contextlib.suppress(OSError):  # a scheduler that is gone has said so already, or will
             await self.scheduler.log_event(topic=TOPIC, msg={"adapt": to_wire(decision)})
@@ -297,17 +298,9 @@ class AgentAdaptive(Adaptive):
         self._failures += 1
         wait = min(LONGEST_WAIT, (self.interval or 1.0) * 2**self._failures)
         self._not_before = time.monotonic() + wait
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = one_line(error)
         logger.warning("Adaptive scaling failed, the next try is in %.0f s: %s", wait, text)
         await self._keep("", "nothing", text)
-
-    def _workers(self) -> dict[str, int]:
-        """Return kind -> number of the cluster's workers."""
-        found: dict[str, int] = {}
-        for node in self.cluster.nodes.values():
-            for spec in node["plan"].values():
-                found[spec["kind"]] = found.get(spec["kind"], 0) + 1
-        return dict(sorted(found.items()))
 
 
 def _short(answer: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -25,9 +26,9 @@ from distributed.dashboard.scheduler import template_variables
 from distributed.http.scheduler.info import IndividualPlots
 from tornado.ioloop import IOLoop
 
-from agentcluster.markup import COLOURS, count, page, stacked, toned
+from agentcluster.markup import COLOURS, amounts, count, page, stacked, toned
 from agentcluster.registry import Node, Registry
-from agentcluster.report import TONES, shape_of
+from agentcluster.report import TONES, data_held, shape_of
 from agentcluster.rolling import TOPIC
 from agentcluster.timeline import decisions, spans
 
@@ -43,9 +44,6 @@ LOAD = {"CPU": ("#2e9e5b", -0.3), "memory": ("#d08a00", -0.1), "GPU": ("#76b900"
 
 #: Milliseconds between two looks.
 INTERVAL = 500
-
-#: Milliseconds that a plot over time shows at least.
-SPAN = 10_000
 
 #: Pixels of a node, and of a plot beside its nodes.
 LINE, FRAME = 26, 110
@@ -106,14 +104,11 @@ class NodesPlot:
         widest = max((len(node.plan.workers) for node in self.registry.nodes.values()), default=0)
         self.figure.x_range.end = 2.6 * max(1, widest)  # room for the words beside the longest bar
         for source, new in zip((self.workers, self.load, self.words), data, strict=True):
-            if new != source.data:
-                source.data = new
+            _put(source, new)
         self.summary.text = self._summary()
 
     def _summary(self) -> str:
-        states: dict[str, int] = {}
-        for node in self.registry.nodes.values():
-            states[node.state] = states.get(node.state, 0) + 1
+        states = Counter(node.state for node in self.registry.nodes.values())
         workers = sum(len(node.plan.workers) for node in self.registry.nodes.values())
         said = [toned(f"{number} {state} ", TONES[state]) for state, number in states.items()]
         return page(stacked([f"{count(len(self.registry.nodes), 'node')}, {count(workers, 'worker')}: ", *said]))
@@ -124,9 +119,7 @@ class NodesPlot:
         words: list[Mapping[str, Any]] = []
         for node in self.registry.nodes.values():
             about = self._about(node)
-            kinds: dict[str, int] = {}
-            for spec in node.plan.workers.values():
-                kinds[spec.kind] = kinds.get(spec.kind, 0) + 1
+            kinds = Counter(spec.kind for spec in node.plan.workers.values())
             left = 0
             for kind, number in sorted(kinds.items()):
                 edges = {"left": left, "right": left + number, "color": KINDS.get(kind, OTHER)}
@@ -142,13 +135,12 @@ class NodesPlot:
         )
 
     def _about(self, node: Node) -> dict[str, Any]:
-        held = self.held(node)
         return {
             "node": node.name,
             "state": node.state,
             "mode": node.plan.mode.name,
             "shape": shape_of({name: vars(spec) for name, spec in node.plan.workers.items()}),
-            "data": f"{format_bytes(held['nbytes'])} in {count(held['keys'], 'key')}",
+            "data": data_held(self.held(node)),
             "problem": node.problem or "-",
         }
 
@@ -253,20 +245,19 @@ class Decisions:
         """Show what the scheduler's events tell."""
         found = decisions(self.scheduler.get_events(TOPIC))
         points = self._points(found)
-        if points != self.points.data:
-            self.points.data = points
+        _put(self.points, points)
         if found:
             now = 1000 * int(time.time())  # what was decided last still holds
             for kind, source in self.sources.items():
                 numbers = [_number(each["workers"], kind) for each in (*found, found[-1])]
-                source.data = {"when": [*points["when"], max(now, points["when"][-1])], "number": numbers}
+                _put(source, {"when": [*points["when"], max(now, points["when"][-1])], "number": numbers})
 
     def _points(self, found: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         rows = [
             {"when": 1000 * each["when"], "number": sum(each["workers"].values())}
             | {"at": time.strftime("%H:%M:%S", time.localtime(each["when"]))}
             | {key: each[key] or "-" for key in ("saw", "decided", "why")}
-            | {"workers": ", ".join(f"{number} {kind}" for kind, number in each["workers"].items()) or "none"}
+            | {"workers": amounts(each["workers"])}
             for each in found
         ]
         return _columns(rows, ("when", "number", "at", "saw", "decided", "why", "workers"))
@@ -305,6 +296,12 @@ def _clock() -> DatetimeTickFormatter:
 
 def _whole_numbers() -> BasicTicker:
     return BasicTicker(min_interval=1, num_minor_ticks=0)
+
+
+def _put(source: ColumnDataSource, data: dict[str, list[Any]]) -> None:
+    """Draw from other data; what is the same is not sent again."""
+    if data != source.data:
+        source.data = data
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
@@ -350,7 +347,7 @@ PLOTS = {"individual-nodes": "Nodes", "individual-rollouts": "Rollouts", "indivi
 def publish(scheduler: Scheduler, registry: Registry, held: Held) -> None:
     """Add the page and the plots to a scheduler's dashboard, where it has one."""
     web = scheduler.http_application
-    pages = next((each for each in web.applications if isinstance(each, BokehTornado)), None)
+    pages = _pages(scheduler)
     if pages is None:
         return
     wide = {"sizing_mode": "stretch_width"}
@@ -376,12 +373,17 @@ def publish(scheduler: Scheduler, registry: Registry, held: Held) -> None:
     web.add_handlers(".*", [(path, _Listed, {"dask_server": scheduler})])
 
 
+def _pages(scheduler: Scheduler) -> Any:
+    """Return the application that has dask's own pages; None where there is no dashboard."""
+    return next((each for each in scheduler.http_application.applications if isinstance(each, BokehTornado)), None)
+
+
 class _Listed(IndividualPlots):
     """Dask's list of plots, which JupyterLab asks for, with ours."""
 
     def write(self, chunk: Any) -> None:
         """Add ours to what dask says."""
         if isinstance(chunk, dict):
-            prefix = next(each.prefix for each in self.server.http_application.applications if hasattr(each, "prefix"))
+            prefix = _pages(self.server).prefix
             chunk = chunk | {f"Individual {name}": f"{prefix}/{url}" for url, name in PLOTS.items()}
         super().write(chunk)

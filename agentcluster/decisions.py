@@ -9,7 +9,7 @@ from typing import Any
 
 from dask.utils import format_time
 
-from agentcluster.markup import html_table, page, text_table
+from agentcluster.markup import amounts, html_table, page, text_table
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class AdaptiveLog(Sequence[Decision]):
                 each.decided,
                 each.why,
                 format_time(each.took),
-                ", ".join(f"{count} {kind}" for kind, count in each.workers.items()) or "none",
+                amounts(each.workers),
             )
             for each in self._decisions
         ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from typing import Any
 
 import dask
@@ -76,8 +75,7 @@ class Display(Cluster):
         return self._panel.root
 
     async def _keep_panel(self) -> None:
-        settings: Mapping[str, Any] = {"default": "ms"}
-        interval = parse_timedelta(dask.config.get("distributed.deploy.cluster-repr-interval"), **settings)
+        interval = parse_timedelta(dask.config.get("distributed.deploy.cluster-repr-interval"), default="ms")
         await self._panel.update()
         keeper = self.periodic_callbacks["cluster-repr"] = PeriodicCallback(self._panel.update, interval * 1000)
         keeper.start()

@@ -71,6 +71,11 @@ def suggest(wrong: str, allowed: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}? Allowed: {listed}" if close else f"allowed: {listed}"
 
 
+def one_line(error: BaseException) -> str:
+    """Return what an error says in one line, or its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _rebuild(cls: type[AgentClusterError], args: tuple[Any, ...], state: dict[str, Any]) -> AgentClusterError:
     # `cls.__new__` is that of the first builtin in the order of bases, which an OSError's memory does not fit.
     builtin = OSError if issubclass(cls, OSError) else Exception

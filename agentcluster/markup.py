@@ -6,7 +6,7 @@ Pure rendering: what is in them comes from the callers. A cell that is plain tex
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 #: What a bar or a word says by its colour; each can be told from light and from dark ground.
@@ -118,6 +118,11 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def amounts(numbers: Mapping[str, int]) -> str:
+    """Say numbers of kinds of things: ``2 cpu, 1 gpu``, or ``none``."""
+    return ", ".join(f"{number} {kind}" for kind, number in numbers.items()) or "none"
 
 
 def count(number: int, what: str) -> str:

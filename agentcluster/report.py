@@ -5,6 +5,7 @@ Pure rendering; the values come from :mod:`agentcluster.model` and from ``get_no
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,10 @@ class Nodes(Mapping[str, Mapping[str, Any]]):
     def __len__(self) -> int:
         return len(self._snapshots)
 
+    def kinds(self) -> Counter[str]:
+        """Return kind -> number of workers."""
+        return Counter(spec["kind"] for node in self._snapshots.values() for spec in node["plan"].values())
+
     def rows(self) -> list[tuple[str, ...]]:
         """Return one row of text per node."""
         return [
@@ -132,9 +137,14 @@ def _seen(node: Mapping[str, Any]) -> tuple[str, ...]:
         *first,
         bar(load["cpu"] / 100, f"{load['cpu']:.0f}% of {count(hardware['cpus'], 'core')}"),
         _filled(load["memory_used"], hardware["memory"]),
-        f"{format_bytes(held['nbytes'])} in {count(held['keys'], 'key')}" if held.get("keys") else "-",
+        data_held(held) if held.get("keys") else "-",
         grid(bars, 2 if len(gpus) <= ROW else 4) if bars else str(len(hardware["gpus"]) or "-"),
     )
+
+
+def data_held(held: Mapping[str, int]) -> str:
+    """Say what a node's workers hold: ``1.00 GiB in 3 keys``."""
+    return f"{format_bytes(held['nbytes'])} in {count(held['keys'], 'key')}"
 
 
 def _of_gpu(used: int, whole: int) -> Markup:

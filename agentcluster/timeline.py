@@ -6,7 +6,7 @@ Pure: times are those of the events, in seconds since the epoch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 #: Steps after which a node has nothing to do in a rollout any more, or has not begun.
@@ -35,10 +35,6 @@ class Span:
     began: float
     ended: float | None = None
 
-    def until(self, now: float) -> Span:
-        """Return it as ended."""
-        return Span(self.rollout, self.node, self.step, self.began, now)
-
 
 def spans(events: Iterable[Event]) -> list[Span]:
     """Return the steps of all rollouts that events tell of, in the order in which they began."""
@@ -48,7 +44,7 @@ def spans(events: Iterable[Event]) -> list[Span]:
     def end(key: tuple[float, str], when: float) -> None:
         if key in lasting:
             place = lasting.pop(key)
-            found[place] = found[place].until(when)
+            found[place] = replace(found[place], ended=when)
 
     for when, event in events:
         if "rollout" not in event:

@@ -26,7 +26,7 @@ from agentcluster.addresses import PORT_OPTIONS, room
 from agentcluster.agent import Agent, seconds
 from agentcluster.cli import cuda, spec
 from agentcluster.cli.options import FLAGS, FOR_WORKERS, OURS, SECTIONS, SHAPE
-from agentcluster.errors import AgentClusterError, ConfigError, suggest
+from agentcluster.errors import AgentClusterError, ConfigError, one_line, suggest
 from agentcluster.logs import log_to_stderr, quiet_ends
 from agentcluster.model import Mode
 from agentcluster.modes import names, parse
@@ -100,7 +100,7 @@ def main(context: click.Context, /, **options: Any) -> None:
     try:
         asyncio_run(_run(arguments, notify), loop_factory=get_loop_factory())
     except (AgentClusterError, OSError, TimeoutError) as error:
-        click.echo(f"dask-agent: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+        click.echo(f"dask-agent: {one_line(error)}", err=True)
         if isinstance(error, TimeoutError):
             logger.info("Timed out starting worker")
             # As `dask worker`, and as `dask cuda worker`.

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable
 from typing import Any
 
-from agentcluster.errors import LaunchError, LaunchTimeout
+from agentcluster.errors import LaunchError, LaunchTimeout, one_line
 from agentcluster.launch.attached import Adopted, AttachedLauncher
 from agentcluster.launch.protocol import Settings
 
@@ -86,7 +86,7 @@ class ManagedLauncher(ABC):
         except OSError as error:
             raise LaunchError(self.where, f"it cannot be reached: {error}") from error
         except Exception as error:
-            raise LaunchError(self.where, " ".join(str(error).split())[:500] or type(error).__name__) from error
+            raise LaunchError(self.where, one_line(error)[:500]) from error
 
     async def _tidy(self, starting: asyncio.Future[None], timeout: float) -> None:
         """Stop what was started, once it is known whether it was."""

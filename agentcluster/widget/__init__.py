@@ -17,7 +17,7 @@ from distributed.core import Status
 from agentcluster.markup import Markup, Tone, count, html_table, page, paragraph, scrolled, stacked, toned
 from agentcluster.widget.change import Change
 from agentcluster.widget.logs import Logs
-from agentcluster.widget.part import Work
+from agentcluster.widget.part import Work, wrong
 from agentcluster.widget.scaling import Adapting, Scaling
 
 #: Part of the time that drawing may take.
@@ -49,7 +49,7 @@ class Panel:
         self.root.add_class("agentcluster-panel")
         self._drawn: tuple[Any, ...] = ()
         self._not_before = 0.0
-        self._rolls = False
+        self.rolls = False
 
     async def update(self) -> None:
         """Show what is true now; soon after the last time only if that was quick."""
@@ -66,7 +66,7 @@ class Panel:
         took = time.thread_time() - began
         self._not_before = time.monotonic() + took / SHARE
         swaps = any(node["state"] == "swapping" for node in nodes.values())
-        if (swaps or self._rolls) and problem is None and self.cluster.status is Status.running:
+        if (swaps or self.rolls) and problem is None and self.cluster.status is Status.running:
             await self._follow()
 
     async def _follow(self) -> None:
@@ -74,8 +74,9 @@ class Panel:
             rollout = await self.cluster.rollout_status()
         except OSError:  # the scheduler is gone, which the cluster finds out and says
             rollout = None
-        self._rolls = rollout is not None
-        self._parts[0].progress(rollout)
+        self.rolls = rollout is not None
+        for part in self._parts:
+            part.progress(rollout)
 
     def close(self) -> None:
         """Show that the cluster is closed, and that nothing can be asked of it."""
@@ -110,7 +111,7 @@ class Panel:
         try:
             message.value = page(await work())
         except Exception as error:  # whatever it was, it is for who pressed the button
-            message.value = page(paragraph(toned(" ".join(str(error).split()) or type(error).__name__, "bad")))
+            message.value = wrong(error)
         finally:
             for button in buttons:
                 button.disabled = self.cluster.status is not Status.running

@@ -10,8 +10,8 @@ import ipywidgets
 from agentcluster import modes
 from agentcluster.markup import Markup, bar, html_table, page, paragraph, scrolled, stacked, toned
 from agentcluster.progress import reckon
-from agentcluster.report import Report
-from agentcluster.widget.part import Part, Work, text_field
+from agentcluster.report import Nodes, Report
+from agentcluster.widget.part import Part, Work, listed, text_field, wrong
 
 if TYPE_CHECKING:
     from agentcluster.widget import Panel
@@ -45,7 +45,7 @@ class Change(Part):
             [ipywidgets.HBox([self._names, fields, more]), buttons, self._bars, self.message],
         )
 
-    def update(self, nodes: Mapping[str, Any]) -> None:
+    def update(self, nodes: Nodes) -> None:
         """Offer the nodes that there are, and leave chosen what was."""
         if tuple(nodes) != self._names.options:
             kept = [name for name in self._names.value if name in nodes]
@@ -60,7 +60,7 @@ class Change(Part):
     def _change(self, dry_run: bool) -> None:
         text = self._nodes.value.strip()
         terms: dict[str, Any] = {"strategy": self._strategy.value, "drain": self._drain.value, "dry_run": dry_run}
-        terms["nodes"] = [each.strip() for each in text.split(",") if each.strip()] or None
+        terms["nodes"] = listed(self._nodes) or None
         mode, config = self._mode.value, self._config.value.strip() or None
 
         async def work() -> str:
@@ -78,7 +78,7 @@ class Change(Part):
         self._begin(work, "undoing the last rollout")
 
     def _begin(self, work: Work, says: str) -> None:
-        self.panel._rolls = True
+        self.panel.rolls = True
         self.panel.run(work, self.message, self._look, self._go, self._undo, says=says)
 
     def _halt(self) -> None:
@@ -92,7 +92,7 @@ class Change(Part):
         try:
             await getattr(self.cluster.rollout, action)()
         except Exception as error:  # it may have ended just now, or the scheduler is gone
-            self.message.value = page(paragraph(toned(str(error), "bad")))
+            self.message.value = wrong(error)
 
     def progress(self, rollout: Mapping[str, Any] | None) -> None:
         """Show a bar per node; nothing when it is over."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ipywidgets import Dropdown, HBox, VBox
 
 from agentcluster.errors import ConfigError
 from agentcluster.markup import preformatted, scrolled
+from agentcluster.report import Nodes
 from agentcluster.widget.part import Part
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Logs(Part):
         show = self.button("Show", self._show)
         self.root = VBox([HBox([self._node, show]), self.message])
 
-    def update(self, nodes: Mapping[str, Any]) -> None:
+    def update(self, nodes: Nodes) -> None:
         """Offer the nodes that there are."""
         if tuple(nodes) != self._node.options:
             kept = self._node.value

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 
-from agentcluster.errors import ConfigError
+from agentcluster.errors import ConfigError, one_line
+from agentcluster.markup import Markup, page, paragraph, toned
+from agentcluster.report import Nodes
 
 if TYPE_CHECKING:
     from agentcluster.widget import Panel
@@ -35,7 +37,7 @@ class Part:
         self.buttons.append(made)
         return made
 
-    def update(self, nodes: Mapping[str, Any]) -> None:
+    def update(self, nodes: Nodes) -> None:
         """Show what is true now."""
 
     def progress(self, rollout: Mapping[str, Any] | None) -> None:
@@ -55,6 +57,21 @@ def number_field(label: str, value: str = "") -> ipywidgets.Text:
     """Return a field that may also be left empty, unlike one for numbers only."""
     style = {"description_width": "90px"}
     return ipywidgets.Text(value=value, description=label, placeholder="-", style=style, layout={"width": "170px"})
+
+
+def listed(field: ipywidgets.Text) -> list[str]:
+    """Return what is between the commas."""
+    return [each.strip() for each in field.value.split(",") if each.strip()]
+
+
+def numbers(fields: Mapping[str, ipywidgets.Text]) -> dict[str, int]:
+    """Return the numbers of those fields that are not empty."""
+    return {key: whole(field) for key, field in fields.items() if field.value.strip()}
+
+
+def wrong(error: Exception) -> Markup:
+    """Return an error for who pressed the button."""
+    return page(paragraph(toned(one_line(error), "bad")))
 
 
 def whole(field: ipywidgets.Text) -> int:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ipywidgets import HTML, HBox, VBox
 
 from agentcluster.errors import ConfigError
-from agentcluster.markup import html_table, page, paragraph, toned
-from agentcluster.widget.part import Part, number_field, text_field, whole
+from agentcluster.markup import amounts, html_table, page, paragraph, toned
+from agentcluster.report import Nodes
+from agentcluster.widget.part import Part, listed, number_field, numbers, text_field, whole
 
 if TYPE_CHECKING:
     from agentcluster.widget import Panel
@@ -40,10 +40,9 @@ class Scaling(Part):
             ]
         )
 
-    def update(self, nodes: Mapping[str, Any]) -> None:
+    def update(self, nodes: Nodes) -> None:
         """Say how many there are."""
-        there = ", ".join(f"{number} {kind}" for kind, number in sorted(_kinds(nodes).items()))
-        says = page(paragraph(f"workers now: {there or 'none'}"))
+        says = page(paragraph(f"workers now: {amounts(dict(sorted(nodes.kinds().items())))}"))
         if says != self._says.value:
             self._says.value = says
 
@@ -51,10 +50,7 @@ class Scaling(Part):
         self._scale(lambda: {"n": whole(self._count)}, "workers")
 
     def _to_kinds(self) -> None:
-        def wanted() -> dict[str, int]:
-            return {kind: whole(field) for kind, field in self._kinds.items() if field.value.strip()}
-
-        self._scale(wanted, "workers of a kind")
+        self._scale(lambda: numbers(self._kinds), "workers of a kind")
 
     def _scale(self, wanted: Callable[[], Mapping[str, int]], what: str) -> None:
         async def work() -> str:
@@ -62,7 +58,7 @@ class Scaling(Part):
             if not target:
                 raise ConfigError(f"say how many {what}")
             await self.cluster.scale(**target)
-            there = _kinds(self.cluster.nodes)
+            there = self.cluster.nodes.kinds()
             there["n"] = sum(there.values())
             short = [f"room for {there.get(kind, 0)} of {n}" for kind, n in target.items() if there.get(kind, 0) < n]
             return paragraph(toned("; ".join(short) or "scaled", "busy" if short else "good"))
@@ -86,7 +82,7 @@ class Adapting(Part):
         row = HBox([self._least, self._most, self._modes, adapt, stop])
         self.root = VBox([row, self.message, self._decided])
 
-    def update(self, nodes: Mapping[str, Any]) -> None:
+    def update(self, nodes: Nodes) -> None:
         """Show the last decisions."""
         log = self.cluster.adaptive_log()
         last = log[-1] if len(log) else None
@@ -96,9 +92,8 @@ class Adapting(Part):
 
     def _adapt(self) -> None:
         async def work() -> str:
-            wanted: dict[str, Any] = {"minimum": whole(self._least)} if self._least.value.strip() else {}
-            wanted |= {"maximum": whole(self._most)} if self._most.value.strip() else {}
-            if names := [name.strip() for name in self._modes.value.split(",") if name.strip()]:
+            wanted: dict[str, Any] = dict(numbers({"minimum": self._least, "maximum": self._most}))
+            if names := listed(self._modes):
                 wanted["modes"] = names
             self.cluster.adapt(**wanted)
             limits = ", ".join(f"{key} {value}" for key, value in wanted.items())
@@ -112,8 +107,3 @@ class Adapting(Part):
             return paragraph("not adapting")
 
         self.panel.run(work, self.message, *self.buttons, says="stopping")
-
-
-def _kinds(nodes: Mapping[str, Any]) -> Counter[str]:
-    """Return kind -> number of workers."""
-    return Counter(spec["kind"] for node in nodes.values() for spec in node["plan"].values())
