@@ -19,7 +19,7 @@ from typing import Any
 import dask.config
 import dask.system
 import psutil
-from distributed.system import memory_limit
+from distributed.system import MEMORY_LIMIT
 
 from agentcluster.model import Gpu, Hardware, HostMetrics
 
@@ -49,7 +49,8 @@ def detect() -> Hardware:
     return Hardware(
         hostname=socket.gethostname(),
         cpus=dask.system.cpu_count(),
-        memory=memory_limit(),
+        # what dask's and dask-cuda's workers go by: read once, since a virtual machine's total moves while it runs
+        memory=MEMORY_LIMIT,
         gpus=gpus,
         gpu_problem=problem,
         versions=_versions(),

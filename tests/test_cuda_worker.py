@@ -123,6 +123,12 @@ async def scheduler() -> AsyncIterator[tuple[str, Client]]:
         yield scheduler.address, client
 
 
+def amounts(worker: dict[str, Any]) -> list[float]:
+    """Take out the bytes that follow from the machine's memory, which may move a little between two commands."""
+    buffers = [each or (0, 0) for each in worker.pop("buffers").values()]
+    return [worker.pop("memory") or 0, *(size for sizes in buffers for size in sizes)]
+
+
 SHAPES = {
     "2 GPUs": (2, []),
     "1 GPU": (1, []),
@@ -151,6 +157,7 @@ async def test_the_workers_are_those_of_dask_cuda_worker(start: Start, library: 
         # dask-cuda's own workers lack it when they come from a forkserver, which was started before it is set
         assert our["environment"].pop("RAPIDS_NO_INITIALIZE") == "True"
         their["environment"].pop("RAPIDS_NO_INITIALIZE", None)
+        assert amounts(our) == pytest.approx(amounts(their), rel=0.01)
         assert our == {**their, "resources": {**their["resources"], **LABEL}}
 
 

@@ -279,16 +279,19 @@ async def test_nodes_appear_and_close_deletes_the_apps(marathon: Marathon) -> No
     assert sum(call.startswith("DELETE") for call in marathon.calls) == 2
 
 
-def increments(client: Client, count: int) -> list[Any]:
-    """Start that many tasks of 20 ms each."""
+def increments(client: Client, count: int, gate: Path | None = None) -> list[Any]:
+    """Start that many tasks of 20 ms each, which first wait until the file `gate` is there."""
 
-    def slow(x: int) -> int:  # inside: workers cannot import this module
+    def slow(x: int, gate: str | None) -> int:  # inside: workers cannot import this module
+        import os
         import time
 
         time.sleep(0.02)
+        while gate is not None and not os.path.exists(gate):
+            time.sleep(0.02)
         return x + 1
 
-    futures: list[Any] = client.map(slow, range(count), pure=False)
+    futures: list[Any] = client.map(slow, range(count), gate=gate and str(gate), pure=False)
     return futures
 
 
@@ -337,15 +340,16 @@ async def test_scale_by_number_of_workers_and_of_nodes(marathon: Marathon) -> No
         assert list(cluster.nodes) == ["dask-1"]
 
 
-async def test_adapt_on_the_nodes_that_are_there(marathon: Marathon) -> None:
+async def test_adapt_on_the_nodes_that_are_there(marathon: Marathon, tmp_path: Path) -> None:
     async with (
         cluster_of(launcher(marathon, "dask-0"), config=TWO) as cluster,
         Client(cluster, asynchronous=True) as client,
     ):
         await cluster.scale(1)
         adaptive = cluster.adapt(minimum=1, maximum=2, interval="100ms", wait_count=2, target_duration="100ms")
-        futures = increments(client, 300)
+        futures = increments(client, 300, tmp_path / "gate")
         await wait_until(lambda: len(cluster.scheduler.workers) == 2, 30)
+        (tmp_path / "gate").touch()
         assert await client.gather(futures) == list(range(1, 301))
         await wait_until(lambda: len(cluster.scheduler.workers) == 1, 30)
         assert await client.gather(futures) == list(range(1, 301))
@@ -353,13 +357,14 @@ async def test_adapt_on_the_nodes_that_are_there(marathon: Marathon) -> None:
         adaptive.stop()
 
 
-async def test_adapt_brings_apps_and_deletes_them(marathon: Marathon) -> None:
+async def test_adapt_brings_apps_and_deletes_them(marathon: Marathon, tmp_path: Path) -> None:
     hosts = [launcher(marathon, f"dask-{number}", standby=True) for number in range(2)]
     async with cluster_of(*hosts, config=TWO) as cluster, Client(cluster, asynchronous=True) as client:
         assert marathon.apps == {}
         cluster.adapt(interval="100ms", wait_count=2, target_duration="100ms")
-        futures = increments(client, 300)
+        futures = increments(client, 300, tmp_path / "gate")
         await wait_until(lambda: len(cluster.scheduler.workers) == 4, 30)
+        (tmp_path / "gate").touch()
         assert len(marathon.apps) == 2
         assert await client.gather(futures) == list(range(1, 301))
         del futures
