@@ -255,6 +255,9 @@ class NodeReport:
 
 T = TypeVar("T")
 
+#: What is plain data as it is.
+SCALARS = (str, int, float, bool, type(None))
+
 
 def pickled(value: Any) -> dict[str, str]:
     """Wrap a value that is not plain data, so that it can travel as text to the agent that needs it."""
@@ -277,7 +280,7 @@ def plain(value: Any) -> Any:
 
     A mapping's keys become text, a tuple a list.
     """
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, SCALARS):
         return value
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
@@ -288,13 +291,21 @@ def plain(value: Any) -> Any:
 
 def to_wire(value: Any) -> Any:
     """Return a dataclass (or a container of them) as plain dicts and lists."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_wire(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, SCALARS):  # most of what a node says, and 200 of them may be looked at twice a second
+        return value
+    if names := _fields(type(value)):
+        return {name: to_wire(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return {str(k): to_wire(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [to_wire(v) for v in value]
     return plain(value)
+
+
+@functools.cache
+def _fields(cls: Any) -> tuple[str, ...]:
+    """Return the names of a dataclass's fields; of any other class, nothing."""
+    return tuple(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else ()
 
 
 @functools.cache
