@@ -102,6 +102,12 @@ def slow() -> Callable[[int], int]:
     return slow
 
 
+def pytest_collection_finish() -> None:
+    """Have the collection after each test go over what tests make, not over all that was imported."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def dask_settings() -> Iterator[None]:
     """Short connect timeouts, and dask's configuration as it was before the test."""
