@@ -97,6 +97,7 @@ class Membership:
                 settings.worker_restart_backoff_max,
             ),
             on_change=self._report,
+            in_touch=self._in_touch,
             spelling=spelling,
         )
         self._connection = connection_args(security, scheduler)
@@ -152,7 +153,7 @@ class Membership:
         The scheduler gets ``agentcluster.stop-timeout`` for moving the data, and as long again for all the rest; only
         :data:`PROMPT` where the workers have neither data nor tasks.
         """
-        if self._stream is None or self._stream.closed() or not self.supervisor.states():
+        if not self._in_touch() or not self.supervisor.states():
             return
         seconds = self._settings.stop_timeout
         try:
@@ -215,6 +216,9 @@ class Membership:
         return rpc(self.scheduler, connection_args=self._connection)
 
     # -- taking part ---------------------------------------------------------------------------------------------------
+
+    def _in_touch(self) -> bool:
+        return self._stream is not None and not self._stream.closed()
 
     def _report(self, state: WorkerState) -> None:
         if self._stream is not None:

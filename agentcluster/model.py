@@ -293,7 +293,8 @@ def to_wire(value: Any) -> Any:
     """Return a dataclass (or a container of them) as plain dicts and lists."""
     if isinstance(value, SCALARS):  # most of what a node says, and 200 of them may be looked at twice a second
         return value
-    if names := _fields(type(value)):
+    cls: Any = type(value)
+    if names := _fields(cls):
         return {name: to_wire(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return {str(k): to_wire(v) for k, v in value.items()}

@@ -379,6 +379,19 @@ async def test_new_worker_dies_again_and_again(tmp_path: Path) -> None:
 # -- data that cannot be moved -----------------------------------------------------------------------------------------
 
 
+async def test_connection_of_a_worker_breaks() -> None:
+    async with world_of(2) as world:
+        cut = world.worker("local-0").address
+        world.cluster.scheduler.stream_comms[cut].abort()
+        await wait_until(lambda: (new := world.worker("local-0")) and new.address != cut, LATE)
+        assert await world.truth() == {"local": ("ready", ["local-0"]), "local.2": ("ready", ["local.2-0"])}
+        await wait_until(lambda: world.nodes["local"].workers["local-0"].restarts == 1)
+        assert await world.lost(["local.2"]) == 0
+        await world.change()
+        assert await world.truth() == {"local": ("ready", ["local-1"]), "local.2": ("ready", ["local.2-1"])}
+        assert await world.lost(["local.2"]) == 0
+
+
 async def test_who_could_take_the_data_is_paused() -> None:
     # Its memory is in use beyond its limits from the start; but what is asked of it before it says so, it takes.
     full = {"config": {"distributed.worker.memory.pause": 1e-6, "distributed.worker.memory.terminate": False}}

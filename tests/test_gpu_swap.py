@@ -178,6 +178,32 @@ async def test_a_chosen_device_stays_as_it_is(node: Open) -> None:
         assert await one.look() == before
 
 
+async def test_client_restart_is_no_crash(node: Open) -> None:
+    async with node("auto-gpu", gpus=2) as one:
+        before = await one.look()
+        for _ in range(2):
+            await one.client.restart(timeout=30)
+        after = await one.look()
+        assert {name: {**each, "pid": 0} for name, each in after.items()} == {
+            name: {**each, "pid": 0} for name, each in before.items()
+        }
+        assert {each["pid"] for each in after.values()}.isdisjoint(each["pid"] for each in before.values())
+        assert [each["restarts"] for each in one.cluster.nodes["local"]["workers"].values()] == [0, 0]
+
+
+async def test_a_gpu_worker_that_is_cut_off_comes_back_on_its_device(node: Open) -> None:
+    async with node("auto-gpu", gpus=2) as one:
+        before = await one.look()
+        name = one.names[1]
+        [address] = [ws.address for ws in one.cluster.scheduler.workers.values() if ws.name == name]
+        one.cluster.scheduler.stream_comms[address].abort()
+        await wait_until(lambda: address not in one.cluster.scheduler.workers and len(one.names) == 2, 20)
+        after = await one.look()
+        assert {**after[name], "pid": 0} == {**before[name], "pid": 0}
+        assert after[name]["pid"] != before[name]["pid"]
+        assert after[one.names[0]] == before[one.names[0]]
+
+
 async def test_a_killed_gpu_worker_comes_back_on_its_device(node: Open) -> None:
     async with node("auto-gpu", gpus=2) as one:
         before = await one.look()

@@ -592,6 +592,57 @@ async def test_all_workers_closed_by_the_scheduler(supervisor: Watched, schedule
     await wait_until(lambda: not workers_now())
 
 
+def cut_off(supervisor: Watched, name: str) -> None:
+    """End a worker's connection to the scheduler, as a network does that breaks."""
+    state = supervisor.state(name)
+    assert state is not None
+    assert state.address is not None
+    supervisor.joined.stream_comms[state.address].abort()
+
+
+async def test_a_worker_that_is_cut_off_comes_back(supervise: Factory, scheduler: Scheduler) -> None:
+    supervisor = supervise(backoff=0.1)
+    supervisor.in_touch = lambda: True
+    before = await supervisor.start({"n-0": worker(), "n-1": worker()}, START)
+    cut_off(supervisor, "n-0")
+    await wait_until(lambda: supervisor.runs("n-0", restarts=1))
+    after = supervisor.states()
+    assert after[0].pid != before[0].pid
+    assert after[1] == before[1]
+    assert {ws.name for ws in scheduler.workers.values()} == {"n-0", "n-1"}
+    assert not supervisor.said("n-0", "retired")
+    # and one that the scheduler has asked to end is let go, as before
+    await scheduler.retire_workers(names=["n-0"], close_workers=True, remove=True)
+    await wait_until(lambda: supervisor.said("n-0", "retired"))
+    assert [state.name for state in supervisor.states()] == ["n-1"]
+
+
+async def test_a_worker_that_is_cut_off_on_and_on_is_given_up(supervise: Factory) -> None:
+    supervisor = supervise(limit=1, backoff=0.1)
+    supervisor.in_touch = lambda: True
+    await supervisor.start({"n-0": worker()}, START)
+    cut_off(supervisor, "n-0")
+    await wait_until(lambda: supervisor.runs("n-0", restarts=1))
+    cut_off(supervisor, "n-0")
+    (last,) = await wait_until(lambda: supervisor.said("n-0", "failed"))
+    assert last.problem == "crashed 2 times within 60 s, last cut off from the scheduler; not restarted"
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["both", "the agent later"])
+async def test_a_worker_that_is_cut_off_with_its_agent_ends(supervise: Factory, late: bool) -> None:
+    supervisor = supervise(backoff=0.5)
+    touch = late
+    supervisor.in_touch = lambda: touch
+    await supervisor.start({"n-0": worker()}, START)
+    cut_off(supervisor, "n-0")
+    if late:
+        await wait_until(lambda: supervisor.said("n-0", "restarting"))
+        touch = False
+    await wait_until(lambda: supervisor.said("n-0", "retired"))
+    assert supervisor.states() == ()
+    assert not workers_now()
+
+
 async def test_client_restart_is_no_crash(supervise: Factory, scheduler: Scheduler) -> None:
     supervisor = supervise(limit=1)
     before = await supervisor.start({"n-0": worker(), "n-1": worker()}, START)

@@ -28,6 +28,7 @@ from agentcluster.supervisor.nanny import (
     Supervised,
     plain_method,
     supervised,
+    taken_over,
     tell_name,
     words,
 )
@@ -94,6 +95,8 @@ class Supervisor:
         When crashed workers are started again.
     on_change
         Called with a worker's new state.
+    in_touch
+        Whether the agent itself has its connection to the scheduler: then a worker that lost its own is started again.
     spelling
         Worker name -> what the scheduler is to know the worker by, where that is not the name itself but a number.
     """
@@ -103,6 +106,7 @@ class Supervisor:
     host_options: Mapping[str, Any] = field(default_factory=dict)
     policy: RestartPolicy = field(default_factory=RestartPolicy)
     on_change: Callable[[WorkerState], None] = lambda state: None
+    in_touch: Callable[[], bool] = lambda: False
     spelling: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -271,16 +275,15 @@ class Supervisor:
             with forkserver.environment({"CUDA_VISIBLE_DEVICES": spec.devices[spec.device]}):
                 [nanny] = CUDAWorker(self.scheduler, **arguments).nannies
             # CUDAWorker takes neither a nanny class nor environment variables.
-            nanny.__class__ = supervised(type(nanny))  # type: ignore[arg-type]
             order = ",".join(spec.devices[spec.device :] + spec.devices[: spec.device])
             nanny.env = {**nanny.env, "CUDA_VISIBLE_DEVICES": order, "RAPIDS_NO_INITIALIZE": "True", **env}
             nanny.config = {**nanny.config, **plain_method()}
-            servers[name] = self._adopt(nanny)
+            servers[name] = self._adopt(taken_over(nanny))
         return servers
 
     def _adopt(self, server: Any) -> Any:
         if isinstance(server, Supervised):
-            server.policy = self.policy
+            server.policy, server.in_touch = self.policy, self.in_touch
             server.crashes = []
             server.problem = None
             # Nanny would put these into this process's environment, under other workers that are being started; they

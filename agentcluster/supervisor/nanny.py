@@ -28,6 +28,9 @@ logger = logging.getLogger("agentcluster.supervisor")
 
 METHOD_KEY = "distributed.worker.multiprocessing-method"
 
+#: Why workers close that nobody has asked to: each also tells its nanny not to start it again.
+CUT_OFF = ("worker-handle-scheduler-connection-broken", "worker-heartbeat-error")
+
 #: Seconds that a worker which is asked to end while it starts may take to be there, so that it ends in order.
 ALMOST_THERE = 0.25
 
@@ -78,7 +81,15 @@ class Supervised:
     crashes: list[float]
     problem: str | None
     changed: Callable[[], None]
+    in_touch: Callable[[], bool]
     killed: bool = False
+    cut_off: bool = False
+
+    def close_gracefully(self, reason: str = "nanny-close-gracefully") -> None:
+        if reason in CUT_OFF and self.in_touch():
+            self.cut_off = True
+        else:
+            super().close_gracefully(reason=reason)  # type: ignore[misc]
 
     async def instantiate(self) -> Any:
         # Called at the first start, after a crash and by Client.restart alike.
@@ -129,9 +140,14 @@ class Supervised:
 
     async def _on_worker_exit(self, exitcode: int) -> None:
         killed, self.killed = self.killed, False
+        cut_off, self.cut_off = self.cut_off, False
         if killed or self.status is not Status.running:  # type: ignore[attr-defined]
             await super()._on_worker_exit(exitcode)  # type: ignore[misc]
             return
+        if cut_off and not self.in_touch():
+            await self.close(reason="scheduler-gone")
+            return
+        how = "cut off from the scheduler" if cut_off else f"with exit code {exitcode}"
         now = time.monotonic()
         self.crashes.append(now)
         delay = self.policy.delay(self.crashes, now)
@@ -140,23 +156,30 @@ class Supervised:
         await self._unregister()  # type: ignore[attr-defined]
         if delay is None:
             self.problem = (
-                f"crashed {self.policy.limit + 1} times within {self.policy.window:g} s, "
-                f"last with exit code {exitcode}; not restarted"
+                f"crashed {self.policy.limit + 1} times within {self.policy.window:g} s, last {how}; not restarted"
             )
             logger.error("Worker %s %s", self.name, self.problem)  # type: ignore[attr-defined]
             await self.close(reason="crash-loop")
             return
-        logger.warning(
-            "Worker %s ended with exit code %d; restart in %.1f s",
-            self.name,  # type: ignore[attr-defined]
-            exitcode,
-            delay,
-        )
+        if cut_off:  # the agent may be so too, and hear of it a little later
+            delay = max(delay, self.policy.backoff)
+        logger.warning("Worker %s ended %s; restart in %.1f s", self.name, how, delay)  # type: ignore[attr-defined]
         await asyncio.sleep(delay)
+        if cut_off and not self.in_touch():
+            await self.close(reason="scheduler-gone")
         # Meanwhile it may have been closed, or started again by Client.restart: then it is left alone.
         if self.status is Status.running and self.process.status is Status.stopped:  # type: ignore[attr-defined]
             with contextlib.suppress(Exception):  # logged by Nanny.instantiate, and kept as the problem
                 await self.instantiate()
+
+
+def taken_over(nanny: Any) -> Any:
+    """Have a nanny that somebody else made be a supervised one, also for those who call it from outside."""
+    cls: Any = type(nanny)
+    nanny.__class__ = supervised(cls)
+    own = {op: call.__name__ for op, call in nanny.handlers.items() if getattr(call, "__self__", None) is nanny}
+    nanny.handlers.update({op: getattr(nanny, name) for op, name in own.items()})
+    return nanny
 
 
 def _last_words(queues: list[Any]) -> Exception | None:
