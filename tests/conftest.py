@@ -91,6 +91,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=f"run by: pytest -m {mark}"))
 
 
+def pytest_collection_finish() -> None:
+    """Have the collection after each test go over what tests make, not over all that was imported."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def slow() -> Callable[[int], int]:
     """A task of 0.1 s; what is defined in here needs no test module where it runs."""
@@ -100,12 +106,6 @@ def slow() -> Callable[[int], int]:
         return number
 
     return slow
-
-
-def pytest_collection_finish() -> None:
-    """Have the collection after each test go over what tests make, not over all that was imported."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -376,7 +376,7 @@ async def test_new_worker_dies_again_and_again(tmp_path: Path) -> None:
         assert await world.tasks[0] == "done"
 
 
-# -- data that cannot be moved -----------------------------------------------------------------------------------------
+# -- connections -------------------------------------------------------------------------------------------------------
 
 
 async def test_connection_of_a_worker_breaks() -> None:
@@ -390,6 +390,9 @@ async def test_connection_of_a_worker_breaks() -> None:
         await world.change()
         assert await world.truth() == {"local": ("ready", ["local-1"]), "local.2": ("ready", ["local.2-1"])}
         assert await world.lost(["local.2"]) == 0
+
+
+# -- data that cannot be moved -----------------------------------------------------------------------------------------
 
 
 async def test_who_could_take_the_data_is_paused() -> None:

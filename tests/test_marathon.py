@@ -280,7 +280,7 @@ async def test_nodes_appear_and_close_deletes_the_apps(marathon: Marathon) -> No
 
 
 def increments(client: Client, count: int, gate: Path | None = None) -> list[Any]:
-    """Start that many tasks of 20 ms each, which first wait until the file `gate` is there."""
+    """Start that many tasks of 20 ms each; with a `gate`, none ends before that file is there."""
 
     def slow(x: int, gate: str | None) -> int:  # inside: workers cannot import this module
         import os
