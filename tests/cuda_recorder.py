@@ -23,7 +23,7 @@ import dask_cuda.cli
 from dask_cuda import CUDAWorker
 from distributed.security import Security
 
-from agentcluster.cli import agent
+from agentcluster.cli import dask_agent as agent
 
 COMMANDS = {"dask-agent": agent.main, "dask cuda worker": dask_cuda.cli.worker}
 

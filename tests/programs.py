@@ -17,7 +17,7 @@ from conftest import wait_until
 
 ROOT = Path(__file__).parents[1]
 
-AGENT = ("-m", "agentcluster.cli.agent")
+AGENT = ("-m", "agentcluster.cli.dask_agent")
 SCHEDULER = ("-m", "distributed.cli.dask_scheduler")
 
 #: dask's scheduler where agentcluster is not installed: neither from the checkout nor as what pip installed.

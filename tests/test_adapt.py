@@ -15,7 +15,7 @@ from conftest import wait_until
 from distributed import Adaptive, Client
 
 from agentcluster import AgentCluster, Mode
-from agentcluster.adaptive import AgentAdaptive
+from agentcluster.client.adaptive import AgentAdaptive
 from agentcluster.errors import ConfigError
 
 QUIET: dict[str, Any] = {"scheduler_options": {"dashboard_address": ":0"}}

@@ -20,14 +20,16 @@ from distributed import Client, Scheduler, SpecCluster, Status, rpc
 from distributed.core import Server
 from programs import ROOT
 
-from agentcluster import Agent, Mode, hardware
+from agentcluster import Agent, Mode
+from agentcluster.agent import hardware
+from agentcluster.agent.forkserver import METHOD
+from agentcluster.agent.nanny import METHOD_KEY
+from agentcluster.agent.supervisor import Supervisor
 from agentcluster.errors import ConfigError, ModeRefused, NodeExists, WorkerStartError
-from agentcluster.forkserver import METHOD
 from agentcluster.launch.local import LocalLauncher
 from agentcluster.launch.protocol import Launched, Settings
-from agentcluster.model import Hardware, WorkerSpec, from_wire, to_wire
-from agentcluster.plugin import NAME
-from agentcluster.supervisor import METHOD_KEY, Supervisor
+from agentcluster.model import Hardware, WorkerSpec
+from agentcluster.wire import PLUGIN, from_wire, to_wire
 
 HOST = {"host": "127.0.0.1"}
 TWO = {"nworkers": 2, "nthreads": 1, "memory_limit": 0}
@@ -46,7 +48,7 @@ def agent(scheduler: Scheduler | str | None, name: str | None = "n", mode: Any =
 
 
 def node(scheduler: Scheduler, name: str = "n") -> Any:
-    return scheduler.extensions[NAME].registry.nodes[name]
+    return scheduler.extensions[PLUGIN].registry.nodes[name]
 
 
 def joined(scheduler: Scheduler) -> set[str]:
@@ -57,7 +59,7 @@ def joined(scheduler: Scheduler) -> set[str]:
 
 
 async def test_it_brings_the_plugin_and_registers_its_hardware(scheduler: Scheduler) -> None:
-    assert NAME not in scheduler.extensions
+    assert PLUGIN not in scheduler.extensions
     async with agent(scheduler) as one:
         found = node(scheduler)
         assert found.address == one.address == one.worker_address
@@ -65,7 +67,7 @@ async def test_it_brings_the_plugin_and_registers_its_hardware(scheduler: Schedu
         assert (found.hardware.cpus, found.hardware.memory) == (hardware.detect().cpus, hardware.detect().memory)
         assert found.hardware.versions["dask"] == dask.__version__
         assert one.status is Status.running
-    assert not [n for n in scheduler.extensions[NAME].registry.nodes.values() if n.state != "lost"]
+    assert not [n for n in scheduler.extensions[PLUGIN].registry.nodes.values() if n.state != "lost"]
 
 
 async def test_heartbeats_bring_metrics_and_worker_states(scheduler: Scheduler) -> None:
@@ -124,7 +126,7 @@ async def test_an_agent_that_cannot_start_leaves_nothing(scheduler: Scheduler) -
 async def test_an_agent_that_is_never_started_is_nothing(scheduler: Scheduler) -> None:
     one = agent(scheduler)
     assert await one.close() == "OK"
-    assert NAME not in scheduler.extensions
+    assert PLUGIN not in scheduler.extensions
 
 
 @pytest.mark.parametrize(

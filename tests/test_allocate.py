@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentcluster.allocate import Amount, Change, Held, difference, filled, scaled
 from agentcluster.model import WorkerSpec
+from agentcluster.scheduler.planning.change import Amount, Change, Held, difference, filled, scaled
 
 SPECS = st.builds(
     WorkerSpec,

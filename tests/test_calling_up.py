@@ -9,11 +9,11 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentcluster.calling_up import called_up
-from agentcluster.fitting import Fit, fitted
+from agentcluster.client.hosts import LONGEST_RETRY, RETRY, Reserve
 from agentcluster.model import Gpu, Hardware, WorkerSpec
-from agentcluster.needs import Asked, Bounds, Need, Seat, Spot
-from agentcluster.reserve import LONGEST_RETRY, RETRY, Reserve
+from agentcluster.requests import AdaptiveRequest
+from agentcluster.scheduler.planning.binpacking import Fit, called_up, fitted
+from agentcluster.scheduler.planning.demand import Bounds, Need, Seat, Spot
 
 GIB = 2**30
 SLOTS = st.integers(0, 8)
@@ -57,7 +57,7 @@ def call(
     def fit(more: Sequence[Spot]) -> Fit:
         return fitted(needs, [*spots, *more], bounds)
 
-    return called_up(Asked(reserve=reserve, kinds=kinds or {}), needs, like, unseen, fit)
+    return called_up(AdaptiveRequest(reserve=reserve, kinds=kinds or {}), needs, like, unseen, fit)
 
 
 def test_as_few_as_it_takes() -> None:

@@ -37,7 +37,7 @@ from programs import (
 )
 
 import agentcluster
-from agentcluster.cli.agent import main
+from agentcluster.cli.dask_agent import main
 from agentcluster.errors import PreflightError
 
 NOWHERE = "tcp://127.0.0.1:1"
@@ -461,10 +461,10 @@ async def test_scheduler_without_agentcluster_gets_it(start: Start, tmp_path: Pa
         await settled(client, 2)
 
         def home(dask_scheduler: Scheduler) -> str:
-            import agentcluster.plugin
+            import agentcluster.scheduler.plugin
 
-            assert type(dask_scheduler.plugins["agentcluster"]) is agentcluster.plugin.AgentPlugin
-            return f"{agentcluster.plugin.__file__} {agentcluster.__version__}"
+            assert type(dask_scheduler.plugins["agentcluster"]) is agentcluster.scheduler.plugin.AgentPlugin
+            return f"{agentcluster.scheduler.plugin.__file__} {agentcluster.__version__}"
 
         assert await client.run_on_scheduler(home) == f"shipped/agentcluster/plugin.py {agentcluster.__version__}"
         kept = await client.scatter([f"value {i}" for i in range(20)], hash=False)
@@ -714,7 +714,7 @@ WRONG = [
 #: Runs dask-agent with each list of arguments in one process, since nothing is started.
 EACH = """
 import contextlib, io, json, sys
-from agentcluster.cli.agent import main
+from agentcluster.cli.dask_agent import main
 
 for arguments in json.loads(sys.argv[1]):
     code, said = None, io.StringIO()

@@ -13,18 +13,18 @@ from programs import AGENT, ROOT
 NOWHERE = "tcp://127.0.0.1:1"
 
 #: dask-agent where dask-cuda is not installed, or cannot be imported.
-WITHOUT = "import sys; sys.modules['dask_cuda'] = None; from agentcluster.cli.agent import main; main()"
+WITHOUT = "import sys; sys.modules['dask_cuda'] = None; from agentcluster.cli.dask_agent import main; main()"
 BROKEN = """
 import sys, types
 sys.modules["dask_cuda.cli"] = None
-from agentcluster.cli.agent import main
+from agentcluster.cli.dask_agent import main
 main()
 """
 #: dask-agent, which says at the end whether dask-cuda was imported.
 TELLING = """
 import atexit, sys
 atexit.register(lambda: print("imported" if "dask_cuda" in sys.modules else "not imported"))
-from agentcluster.cli.agent import main
+from agentcluster.cli.dask_agent import main
 main()
 """
 

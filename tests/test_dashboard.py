@@ -15,10 +15,10 @@ from distributed import Client, Scheduler
 from programs import AGENT, SCHEDULER_WITHOUT, programs, start_scheduler
 
 from agentcluster import AgentCluster, Host, dask_setup
-from agentcluster.timeline import Span, decisions, spans
+from agentcluster.scheduler.dashboard import Span, decisions, spans
 
 pytest.importorskip("bokeh", reason="bokeh is not installed (extra 'dashboard')")
-from agentcluster import dashboard
+from agentcluster.scheduler import dashboard
 
 SMALL = {"nworkers": 2, "nthreads": 1, "memory_limit": "256MiB"}
 

@@ -111,7 +111,7 @@ merge = sum
 
 #: The programs of the pages -> how this Python runs them.
 PROGRAMS = {
-    "agentcluster": ("-m", "agentcluster.cli.admin"),
+    "agentcluster": ("-m", "agentcluster.cli.main"),
     "dask": ("-m", "dask"),
     "dask-agent": AGENT,
 }
@@ -330,7 +330,7 @@ def test_the_examples_of_docstrings() -> None:
 
 
 #: Module -> the package that it needs, of an extra that need not be installed; the suite runs with and without.
-NEEDS = {"agentcluster.widget": "ipywidgets", "agentcluster.dashboard": "bokeh"}
+NEEDS = {"agentcluster.client.widget": "ipywidgets", "agentcluster.scheduler.dashboard": "bokeh"}
 
 
 def has(package: str) -> bool:

@@ -14,7 +14,7 @@ import pytest_asyncio
 from conftest import wait_until
 from distributed import Client, Event, Scheduler, Status, Worker, wait
 
-from agentcluster.evacuation import Evacuation, actors, evacuate, held, stranded
+from agentcluster.scheduler.evacuation import Evacuation, actors, evacuate, held, stranded
 
 LONG = 20.0
 SHORT = 0.3

@@ -22,7 +22,7 @@ from programs import AGENT, Start, gone, programs, start_scheduler
 
 from agentcluster import AgentCluster
 from agentcluster.errors import SwapError
-from agentcluster.registry import SETTLED
+from agentcluster.scheduler.planning.nodes import SETTLED
 
 SMALL = {"nworkers": 1, "nthreads": 1, "memory_limit": "512MiB"}
 LARGE = {"nworkers": 1, "nthreads": 2, "memory_limit": "1GiB"}

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentcluster.allocate import difference
-from agentcluster.fitting import Fit, fitted
 from agentcluster.model import WorkerSpec
-from agentcluster.needs import Bounds, Need, Seat, Spot, amount, kinds
+from agentcluster.scheduler.planning.binpacking import Fit, fitted
+from agentcluster.scheduler.planning.change import difference
+from agentcluster.scheduler.planning.demand import Bounds, Need, Seat, Spot, amount, kinds
 
 GIB = 2**30
 

@@ -22,9 +22,10 @@ from distributed import Client, Scheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentcluster import forkserver
+from agentcluster.agent import forkserver
+from agentcluster.agent.nanny import METHOD_KEY, RestartPolicy, StartMethod
+from agentcluster.agent.supervisor import Supervisor
 from agentcluster.model import WorkerSpec
-from agentcluster.supervisor import METHOD_KEY, RestartPolicy, StartMethod, Supervisor
 
 START = 30.0
 

@@ -24,8 +24,9 @@ import psutil
 import pytest
 from distributed.system import MEMORY_LIMIT
 
-from agentcluster import hardware
-from agentcluster.model import Gpu, Hardware, HostMetrics, from_wire
+from agentcluster.agent import hardware
+from agentcluster.model import Gpu, Hardware, HostMetrics
+from agentcluster.wire import from_wire
 
 ROOT = Path(__file__).parents[1]
 
@@ -295,7 +296,7 @@ def test_switched_off_by_dask_config(node: Node, library: Path) -> None:
     expected = "GPUs are switched off by the dask setting distributed.diagnostics.nvml: False"
     found, _ = node.ask(gpus=2, config={"distributed.diagnostics.nvml": False})
     assert (found.gpus, found.gpu_problem) == ((), expected)
-    code = "from agentcluster.hardware import detect; print(detect().gpu_problem)"
+    code = "from agentcluster.agent.hardware import detect; print(detect().gpu_problem)"
     env = clean() | nvml.environ(library=library) | {"DASK_DISTRIBUTED__DIAGNOSTICS__NVML": "False"}
     assert run(code, env).strip() == expected
 
@@ -372,7 +373,7 @@ def test_versions() -> None:
 def test_nvml_is_initialised_again_after_a_fork(library: Path) -> None:
     code = """
 import os
-from agentcluster.hardware import detect, metrics
+from agentcluster.agent.hardware import detect, metrics
 before = detect()
 print(len(before.gpus), *metrics(before).gpu, flush=True)
 if os.fork() == 0:

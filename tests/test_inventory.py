@@ -16,7 +16,7 @@ from agentcluster.launch.inventory import expanded, hosts_in, slurm_hosts
 from agentcluster.launch.local import LocalLauncher
 from agentcluster.launch.ssh import SSHLauncher
 from agentcluster.model import Hardware
-from agentcluster.registry import Registry
+from agentcluster.scheduler.planning.nodes import Registry
 
 INVENTORY = """
 defaults:

@@ -88,7 +88,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
         try:
             async with (
                 local.LocalCluster(
-                    worker_command="agentcluster.cli.agent",
+                    worker_command="agentcluster.cli.dask_agent",
                     job_cls=Job,
                     interface=loopback,
                     local_directory=str(tmp_path / "scratch"),

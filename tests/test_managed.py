@@ -18,7 +18,7 @@ from programs import ROOT, gone
 
 from agentcluster import AgentCluster
 from agentcluster.errors import LaunchError, LaunchTimeout
-from agentcluster.launch.managed import ManagedLauncher
+from agentcluster.launch.adopt import ManagedLauncher
 
 ONE = {"nworkers": 1, "nthreads": 1, "memory_limit": "512MiB"}
 QUIET: dict[str, Any] = {
@@ -41,7 +41,7 @@ class Local(ManagedLauncher):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._listen = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-        command = [sys.executable, "-m", "agentcluster.cli.agent", "--standby", "--listen-address", self._listen]
+        command = [sys.executable, "-m", "agentcluster.cli.dask_agent", "--standby", "--listen-address", self._listen]
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
     async def address(self) -> str | None:

@@ -38,7 +38,7 @@ from agentcluster import AgentCluster
 from agentcluster.errors import LaunchError, LaunchTimeout
 
 EXAMPLE = ROOT / "docs" / "examples" / "marathon.py"
-AGENT = f"{sys.executable} -m agentcluster.cli.agent"
+AGENT = f"{sys.executable} -m agentcluster.cli.dask_agent"
 ONE = {"nworkers": 1, "nthreads": 1, "memory_limit": "512MiB"}
 TWO = {"nworkers": 2, "nthreads": 1, "memory_limit": "512MiB"}
 QUIET: dict[str, Any] = {

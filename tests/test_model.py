@@ -15,22 +15,8 @@ from hypothesis import strategies as st
 
 from agentcluster import model
 from agentcluster.errors import ConfigError
-from agentcluster.model import (
-    PICKLED,
-    Gpu,
-    Hardware,
-    HostMetrics,
-    Mode,
-    NodePlan,
-    NodeReport,
-    WorkerSpec,
-    WorkerState,
-    from_wire,
-    pickled,
-    plain,
-    to_wire,
-    unpickled,
-)
+from agentcluster.model import Gpu, Hardware, HostMetrics, Mode, NodePlan, NodeReport, WorkerSpec, WorkerState
+from agentcluster.wire import PICKLED, from_wire, pickled, plain, to_wire, unpickled
 
 TEXT = st.text(max_size=8)
 COUNT = st.integers(0, 2**50)

@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcluster.errors import ConfigError, ModeRefused
-from agentcluster.model import Gpu, Hardware, Mode, WorkerSpec, from_wire, to_wire, unpickled
+from agentcluster.model import Gpu, Hardware, Mode, WorkerSpec
 from agentcluster.modes import GROUP, names, parse, plan, worker_keywords
-from agentcluster.modes.classes import CUDA_WORKER, known_keywords
+from agentcluster.modes.options import CUDA_WORKER, known_keywords
+from agentcluster.wire import from_wire, to_wire, unpickled
 
 GIB = 2**30
 NO_DASK_CUDA = importlib.util.find_spec("dask_cuda") is None

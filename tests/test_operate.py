@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from programs import ROOT
 
 from agentcluster import AgentCluster
-from agentcluster.cli.admin import main
-from agentcluster.cli.operate import _after
+from agentcluster.cli.commands import _after
+from agentcluster.cli.main import main
 
 ONE = {"nworkers": 1, "nthreads": 1, "memory_limit": "300MiB"}
 OPTIONS: dict[str, Any] = {"scheduler_options": {"dashboard_address": ":0"}}
@@ -146,7 +146,7 @@ def test_what_is_refused(run: Run, cluster: AgentCluster) -> None:
 
 
 def test_no_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentcluster.cli.reach.CONNECT", 1.0)
+    monkeypatch.setattr("agentcluster.cli.connection.CONNECT", 1.0)
 
     def refused(code: int, *arguments: str) -> str:
         return said(CliRunner().invoke(main, ["nodes", *arguments], env={"DASK_SCHEDULER_ADDRESS": ""}), code)
@@ -183,7 +183,7 @@ def test_top_and_following_in_a_terminal(cluster: AgentCluster, run: Run) -> Non
         parent, child = pty.openpty()
         environ = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
         process = subprocess.Popen(
-            [sys.executable, "-m", "agentcluster.cli.admin", *command, "--scheduler", cluster.scheduler_address],
+            [sys.executable, "-m", "agentcluster.cli.main", *command, "--scheduler", cluster.scheduler_address],
             stdin=child,
             stdout=child,
             stderr=child,

@@ -10,7 +10,7 @@ from distributed.scheduler import TaskGroup, TaskPrefix, TaskState, WorkerState
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentcluster.placement import CROWDED, placed
+from agentcluster.scheduler.planning.placement import CROWDED, placed
 
 GB = 10**9
 

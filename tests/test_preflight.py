@@ -9,12 +9,13 @@ import pytest
 import pytest_asyncio
 from distributed import Scheduler
 
-from agentcluster import allocate, preflight
 from agentcluster.model import Gpu, Hardware, HostMetrics, Mode, WorkerSpec
-from agentcluster.preflight import WORKER_MEMORY, with_strategy
-from agentcluster.proposal import Proposal
-from agentcluster.registry import Registry
-from agentcluster.rolling import Terms
+from agentcluster.requests import RolloutPolicy
+from agentcluster.scheduler import preflight
+from agentcluster.scheduler.planning import change as allocate
+from agentcluster.scheduler.planning.change import Proposal
+from agentcluster.scheduler.planning.nodes import Registry
+from agentcluster.scheduler.preflight import WORKER_MEMORY, with_strategy
 
 GIB = 2**30
 CPU = WorkerSpec("cpu", "distributed.Nanny", nthreads=1)
@@ -52,7 +53,7 @@ def gpu(pool: Any, *, devices: tuple[str, ...] = ("0", "1"), device: int = 0) ->
 
 
 def chosen(scheduler: Scheduler, wish: Proposal, **terms: Any) -> tuple[str, str]:
-    found = with_strategy(scheduler, wish, Terms(**terms))
+    found = with_strategy(scheduler, wish, RolloutPolicy(**terms))
     assert (found.node, found.change, found.named, found.mode) == (wish.node, wish.change, wish.named, wish.mode)
     return found.strategy, found.because
 
@@ -155,4 +156,4 @@ async def test_an_agent_that_is_not_there_is_a_reason(scheduler: Scheduler) -> N
 async def test_without_workers_nothing_is_bound_or_cannot_be_moved(scheduler: Scheduler) -> None:
     wishes = {"n": proposal([CPU])}
     assert preflight.bound_tasks(scheduler, wishes) == {}
-    assert preflight.immovable(scheduler, wishes, Terms()) == {}
+    assert preflight.immovable(scheduler, wishes, RolloutPolicy()) == {}

@@ -10,8 +10,8 @@ from distributed import Client
 from rich.console import Console
 
 from agentcluster import AgentCluster
+from agentcluster.client.rollouts import RolloutProgress, reckon, watch
 from agentcluster.errors import PreflightError
-from agentcluster.progress import RolloutProgress, reckon, watch
 
 
 def terminal() -> Console:

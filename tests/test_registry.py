@@ -9,10 +9,11 @@ from typing import get_args
 
 import pytest
 
-from agentcluster import registry
 from agentcluster.errors import NodeExists, NodeNotFound
-from agentcluster.model import Hardware, Mode, NodePlan, WorkerSpec, WorkerState, from_wire
-from agentcluster.registry import EMPTY, SETTLED, TRANSITIONS, Event, Node, Registry, State
+from agentcluster.model import Hardware, Mode, NodePlan, WorkerSpec, WorkerState
+from agentcluster.scheduler.planning import nodes as registry
+from agentcluster.scheduler.planning.nodes import EMPTY, SETTLED, TRANSITIONS, Event, Node, Registry, State
+from agentcluster.wire import from_wire
 
 HARDWARE = Hardware("host", 8, 2**30, versions={"python": "3.11"})
 STATES: tuple[State, ...] = get_args(State)

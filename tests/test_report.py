@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from agentcluster.markup import html_table, text_table
-from agentcluster.model import Gpu, Hardware, Mode, NodeReport, WorkerSpec, pickled
-from agentcluster.registry import Registry
-from agentcluster.report import Nodes, Report
+from agentcluster.model import Gpu, Hardware, Mode, NodeReport, WorkerSpec
+from agentcluster.reports import Nodes, Report
+from agentcluster.scheduler.planning.nodes import Registry
+from agentcluster.tables import html_table, text_table
+from agentcluster.wire import pickled
 
 GIB = 2**30
 STEPS = ("start", "drain", "retire", "stop")

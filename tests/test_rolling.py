@@ -24,8 +24,8 @@ from distributed.core import connect
 
 from agentcluster import AgentCluster
 from agentcluster.errors import ConfigError, PreflightError, RolloutBusy, SwapError
-from agentcluster.model import Mode, to_wire
-from agentcluster.rolling import TOPIC
+from agentcluster.model import Mode
+from agentcluster.wire import TOPIC, to_wire
 
 QUIET = {"scheduler_options": {"dashboard": False, "dashboard_address": ":0"}}
 ONE = {"nworkers": 1, "nthreads": 1}

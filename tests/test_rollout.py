@@ -11,39 +11,40 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from agentcluster.rollout import (
+from agentcluster.requests import OnFailure, Strategy
+from agentcluster.scheduler.planning.rollout import (
     BackEnded,
     Cancel,
+    Pause,
+    Resume,
+    Rollout,
+    RolloutCommand,
+    RolloutEvent,
+    RunBack,
+    RunWave,
+    WaveEnded,
+    roll,
+    roll_on,
+)
+from agentcluster.scheduler.planning.wave import (
     Cancelled,
     Command,
     Event,
     GiveUpRetiring,
     GiveUpStarting,
     NodeChange,
-    OnFailure,
-    Pause,
-    Resume,
     Retired,
     RetireNew,
     RetireOld,
     RetireRefused,
-    Rollout,
-    RolloutCommand,
-    RolloutEvent,
-    RunBack,
-    RunWave,
     Start,
     Started,
     StartFailed,
     Stop,
     Stopped,
-    Strategy,
     Wave,
-    WaveEnded,
     advance,
     begin,
-    roll,
-    roll_on,
 )
 
 NODES = ("n0", "n1", "n2", "n3")

@@ -68,7 +68,7 @@ def jobs(slurm: Slurm, tmp_path: Path) -> Open:
         dask.config.set({"distributed.deploy.lost-worker-timeout": LOST})
         async with (
             dask_jobqueue.SLURMCluster(
-                worker_command="agentcluster.cli.agent",
+                worker_command="agentcluster.cli.dask_agent",
                 cores=1,
                 processes=1,
                 memory="256MiB",

@@ -23,9 +23,12 @@ from distributed.utils import parse_ports
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agentcluster.agent import supervisor as ports
+from agentcluster.agent.nanny import RestartPolicy, StartMethod
+from agentcluster.agent.supervisor import CUDA_WORKER, Supervisor, resolve
 from agentcluster.errors import ConfigError, WorkerStartError
-from agentcluster.model import WorkerSpec, WorkerState, pickled
-from agentcluster.supervisor import CUDA_WORKER, RestartPolicy, StartMethod, Supervisor, ports, resolve
+from agentcluster.model import WorkerSpec, WorkerState
+from agentcluster.wire import pickled
 
 START = 30.0
 STOP = 10.0

@@ -26,8 +26,8 @@ from distributed import Client
 from programs import AGENT, ROOT, Program, Start, programs, start_scheduler
 
 from agentcluster import AgentCluster
+from agentcluster.agent.systemd import Notifier
 from agentcluster.config import Config
-from agentcluster.notify import Notifier
 
 EXAMPLES = ROOT / "docs" / "examples"
 UNITS = ("dask-agent.service", "dask-agent-standby.service")

@@ -226,7 +226,7 @@ def test_a_lost_scheduler_is_said() -> None:
 
 
 def test_without_ipywidgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("agentcluster.widget")]:
+    for name in [name for name in sys.modules if name.startswith("agentcluster.client.widget")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     with AgentCluster(**OPTIONS) as cluster:

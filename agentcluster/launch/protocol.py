@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from agentcluster.errors import ConfigError
-from agentcluster.model import Hardware, from_wire, to_wire
+from agentcluster.model import Hardware
+from agentcluster.wire import from_wire, to_wire
 
 #: Version of the two lines below; both sides must have the same.
 PROTOCOL = 1
