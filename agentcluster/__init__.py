@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         RolloutBusy,
         SchedulerUnfit,
         SwapError,
+        VersionMismatch,
         WorkerStartError,
     )
     from agentcluster.launch import Host
@@ -48,6 +49,7 @@ __all__ = [
     "RolloutBusy",
     "SchedulerUnfit",
     "SwapError",
+    "VersionMismatch",
     "WorkerStartError",
     "__version__",
     "dask_setup",

@@ -13,7 +13,8 @@
     ├── WorkerStartError (RuntimeError)  an agent could not start a worker
     ├── SwapError (RuntimeError)      a swap did not end as asked; says what is true now
     ├── RolloutBusy (RuntimeError)    another rollout runs
-    └── SchedulerUnfit (RuntimeError) the scheduler cannot run agentcluster's plugin
+    ├── SchedulerUnfit (RuntimeError) the scheduler cannot run agentcluster's plugin
+    └── VersionMismatch (RuntimeError) two processes have versions of agentcluster that do not fit together
 
 Each stores its facts as attributes, reads as one sentence, and survives pickling (also with the keyword
 arguments of its constructor), because most of them travel from the scheduler to a client.
@@ -38,6 +39,7 @@ __all__ = [
     "RolloutBusy",
     "SchedulerUnfit",
     "SwapError",
+    "VersionMismatch",
     "WorkerStartError",
     "suggest",
 ]
@@ -257,3 +259,13 @@ class SchedulerUnfit(AgentClusterError, RuntimeError):
         super().__init__(f"scheduler at {address} cannot hold nodes: {reason}")
         self.address = address
         self.reason = reason
+
+
+class VersionMismatch(AgentClusterError, RuntimeError):
+    """Two processes speak different versions of agentcluster's protocol.
+
+    Parameters
+    ----------
+    message
+        The whole sentence: both processes with their versions, and which to upgrade.
+    """

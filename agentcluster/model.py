@@ -240,6 +240,61 @@ class NodeReport:
     stop: float = 0.0
 
 
+@dataclass(frozen=True)
+class NodeProgress:
+    """Progress of one node in a rollout.
+
+    Attributes
+    ----------
+    step
+        ``waiting``, ``swap``, ``start``, ``retire``, ``stop``, or the state in which the node's change ended.
+    keys, all_keys
+        Keys that have a replica elsewhere already, and all that need one.
+    nbytes, all_nbytes
+        Their bytes.
+    tasks
+        Tasks that still run on workers that leave.
+    """
+
+    step: str = "waiting"
+    keys: int = 0
+    all_keys: int = 0
+    nbytes: int = 0
+    all_nbytes: int = 0
+    tasks: int = 0
+
+
+@dataclass(frozen=True)
+class RolloutStatus:
+    """Progress of the rollout that runs.
+
+    Attributes
+    ----------
+    mode
+        Name of the mode that the nodes change to.
+    state
+        State of the rollout, such as ``running`` or ``paused``.
+    pausing
+        Whether no further wave begins until the rollout is resumed.
+    seconds
+        Seconds since it began.
+    wave
+        Position of the wave that runs, from 0.
+    waves
+        Names of the nodes of each wave, in their order.
+    nodes
+        Node name -> progress.
+    """
+
+    mode: str
+    state: str
+    pausing: bool = False
+    seconds: float = 0.0
+    wave: int = 0
+    waves: tuple[tuple[str, ...], ...] = ()
+    nodes: Mapping[str, NodeProgress] = field(default_factory=dict)
+
+
 def like_dask(name: str, count: int) -> list[str]:
     """Return the names that ``dask worker --name NAME`` gives to `count` workers."""
     return [name] if count == 1 else [f"{name}-{number}" for number in range(count)]

@@ -142,3 +142,43 @@ class AdaptiveRequest:
     may_come: bool = True
     reserve: Mapping[str, Hardware | None] = field(default_factory=dict)
     extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NodeRegistration:
+    """An agent's request to take its node in.
+
+    Attributes
+    ----------
+    name
+        The node's name.
+    address
+        Address of the agent.
+    hardware
+        What was detected on the host.
+    mode
+        First mode of the node, where its agent was given one.
+    fallback
+        First mode of the node where no mode was set for the scheduler's nodes.
+    exact
+        Whether a taken name is an error; otherwise ``.2``, ``.3`` … is appended.
+    external_name
+        The name that a cluster manager gave the node, and by which it knows the node's workers.
+    slots
+        Greatest number of workers at a time, where the agent was given ports for a number of them; None for any.
+    resources
+        Resources that each worker of the node offers, whatever its mode.
+    labels
+        Labels of the host, by which nodes are selected.
+    """
+
+    name: str
+    address: str
+    hardware: Hardware
+    mode: Mode | None = None
+    fallback: Mode | None = None
+    exact: bool = True
+    external_name: str | int | None = None
+    slots: int | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)

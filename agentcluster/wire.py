@@ -17,7 +17,11 @@ from typing import Any, Literal, NewType, TypeVar
 import cloudpickle
 from distributed.core import error_message
 
-from agentcluster.errors import AgentClusterError, ConfigError, suggest
+import agentcluster
+from agentcluster.errors import AgentClusterError, ConfigError, VersionMismatch, suggest
+
+#: Version of all that two processes of agentcluster send each other; both must have the same.
+PROTOCOL = 1
 
 PICKLED = "__cloudpickle__"
 
@@ -175,6 +179,42 @@ def _parse_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
                 problem = error
     assert problem is not None
     raise problem
+
+
+def spoken() -> dict[str, Any]:
+    """Return this process's side of a meeting: ``{"protocol": int, "version": str}``, to be sent with the first message.
+
+    Returns
+    -------
+    dict
+        The protocol's version, and the version of agentcluster.
+    """
+    return {"protocol": PROTOCOL, "version": agentcluster.__version__}
+
+
+def check_protocol(peer: str, protocol: object, version: object = None, *, here: str) -> None:
+    """Refuse a peer that speaks another version of the protocol.
+
+    Parameters
+    ----------
+    peer, here
+        The two processes, such as ``"the agent on gpu-1"``.
+    protocol, version
+        Versions of the protocol and of agentcluster that the peer sent; None where it sent none.
+
+    Raises
+    ------
+    VersionMismatch
+        Names both versions, and which process to upgrade.
+    """
+    if protocol == PROTOCOL and not isinstance(protocol, bool):
+        return
+    there = f"agentcluster {version}" if isinstance(version, str) else "another version of agentcluster"
+    older = here if isinstance(protocol, int) and protocol > PROTOCOL else peer
+    raise VersionMismatch(
+        f"{peer} has {there} with protocol {str(protocol)[:40]}, {here} has agentcluster {agentcluster.__version__} "
+        f"with protocol {PROTOCOL}; upgrade agentcluster where {older} runs (pip install --upgrade agentcluster)"
+    )
 
 
 def answered(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T | Any]]:
