@@ -182,7 +182,7 @@ def _parse_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def spoken() -> dict[str, Any]:
-    """Return this process's side of a meeting: ``{"protocol": int, "version": str}``, to be sent with the first message.
+    """Return this process's versions, to be sent with its first message to another.
 
     Returns
     -------
