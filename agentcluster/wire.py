@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal, NewType, TypeVar
 
 import cloudpickle
-from distributed.core import error_message
 
 import agentcluster
 from agentcluster.errors import AgentClusterError, ConfigError, VersionMismatch, suggest
@@ -225,6 +224,8 @@ def answered(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T |
         try:
             return await method(self, *args, **kwargs)
         except (AgentClusterError, TimeoutError) as error:
+            from distributed.core import error_message  # heavy for a launched process that only reads its settings
+
             return error_message(error, status="uncaught-error")
 
     return handler

@@ -138,9 +138,9 @@ def test_a_wrong_time_names_key_value_and_remedy(key: str, value: Any) -> None:
         ("agentcluster.ssh.keepalive-count", 0, "a whole number, 1 or more"),
         ("agentcluster.node.name", "", "a name, or null for the hostname"),
         ("agentcluster.node.name", 7, "a name, or null for the hostname"),
-        ("agentcluster.agent.forkserver.preload", "numpy", "a list of module names"),
-        ("agentcluster.agent.forkserver.preload", ["numpy", 3], "a list of module names"),
-        ("agentcluster.agent.forkserver.preload", ["numpy; import os"], "a list of module names"),
+        ("agentcluster.forkserver.preload", "numpy", "a list of module names"),
+        ("agentcluster.forkserver.preload", ["numpy", 3], "a list of module names"),
+        ("agentcluster.forkserver.preload", ["numpy; import os"], "a list of module names"),
         ("agentcluster.node", 5, "a mapping of heartbeat-interval, name, ttl"),
         ("agentcluster.node.ttl", "2s", "a time longer than agentcluster.node.heartbeat-interval ('2s')"),
         (

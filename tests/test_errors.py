@@ -27,6 +27,7 @@ from agentcluster.errors import (
     RolloutBusy,
     SchedulerUnfit,
     SwapError,
+    VersionMismatch,
     WorkerStartError,
     suggest,
 )
@@ -91,6 +92,11 @@ EXAMPLES: list[tuple[AgentClusterError, dict[str, Any], str]] = [
         SchedulerUnfit("tcp://s:8786", "it has no plugin"),
         {"address": "tcp://s:8786", "reason": "it has no plugin"},
         "scheduler at tcp://s:8786 cannot hold nodes: it has no plugin",
+    ),
+    (
+        VersionMismatch("the agent on a has agentcluster 1 with protocol 1, this cluster has 2; upgrade …"),
+        {"key": None},
+        "the agent on a has agentcluster 1 with protocol 1, this cluster has 2; upgrade …",
     ),
 ]
 

@@ -27,8 +27,9 @@ from ssh_servers import SSHServer
 from agentcluster.errors import ConfigError, LaunchError, LaunchTimeout
 from agentcluster.launch import Host, launchers_for
 from agentcluster.launch.local import LocalLauncher
-from agentcluster.launch.protocol import MAX_LINE, PROTOCOL, Launcher, LogTail, Ready, Settings, drain
+from agentcluster.launch.protocol import MAX_LINE, Launcher, LogTail, Ready, Settings, drain
 from agentcluster.model import Gpu, Hardware
+from agentcluster.wire import PROTOCOL
 
 #: Seconds that no launch of these tests may come near.
 PLENTY = 30.0
@@ -120,8 +121,14 @@ def test_settings_keep_secrets_out_of_the_repr() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"protocol": 2}, r"speaks launch protocol 2, this one 1; install the same version"),
-        ({"protocol": None}, r"speaks launch protocol None, this one 1"),
+        (
+            {"protocol": 2},
+            r"the cluster has agentcluster \S+ with protocol 2, .*; upgrade agentcluster where the launched",
+        ),
+        (
+            {"protocol": None},
+            r"the cluster has agentcluster \S+ with protocol None, .*; upgrade agentcluster where the cluster runs",
+        ),
         ({"rôle": "agent"}, r"unknown key 'rôle'; did you mean 'role'\?"),
         ({"role": "worker"}, r"settings.role: 'worker' is not allowed; allowed: agent, scheduler"),
         ({"security": ["secret"]}, r"settings.security: expected a mapping$"),
@@ -148,7 +155,7 @@ def test_ready_is_found_behind_what_a_login_shell_prints() -> None:
     assert Ready.decode(line) == ready
     assert Ready.decode("Welcome! " + line + "\r") == ready
     assert Ready.decode("Welcome to agentcluster") is None
-    with pytest.raises(ConfigError, match="speaks launch protocol 7, this one 1"):
+    with pytest.raises(ConfigError, match=r"the launched process has .* with protocol 7, the cluster has"):
         Ready.decode(line.replace(f'"protocol":{PROTOCOL}', '"protocol":7'))
 
 
@@ -505,7 +512,8 @@ async def test_process_that_is_late(any_launcher: Callable[..., Launcher], tmp_p
 async def test_process_of_another_version(any_launcher: Callable[..., Launcher], tmp_path: Path) -> None:
     line = Ready("tcp://127.0.0.1:1", 1).encode().replace(f'"protocol":{PROTOCOL}', '"protocol":2')
     error = await _refusal(any_launcher(_script(tmp_path / "p", f"echo '{line}'; exec sleep 1000")))
-    assert "the other side speaks launch protocol 2, this one 1" in error.reason
+    assert "the launched process has" in error.reason
+    assert "with protocol 2, the cluster has" in error.reason
 
 
 async def test_cancellation_leaves_no_process(any_launcher: Callable[..., Launcher], tmp_path: Path) -> None:
@@ -681,7 +689,7 @@ async def test_an_agent_refuses_settings_of_another_version(any_launcher: Callab
     with pytest.raises(LaunchError) as caught:
         await any_launcher().launch(Settings(protocol=PROTOCOL + 1), timeout=PLENTY)
     assert caught.value.reason == "ended with exit code 1 before it was ready"
-    assert "the other side speaks launch protocol 2, this one 1" in caught.value.last_output
+    assert "with protocol 2, the launched process has" in caught.value.last_output
 
 
 LAUNCH = """
