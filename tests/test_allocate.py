@@ -8,8 +8,17 @@ from collections.abc import Iterable, Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentcluster.model import WorkerSpec
-from agentcluster.scheduler.planning.change import Amount, Change, Held, difference, filled, scaled
+from agentcluster.model import Hardware, Mode, NodePlan, WorkerSpec
+from agentcluster.scheduler.planning.change import (
+    Amount,
+    Held,
+    NodeChange,
+    change_to,
+    change_without,
+    filled,
+    scaled,
+)
+from agentcluster.scheduler.planning.nodes import Node
 
 SPECS = st.builds(
     WorkerSpec,
@@ -30,28 +39,57 @@ def counted(specs: Iterable[WorkerSpec]) -> Counter[str]:
     return Counter(map(repr, specs))
 
 
+MODE = Mode("auto-cpu")
+
+
+def running(*specs: WorkerSpec) -> Node:
+    """Return a node whose workers have these settings."""
+    plan = NodePlan(1, MODE, {f"n-{i}": spec for i, spec in enumerate(specs)})
+    return Node("n", "tcp://n:1", Hardware("host", 8, 2**30), plan=plan)
+
+
 @given(st.lists(SPECS, max_size=8), st.lists(SPECS, max_size=8))
 def test_what_stays_and_comes_is_what_is_wanted(now: list[WorkerSpec], wanted: list[WorkerSpec]) -> None:
-    current = {f"n-{i}": spec for i, spec in enumerate(now)}
-    change = difference(current, wanted)
-    assert counted([*change.keep.values(), *change.come]) == counted(wanted)
-    assert {**change.keep, **{name: current[name] for name in change.go}} == current
-    assert not set(change.keep) & set(change.go)
-    assert len(change.go) == len(set(change.go))
+    node = running(*now)
+    change = change_to(node, MODE, wanted)
+    assert counted([*change.keep.values(), *change.add]) == counted(wanted)
+    assert {**change.keep, **change.remove} == node.plan.workers
+    assert not set(change.keep) & set(change.remove)
 
 
 @given(st.lists(SPECS, max_size=8), st.lists(SPECS, max_size=8))
 def test_as_many_stay_as_can(now: list[WorkerSpec], wanted: list[WorkerSpec]) -> None:
-    change = difference({f"n-{i}": spec for i, spec in enumerate(now)}, wanted)
+    change = change_to(running(*now), MODE, wanted)
     assert len(change.keep) == (counted(now) & counted(wanted)).total()
-    assert not counted(change.come) & (counted(now) - counted(change.keep.values()))
+    assert not counted(change.add) & (counted(now) - counted(change.keep.values()))
 
 
 def test_the_first_of_equal_workers_stay() -> None:
-    current = {"n-0": cpu(1), "n-1": cpu(2), "n-2": cpu(1), "n-3": cpu(1)}
-    assert difference(current, [cpu(1), cpu(4), cpu(1)]) == Change(
-        {"n-0": cpu(1), "n-2": cpu(1)}, ("n-1", "n-3"), (cpu(4),)
+    node = running(cpu(1), cpu(2), cpu(1), cpu(1))
+    keep, remove = {"n-0": cpu(1), "n-2": cpu(1)}, {"n-1": cpu(2), "n-3": cpu(1)}
+    assert change_to(node, MODE, [cpu(1), cpu(4), cpu(1)]) == NodeChange(node, MODE, keep, remove, (cpu(4),))
+
+
+def test_a_change_without_workers_keeps_the_others() -> None:
+    node = running(cpu(1), cpu(2))
+    change = change_without(node, MODE, {"n-0", "of another node"}, [cpu(3)])
+    assert change == NodeChange(node, MODE, {"n-1": cpu(2)}, {"n-0": cpu(1)}, (cpu(3),))
+    assert (change.old, change.new) == (("n-0",), {})
+
+
+def test_the_workers_that_come_and_those_that_are_restored_by_name() -> None:
+    change = NodeChange(running(cpu(1)), MODE, {}, {"n-0": cpu(1)}, (cpu(2), cpu(3)), ("n-1", "n-2"), ("n-3",))
+    assert change.new == {"n-1": cpu(2), "n-2": cpu(3)}
+    assert change.restored == {"n-3": cpu(1)}
+    report = change.report()
+    assert (report.node, report.mode, report.old, report.new, report.kept) == (
+        "n",
+        "auto-cpu",
+        ("n-0",),
+        ("n-1", "n-2"),
+        (),
     )
+    assert "1 x 2 threads" in report.shape
 
 
 @st.composite

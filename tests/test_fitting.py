@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from agentcluster.model import WorkerSpec
 from agentcluster.scheduler.planning.binpacking import Fit, fitted
-from agentcluster.scheduler.planning.change import difference
 from agentcluster.scheduler.planning.demand import Bounds, Need, Seat, Spot, amount, kinds
 
 GIB = 2**30
@@ -258,7 +257,6 @@ def test_the_change_is_the_least() -> None:
     assert not fit.go
     fit = fitted([Need({}, 1)], spots, Bounds())
     assert len(fit.go) == 2
-    assert difference({}, ()).come == ()
 
 
 def test_what_there_must_be_is_on_ordinary_nodes() -> None:

@@ -14,7 +14,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dask.utils import format_bytes
@@ -38,9 +38,8 @@ from agentcluster.scheduler.autoscaling import Offers, Watch, label
 from agentcluster.scheduler.evacuation import Arriving, held
 from agentcluster.scheduler.managers import Counts, Tracked
 from agentcluster.scheduler.metrics import Tally
-from agentcluster.scheduler.planning import change as allocate
 from agentcluster.scheduler.planning.binpacking import Fit
-from agentcluster.scheduler.planning.change import Proposal
+from agentcluster.scheduler.planning.change import NodeChange, change_to, change_without
 from agentcluster.scheduler.planning.nodes import Node, Registry
 from agentcluster.scheduler.planning.scaling import answered
 from agentcluster.scheduler.rollouts import Rolling
@@ -106,10 +105,9 @@ class Changes:
                 specs = modes.plan(mode, node.hardware, node=node.name)
                 specs = () if node.name in self.registry.bare else specs
                 names = node.first_names(len(specs), {str(ws.name) for ws in self.scheduler.workers.values()})
-                named = dict(zip(names, specs, strict=True))
-                proposals = {node.name: Proposal(node, allocate.Change({}, (), specs), named, mode)}
-                await self._check(proposals, RolloutPolicy())
-                await self._rolling(mode.name, proposals, RolloutPolicy()).run()
+                changes = {node.name: NodeChange(node, mode, add=specs, names=tuple(names))}
+                await self._check(changes, RolloutPolicy())
+                await self._rolling(mode.name, changes, RolloutPolicy()).run()
             except AgentClusterError as error:
                 self._refuse(node, error)
             except Exception as error:  # whoever launched the node waits for an answer, whatever went wrong
@@ -130,11 +128,11 @@ class Changes:
                 except ConfigError as error:
                     refusals[node.name] = error.reason if isinstance(error, ModeRefused) else str(error)
                 else:
-                    beside = allocate.Change(node.plan.workers, (), specs)
-                    changes[node.name] = allocate.difference(node.plan.workers, specs) if remove_existing else beside
+                    beside = NodeChange(node, mode, keep=node.plan.workers, add=specs)
+                    changes[node.name] = change_to(node, mode, specs) if remove_existing else beside
             if refusals:
                 raise PreflightError(mode.name, refusals)
-            report = await self._roll(mode.name, {name: (mode, change) for name, change in changes.items()}, terms)
+            report = await self._roll(mode.name, changes, terms)
             if names is None and not terms.dry_run:
                 self.registry.default = mode
                 self.registry.wanted.clear()
@@ -150,7 +148,7 @@ class Changes:
             short = f"{target}: the nodes have room for {_listed(answer.short)}" if answer.short else None
             if short and strict:
                 raise ConfigError(f"{short}; nothing was changed")
-            report = await self._roll("scale", answer.wishes, terms)
+            report = await self._roll("scale", answer.changes, terms)
             return {**report, "workers": sum(len(node.plan.workers) for node in nodes), "short": short}
 
     async def empty(self, name: str, terms: RolloutPolicy, ends: bool = False) -> Report:
@@ -162,15 +160,15 @@ class Changes:
         if node.state == "lost" or (ends and here.isdisjoint(node.workers)):
             return self._rolling("none", {}, terms).report()
         async with self._nodes([name], terms) as [node]:
-            return await self._roll("none", {name: (Mode("none"), _without(node, node.plan.workers))}, terms)
+            return await self._roll("none", {name: change_without(node, Mode("none"), node.plan.workers)}, terms)
 
     async def retire(self, workers: Iterable[str], terms: RolloutPolicy) -> Report:
         """Move the data of the named workers to others and stop them; unknown names are gone already."""
         leaving = set(workers)
         owners = [n.name for n in self.registry.nodes.values() if leaving & set(n.plan.workers) and n.state != "lost"]
         async with self._nodes(owners, terms) as nodes:
-            wishes = {node.name: (self.mode_of(node), _without(node, leaving)) for node in nodes}
-            return await self._roll("scale", wishes, terms)
+            changes = {node.name: change_without(node, self.mode_of(node), leaving) for node in nodes}
+            return await self._roll("scale", changes, terms)
 
     async def adapt(
         self, asked: AdaptiveRequest, names: Sequence[str] | str | None, terms: RolloutPolicy
@@ -200,26 +198,23 @@ class Changes:
             there = sorted((node for node in nodes if node.state in ("ready", "standby")), key=lambda node: node.name)
             nbytes = held(self.scheduler, [worker for node in there for worker in node.plan.workers])
             fit, answer = self._offers.look(self.scheduler, there, asked, nbytes)
-            wishes = self._fitting_wishes(fit, there, asked)
-            answer["decided"] = _decided(wishes)
-            if wishes:
-                await self._roll("adapt", wishes, terms)
+            changes = self._fitting_changes(fit, there, asked)
+            answer["decided"] = _decided(changes)
+            if changes:
+                await self._roll("adapt", changes, terms)
         return {**answer, "seconds": time.time() - began, "workers": sum(len(node.plan.workers) for node in there)}
 
-    def _fitting_wishes(
-        self, fit: Fit, nodes: Sequence[Node], asked: AdaptiveRequest
-    ) -> dict[str, tuple[Mode, allocate.Change]]:
-        """Return what changes on each node."""
+    def _fitting_changes(self, fit: Fit, nodes: Sequence[Node], asked: AdaptiveRequest) -> dict[str, NodeChange]:
+        """Return the changes of the nodes that change."""
         by_label = {label(mode): mode for mode in asked.modes}
-        wishes = {}
+        changes = {}
         for node in nodes:
             name, come = node.name, fit.come.get(node.name, ()) if asked.may_come else ()
             if name in fit.modes and (asked.may_come or not fit.come.get(name)):
-                wishes[name] = by_label[fit.modes[name]], allocate.difference(node.plan.workers, come)
+                changes[name] = change_to(node, by_label[fit.modes[name]], come)
             elif name not in fit.modes and (come or not fit.go.isdisjoint(node.plan.workers)):
-                gone = _without(node, fit.go)
-                wishes[name] = node.plan.mode, allocate.Change(gone.keep, gone.go, come)
-        return wishes
+                changes[name] = change_without(node, node.plan.mode, fit.go, come)
+        return changes
 
     async def undo(self, terms: RolloutPolicy) -> Report:
         """Bring the nodes that the last rollout changed back to the plans that they had before it."""
@@ -228,12 +223,9 @@ class Changes:
         before, default, wanted = self._last
         names = [name for name in before if name in self.registry.nodes and self.registry.get(name).state != "lost"]
         async with self._nodes(names, terms) as nodes:
-            wishes = {}
-            for node in nodes:
-                plan = before[node.name]
-                change = allocate.difference(node.plan.workers, list(plan.workers.values()))
-                wishes[node.name] = (plan.mode, change)
-            report = await self._roll("undo", wishes, terms)
+            plans = {node.name: before[node.name] for node in nodes}
+            changes = {node.name: change_to(node, plans[node.name].mode, _specs(plans[node.name])) for node in nodes}
+            report = await self._roll("undo", changes, terms)
             if not terms.dry_run:
                 self.registry.default = default
                 self.registry.wanted = {**wanted, **self.registry.wanted}
@@ -280,27 +272,17 @@ class Changes:
             label, began = (running.label, running.began) if running else ("another change", time.time())
             raise RolloutBusy(label, time.time() - began) from None
 
-    def _proposal(self, node: Node, change: allocate.Change, mode: Mode, dry_run: bool = False) -> Proposal:
-        count = len(change.come)
-        names = [f"{node.name}-new-{i}" for i in range(count)] if dry_run else node.take_names(count)
-        return Proposal(node, change, dict(zip(names, change.come, strict=True)), mode)
-
-    async def _roll(
-        self, label: str, wishes: Mapping[str, tuple[Mode, allocate.Change]], terms: RolloutPolicy
-    ) -> Report:
-        """Check a change with the agents, carry it out, and report."""
-        proposals = {
-            name: self._proposal(self.registry.get(name), change, mode, terms.dry_run)
-            for name, (mode, change) in wishes.items()
-        }
-        proposals = await self._check(proposals, terms)
-        rolling = self._rolling(label, proposals, terms)
+    async def _roll(self, label: str, planned: Mapping[str, NodeChange], terms: RolloutPolicy) -> Report:
+        """Check changes with the agents, carry them out, and report."""
+        changes = {name: _named(change, terms.dry_run) for name, change in planned.items()}
+        changes = await self._check(changes, terms)
+        rolling = self._rolling(label, changes, terms)
         if terms.dry_run:
-            return preflight.described(self.scheduler, rolling.report(), proposals)
+            return preflight.described(self.scheduler, rolling.report(), changes)
         self.rolling = rolling
         if label != "adapt":
             self._last = (rolling.before, self.registry.default, dict(self.registry.wanted))
-        bound = preflight.bound_tasks(self.scheduler, proposals)
+        bound = preflight.bound_tasks(self.scheduler, changes)
         try:
             report = await rolling.run()
         except SwapError as error:
@@ -310,11 +292,11 @@ class Changes:
             self.rolling = None
             self.tally.add(rolling.report())
             await self.notify()
-        for name in proposals:
+        for name in changes:
             self.errors.pop(name, None)
         return _name_bound(report, bound)
 
-    def _rolling(self, label: str, proposals: Mapping[str, Proposal], terms: RolloutPolicy) -> Rolling:
+    def _rolling(self, label: str, changes: Mapping[str, NodeChange], terms: RolloutPolicy) -> Rolling:
         drain = self.config.drain_timeout if terms.drain_timeout is None else terms.drain_timeout
         limits = Limits(
             start=terms.timeout or self.config.start_timeout,
@@ -322,11 +304,11 @@ class Changes:
             retire=terms.timeout or self.config.retire_timeout,
             stop=self.config.stop_timeout,
         )
-        return Rolling(self.scheduler, label, proposals, terms, limits, self.notify, self.tracked.pass_on)
+        return Rolling(self.scheduler, label, changes, terms, limits, self.notify, self.tracked.pass_on)
 
-    async def _check(self, proposals: Mapping[str, Proposal], terms: RolloutPolicy) -> dict[str, Proposal]:
+    async def _check(self, changes: Mapping[str, NodeChange], terms: RolloutPolicy) -> dict[str, NodeChange]:
         """Choose each node's strategy, and raise every reason why the change cannot be as one error."""
-        chosen = {name: preflight.with_strategy(self.scheduler, each, terms) for name, each in proposals.items()}
+        chosen = {name: preflight.with_strategy(self.scheduler, each, terms) for name, each in changes.items()}
         refusals = preflight.immovable(self.scheduler, chosen, terms)
         refusals |= {name: why for name, each in chosen.items() if (why := preflight.crowded(each))}
 
@@ -335,7 +317,7 @@ class Changes:
             if why:
                 refusals[name] = why
 
-        asked = {name: each.named for name, each in chosen.items() if each.named and name not in refusals}
+        asked = {name: each.new for name, each in chosen.items() if each.new and name not in refusals}
         await asyncio.gather(*(ask(name, named) for name, named in asked.items()))
         for name, each in chosen.items():
             if each.node.state == "lost" or self.registry.nodes.get(name) is not each.node:
@@ -364,12 +346,23 @@ def _name_bound(report: Any, bound: Mapping[str, list[str]]) -> Report:
     return found
 
 
-def _decided(wishes: Mapping[str, tuple[Mode, allocate.Change]]) -> str:
+def _named(change: NodeChange, dry_run: bool) -> NodeChange:
+    """Name the workers that come; a dry run takes no name that a worker could have."""
+    count = len(change.add)
+    names = [f"{change.name}-new-{i}" for i in range(count)] if dry_run else change.node.take_names(count)
+    return replace(change, names=tuple(names))
+
+
+def _specs(plan: NodePlan) -> list[WorkerSpec]:
+    return list(plan.workers.values())
+
+
+def _decided(changes: Mapping[str, NodeChange]) -> str:
     """Say what changes, as in "a: +2 -1 auto-gpu; b: -1 auto-cpu"."""
     parts = []
-    for name, (mode, change) in wishes.items():
-        counts = [f"+{len(change.come)}"] * bool(change.come) + [f"-{len(change.go)}"] * bool(change.go)
-        parts.append(f"{name}: {' '.join(counts)} {mode.name}".replace("  ", " "))
+    for name, change in changes.items():
+        counts = [f"+{len(change.add)}"] * bool(change.add) + [f"-{len(change.remove)}"] * bool(change.remove)
+        parts.append(f"{name}: {' '.join(counts)} {change.mode.name}".replace("  ", " "))
     return "; ".join(parts)
 
 
@@ -380,10 +373,3 @@ def _listed(short: Mapping[str, int]) -> str:
         "memory": "of memory"
     }
     return ", ".join(f"{size} {words[key]}" for key, size in sizes.items())
-
-
-def _without(node: Node, leaving: Iterable[str]) -> allocate.Change:
-    """Return the change that takes workers from a node's plan."""
-    go = tuple(worker for worker in node.plan.workers if worker in set(leaving))
-    keep = {worker: spec for worker, spec in node.plan.workers.items() if worker not in go}
-    return allocate.Change(keep, go, ())

@@ -16,7 +16,7 @@ from distributed import Scheduler
 from agentcluster.model import WorkerSpec
 from agentcluster.requests import RolloutPolicy
 from agentcluster.scheduler.evacuation import actors, only_copies, stranded
-from agentcluster.scheduler.planning.change import Proposal
+from agentcluster.scheduler.planning.change import NodeChange
 from agentcluster.scheduler.planning.nodes import Node
 from agentcluster.wire import to_wire
 
@@ -27,32 +27,31 @@ WORKER_MEMORY = 150 * 2**20
 NAMED = 5
 
 
-def with_strategy(scheduler: Scheduler, proposal: Proposal, terms: RolloutPolicy) -> Proposal:
-    """Return the proposal with the strategy that it gets, and why, when that is not the one that was asked for.
+def with_strategy(scheduler: Scheduler, change: NodeChange, terms: RolloutPolicy) -> NodeChange:
+    """Return the change with the strategy that it gets, and why, when that is not the one that was asked for.
 
     Cores may be used twice for a while; memory in use and GPU memory may not.
     """
-    if not proposal.change.go or not proposal.named:
-        return replace(proposal, strategy="surge")
+    if not change.remove or not change.names:
+        return replace(change, strategy="surge")
     if terms.strategy == "replace":
-        return replace(proposal, strategy="replace", because="asked for")
-    why = _no_room(scheduler, proposal)
-    return replace(proposal, strategy="replace" if why else "surge", because=why)
+        return replace(change, strategy="replace", because="asked for")
+    why = _no_room(scheduler, change)
+    return replace(change, strategy="replace" if why else "surge", because=why)
 
 
-def _no_room(scheduler: Scheduler, proposal: Proposal) -> str:
+def _no_room(scheduler: Scheduler, change: NodeChange) -> str:
     """Say why old and new workers do not fit side by side on a node; "" when they do."""
-    hardware, metrics, room = proposal.node.hardware, proposal.node.metrics, proposal.node.room
-    change = proposal.change
-    if room is not None and len(change.keep) + len(change.go) + len(proposal.named) > room:
+    hardware, metrics, room = change.node.hardware, change.node.metrics, change.node.room
+    if room is not None and len(change.keep) + len(change.remove) + len(change.names) > room:
         return f"its ports are for {room} workers at a time"
-    _, nbytes = only_copies(scheduler, proposal.change.go)
-    needed = len(proposal.named) * WORKER_MEMORY + sum(nbytes.values())
+    _, nbytes = only_copies(scheduler, change.old)
+    needed = len(change.names) * WORKER_MEMORY + sum(nbytes.values())
     free = hardware.memory - metrics.memory_used
     if metrics.memory_used and needed > free:
         return f"{format_bytes(needed)} more memory are needed, {format_bytes(max(free, 0))} are free"
     for gpu, used in zip(hardware.gpus, metrics.gpu_memory_used, strict=False):
-        pools = [_pool(spec, gpu.memory) for spec in proposal.named.values() if _device(spec) == gpu.visible_id]
+        pools = [_pool(spec, gpu.memory) for spec in change.new.values() if _device(spec) == gpu.visible_id]
         if gpu.memory and sum(pools) > gpu.memory - used:
             return (
                 f"GPU {gpu.visible_id} has {format_bytes(gpu.memory - used)} free, "
@@ -83,29 +82,29 @@ def _pool(spec: WorkerSpec, memory: int) -> int:
         return 0  # starting the worker will say so, in dask-cuda's words
 
 
-def crowded(proposal: Proposal) -> str:
+def crowded(change: NodeChange) -> str:
     """Say why a node has no room for the workers that it is to have; "" when it has."""
-    room, count = proposal.node.room, len(proposal.change.keep) + len(proposal.named)
+    room, count = change.node.room, len(change.keep) + len(change.names)
     if room is None or count <= room:
         return ""
     return f"{count} workers need as many ports, and it has {room}; give it a range, as --worker-port 9000:9010"
 
 
-def immovable(scheduler: Scheduler, proposals: Mapping[str, Proposal], terms: RolloutPolicy) -> dict[str, str]:
+def immovable(scheduler: Scheduler, changes: Mapping[str, NodeChange], terms: RolloutPolicy) -> dict[str, str]:
     """Return node name -> why its data cannot be moved."""
     if terms.drain == "now":
         return {}
     refusals = {}
-    going = {name: each.change.go for name, each in proposals.items()}
+    going = {name: each.old for name, each in changes.items()}
     everyone = [worker for go in going.values() for worker in go]
-    surging = any(each.named and each.strategy == "surge" for each in proposals.values())
+    surging = any(each.names and each.strategy == "surge" for each in changes.values())
     left = {} if surging else stranded(scheduler, everyone)
-    for name, proposal in proposals.items():
-        if proposal.strategy == "replace":
+    for name, change in changes.items():
+        if change.strategy == "replace":
             alone = stranded(scheduler, going[name])
             if keys := sum(alone.values()):
                 refusals[name] = (
-                    f"its old workers must go before the new ones come ({proposal.because}), and no other worker "
+                    f"its old workers must go before the new ones come ({change.because}), and no other worker "
                     f"could take the only copies of {keys} keys; have a worker on another node, release those "
                     f"results, or give them up with drain='now'"
                 )
@@ -133,14 +132,14 @@ async def ask_agent(scheduler: Scheduler, node: Node, named: Mapping[str, Worker
     return next(iter(answer.values()), "")
 
 
-def bound_tasks(scheduler: Scheduler, proposals: Mapping[str, Proposal]) -> dict[str, list[str]]:
+def bound_tasks(scheduler: Scheduler, changes: Mapping[str, NodeChange]) -> dict[str, list[str]]:
     """Return node name -> tasks that no worker could run after the change, each with what it asks for."""
-    going = {worker for each in proposals.values() for worker in each.change.go}
+    going = {worker for each in changes.values() for worker in each.old}
     leaving = {ws for ws in scheduler.workers.values() if str(ws.name) in going}
     if not leaving:
         return {}
     offers = [dict(ws.resources) for ws in scheduler.workers.values() if ws not in leaving]
-    offers += [dict(spec.resources) for each in proposals.values() for spec in each.named.values()]
+    offers += [dict(spec.resources) for each in changes.values() for spec in each.add]
     addresses = {ws.address for ws in scheduler.workers.values() if ws not in leaving}
     found = []
     for ts in scheduler.tasks.values():
@@ -154,14 +153,14 @@ def bound_tasks(scheduler: Scheduler, proposals: Mapping[str, Proposal]) -> dict
     if not found:
         return {}
     listed = sorted(found)[:NAMED] + ([f"and {len(found) - NAMED} more"] if len(found) > NAMED else [])
-    return {name: listed for name, each in proposals.items() if each.change.go}
+    return {name: listed for name, each in changes.items() if each.remove}
 
 
-def described(scheduler: Scheduler, report: dict[str, Any], proposals: Mapping[str, Proposal]) -> dict[str, Any]:
+def described(scheduler: Scheduler, report: dict[str, Any], changes: Mapping[str, NodeChange]) -> dict[str, Any]:
     """Return a report of what would be done, with what would be moved and what could not run any more."""
-    bound = bound_tasks(scheduler, proposals)
-    for name, each in proposals.items():
-        keys, nbytes = only_copies(scheduler, each.change.go)
+    bound = bound_tasks(scheduler, changes)
+    for name, each in changes.items():
+        keys, nbytes = only_copies(scheduler, each.old)
         report["nodes"][name] |= {
             "keys": sum(keys.values()),
             "nbytes": sum(nbytes.values()),

@@ -20,8 +20,7 @@ from agentcluster.errors import AgentClusterError, SwapError
 from agentcluster.model import NodePlan, NodeReport
 from agentcluster.requests import RolloutPolicy
 from agentcluster.scheduler.managers import PassOn, keep_names
-from agentcluster.scheduler.planning import change as allocate
-from agentcluster.scheduler.planning.change import Proposal, planned
+from agentcluster.scheduler.planning.change import NodeChange, change_to
 from agentcluster.scheduler.planning.rollout import (
     BackEnded,
     Cancel,
@@ -54,7 +53,7 @@ class Rolling:
         The scheduler, in this process.
     label
         What it is called: the mode that was asked for.
-    proposals
+    changes
         Node name -> what is to change there.
     terms, limits
         How.
@@ -67,7 +66,7 @@ class Rolling:
 
     scheduler: Scheduler
     label: str
-    proposals: Mapping[str, Proposal]
+    changes: Mapping[str, NodeChange]
     terms: RolloutPolicy
     limits: Limits
     notify: Callable[[], Coroutine[Any, Any, None]]
@@ -75,9 +74,9 @@ class Rolling:
     began: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
-        self.before: dict[str, NodePlan] = {name: p.node.plan for name, p in self.proposals.items()}
+        self.before: dict[str, NodePlan] = {name: p.node.plan for name, p in self.changes.items()}
         self.rollout = Rollout(tuple(self._waves()), self.terms.on_failure)
-        self.steps: dict[str, dict[str, Any]] = {name: {"step": "waiting"} for name in self.proposals}
+        self.steps: dict[str, dict[str, Any]] = {name: {"step": "waiting"} for name in self.changes}
         self._resumed: asyncio.Queue[RolloutCommand | None] = asyncio.Queue()
         self._reports: dict[str, NodeReport] = {}
         self._whys: list[str] = []
@@ -88,10 +87,10 @@ class Rolling:
         self._clock = time.perf_counter()
 
     def _waves(self) -> Iterable[tuple[str, ...]]:
-        surge = [name for name, proposal in self.proposals.items() if proposal.strategy == "surge"]
-        others = [name for name in self.proposals if name not in surge]
+        surge = [name for name, change in self.changes.items() if change.strategy == "surge"]
+        others = [name for name in self.changes if name not in surge]
         size = self.terms.max_parallel or max(1, len(surge))
-        if self.terms.canary and len(self.proposals) > 1:
+        if self.terms.canary and len(self.changes) > 1:
             first = surge or others
             yield (first.pop(0),)
         for nodes, count in ((surge, size), (others, self.terms.max_parallel or 1)):
@@ -161,7 +160,7 @@ class Rolling:
     async def _do(self, command: RolloutCommand) -> RolloutEvent:
         match command:
             case RunWave(nodes):
-                return WaveEnded(await self._run({name: self.proposals[name] for name in nodes}))
+                return WaveEnded(await self._run({name: self.changes[name] for name in nodes}))
             case RunBack(nodes):
                 back = {name: self._return(name) for name in nodes}
                 failed = await self._run(back, back=True)
@@ -170,11 +169,11 @@ class Rolling:
                     self._whys += [f"{name} {became}" for name in nodes if name in which]
                 return BackEnded(failed)
 
-    async def _run(self, proposals: Mapping[str, Proposal], back: bool = False) -> frozenset[str]:
+    async def _run(self, changes: Mapping[str, NodeChange], back: bool = False) -> frozenset[str]:
         failed: set[str] = set()
-        for nodes in _together(proposals, back):
-            chosen = {name: _now(proposals[name]) for name in nodes if proposals[name].node.state != "lost"}
-            failed |= self._lost(set(nodes) - set(chosen), proposals)
+        for nodes in _together(changes, back):
+            chosen = {name: _now(changes[name]) for name in nodes if changes[name].node.state != "lost"}
+            failed |= self._lost(set(nodes) - set(chosen), changes)
             if not chosen:
                 continue
             swap = self._swap = Swap(
@@ -194,7 +193,7 @@ class Rolling:
                 self._swap = None
                 await self.notify()
             failed |= wave.failed_nodes
-            failed |= self._lost({name for name, each in chosen.items() if each.node.state == "lost"}, proposals)
+            failed |= self._lost({name for name, each in chosen.items() if each.node.state == "lost"}, changes)
             self._both = self._both or wave.both
             if wave.failures:
                 self._whys.append(swap.why())
@@ -203,18 +202,18 @@ class Rolling:
                 self._reports |= {name: swap.report(name) for name in chosen}
         return frozenset(failed)
 
-    def _lost(self, nodes: Iterable[str], proposals: Mapping[str, Proposal]) -> set[str]:
+    def _lost(self, nodes: Iterable[str], changes: Mapping[str, NodeChange]) -> set[str]:
         """Return those of the lost nodes that were to have new workers; the rollout goes on, or back, without them."""
-        failed = {name for name in nodes if proposals[name].named}
-        self._whys += [f"node {name} is lost ({proposals[name].node.problem})" for name in sorted(failed)]
+        failed = {name for name in nodes if changes[name].names}
+        self._whys += [f"node {name} is lost ({changes[name].node.problem})" for name in sorted(failed)]
         return failed
 
-    def _return(self, name: str) -> Proposal:
+    def _return(self, name: str) -> NodeChange:
         """Return the change that brings a node back to the plan that it had."""
-        proposal, plan = self.proposals[name], self.before[name]
-        change = allocate.difference(proposal.node.plan.workers, list(plan.workers.values()))
-        named = dict(zip(proposal.node.take_names(len(change.come)), change.come, strict=True))
-        return replace(proposal, change=change, named=named, mode=plan.mode)
+        planned, plan = self.changes[name], self.before[name]
+        back = change_to(planned.node, plan.mode, list(plan.workers.values()))
+        names = tuple(back.node.take_names(len(back.add)))
+        return replace(back, names=names, strategy=planned.strategy, because=planned.because)
 
     def _tell(self, node: str, step: str, facts: Mapping[str, Any]) -> None:
         known = self.steps[node]
@@ -231,8 +230,8 @@ class Rolling:
     def report(self) -> dict[str, Any]:
         """Return what was done, or would be, on each node, as plain data."""
         nodes = {}
-        for name, proposal in self.proposals.items():
-            report = self._reports.get(name) or planned(name, proposal)
+        for name, change in self.changes.items():
+            report = self._reports.get(name) or change.report()
             nodes[name] = to_wire(replace(report, outcome=self.outcome(name)))
         return {
             "mode": self.label,
@@ -247,19 +246,19 @@ class Rolling:
             return "rolled back"
         if name in self.rollout.failed:
             return "failed"
-        proposal = self.proposals[name]
-        same = not proposal.change.go and not proposal.change.come and proposal.mode == self.before[name].mode
+        change = self.changes[name]
+        same = not change.remove and not change.add and change.mode == self.before[name].mode
         return "changed" if name in self.rollout.changed and not same else "unchanged"
 
     def _error(self, report: dict[str, Any]) -> SwapError:
-        changed = [name for name in self.proposals if self.outcome(name) == "changed"]
+        changed = [name for name in self.changes if self.outcome(name) == "changed"]
         if self._both:
             state = "old and new workers both run, because the new ones hold data that could not be moved either"
         elif changed:
             state = f"{', '.join(changed)} changed, the other nodes have the workers that they had"
         else:
             state = "the workers that ran before still run, nothing was lost"
-        empty = [name for name, p in self.proposals.items() if not p.node.plan.workers and self.before[name].workers]
+        empty = [name for name, p in self.changes.items() if not p.node.plan.workers and self.before[name].workers]
         if empty:
             state = f"{', '.join(empty)} has no workers, the others have those that they had"
         why = "; ".join(dict.fromkeys(filter(None, self._whys))) or str(self.rollout.cancelled)
@@ -268,17 +267,17 @@ class Rolling:
         return error
 
 
-def _together(proposals: Mapping[str, Proposal], back: bool) -> Iterable[Sequence[str]]:
+def _together(changes: Mapping[str, NodeChange], back: bool) -> Iterable[Sequence[str]]:
     """Return the nodes that change at the same time: a wave's, or, of those that are brought back, all that can."""
-    surge = [name for name, each in proposals.items() if each.strategy == "surge"]
-    others = [name for name in proposals if name not in surge]
+    surge = [name for name, each in changes.items() if each.strategy == "surge"]
+    others = [name for name in changes if name not in surge]
     # Where the old go first, their data needs the workers of nodes that do not change just then.
     return filter(None, [surge, *([name] for name in others)] if back else [surge, others])
 
 
-def _now(proposal: Proposal) -> Proposal:
-    """Return a proposal without the workers that ended while their node's turn was waited for."""
-    change = proposal.change
-    go = tuple(worker for worker in change.go if worker in proposal.node.plan.workers)
-    keep = {worker: spec for worker, spec in change.keep.items() if worker in proposal.node.plan.workers}
-    return replace(proposal, change=replace(change, go=go, keep=keep))
+def _now(change: NodeChange) -> NodeChange:
+    """Return a change without the workers that ended while their node's turn was waited for."""
+    there = change.node.plan.workers
+    keep = {worker: spec for worker, spec in change.keep.items() if worker in there}
+    remove = {worker: spec for worker, spec in change.remove.items() if worker in there}
+    return replace(change, keep=keep, remove=remove)

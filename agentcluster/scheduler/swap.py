@@ -17,18 +17,17 @@ from typing import Any
 from distributed import Scheduler
 
 from agentcluster.errors import AgentClusterError, WorkerStartError
-from agentcluster.model import NodeReport, WorkerSpec, WorkerState
+from agentcluster.model import NodeReport, WorkerState
 from agentcluster.requests import Drain
 from agentcluster.scheduler.evacuation import Evacuation, Progress, evacuate
 from agentcluster.scheduler.managers import PassOn, keep_names
-from agentcluster.scheduler.planning.change import Proposal, planned
+from agentcluster.scheduler.planning.change import NodeChange
 from agentcluster.scheduler.planning.wave import (
     Cancelled,
     Command,
     Event,
     GiveUpRetiring,
     GiveUpStarting,
-    NodeChange,
     Retired,
     RetireNew,
     RetireOld,
@@ -79,7 +78,7 @@ class Swap:
     ----------
     scheduler
         The scheduler, in this process.
-    proposals
+    changes
         Node name -> what is to change there; all of one strategy.
     limits
         Seconds for each step.
@@ -94,7 +93,7 @@ class Swap:
     """
 
     scheduler: Scheduler
-    proposals: Mapping[str, Proposal]
+    changes: Mapping[str, NodeChange]
     limits: Limits
     drain: Drain = "tasks"
     tolerant: bool = False
@@ -113,18 +112,9 @@ class Swap:
         self._given_up: set[type[Command]] = set()
         self._emptied: set[str] = set()
         self._renamed: dict[str, str] = {}
-        strategies = {proposal.strategy for proposal in self.proposals.values()}
-        changes = []
-        self._back: dict[str, dict[str, WorkerSpec]] = {}
-        for name, proposal in self.proposals.items():
-            back: tuple[str, ...] = ()
-            if proposal.strategy == "replace":
-                back = tuple(proposal.node.take_names(len(proposal.change.go)))
-                specs = [proposal.node.plan.workers[worker] for worker in proposal.change.go]
-                self._back[name] = dict(zip(back, specs, strict=True))
-            changes.append(NodeChange(name, proposal.change.go, tuple(proposal.named), back))
-        [strategy] = strategies or {"surge"}
-        self.wave = Wave(tuple(changes), strategy, self.tolerant)
+        self.changes = {name: _restorable(change) for name, change in self.changes.items()}
+        [strategy] = {change.strategy for change in self.changes.values()} or {"surge"}
+        self.wave = Wave(tuple(self.changes.values()), strategy, self.tolerant)
 
     def cancel(self, why: str) -> None:
         """End with the old workers, if that is still possible."""
@@ -136,29 +126,29 @@ class Swap:
     async def run(self) -> Wave:
         """Carry the wave out; return how it ended. Each node's plan says then what is true."""
         try:
-            for name, proposal in self.proposals.items():
-                proposal.node.to("swap")
-                self.tell(name, "swap", {"strategy": proposal.strategy})
+            for name, change in self.changes.items():
+                change.node.to("swap")
+                self.tell(name, "swap", {"strategy": change.strategy})
             await self._drive()
         finally:
-            for name, proposal in self.proposals.items():
-                if proposal.node.state == "swapping":
-                    self._settle(name, proposal)
-        await asyncio.gather(*(self._pass_on(each, each.node.plan.workers) for each in self.proposals.values()))
+            for name, change in self.changes.items():
+                if change.node.state == "swapping":
+                    self._settle(name, change)
+        await asyncio.gather(*(self._pass_on(each, each.node.plan.workers) for each in self.changes.values()))
         return self.wave
 
     async def _give_names(self, back: bool) -> None:
         """Give the names of workers that are about to leave to those that stay: new ones, or when `back` the old."""
 
-        async def one(each: Proposal) -> None:
-            come, go = tuple(each.named) if each.strategy == "surge" else (), each.change.go
+        async def one(each: NodeChange) -> None:
+            come, go = each.names if each.strategy == "surge" else (), each.old
             stay, leave = (go, come) if back else (come, go)
-            await self._pass_on(each, self._now([*each.change.keep, *stay]), self._now(leave))
+            await self._pass_on(each, self._now([*each.keep, *stay]), self._now(leave))
 
-        await asyncio.gather(*map(one, self.proposals.values()))
+        await asyncio.gather(*map(one, self.changes.values()))
 
-    async def _pass_on(self, proposal: Proposal, staying: Iterable[str], leaving: Collection[str] = ()) -> None:
-        renamed = await self.pass_on(proposal.node, staying, leaving)
+    async def _pass_on(self, change: NodeChange, staying: Iterable[str], leaving: Collection[str] = ()) -> None:
+        renamed = await self.pass_on(change.node, staying, leaving)
         planned = {now: name for name, now in self._renamed.items()}
         self._renamed |= {planned.get(before, before): now for before, now in renamed.items()}
 
@@ -224,8 +214,8 @@ class Swap:
             case RetireOld(workers):
                 await self._give_names(back=False)
                 event = await self._retire(workers, self.drain)
-                for name, proposal in self.proposals.items():
-                    if proposal.change.go:
+                for name, change in self.changes.items():
+                    if change.remove:
                         self._seconds["retire", name] = time.perf_counter() - began - self.evacuation.drain
                         self._seconds["drain", name] = self.evacuation.drain
             case RetireNew(workers):
@@ -241,7 +231,7 @@ class Swap:
         return event
 
     async def _start(self, node: str, workers: tuple[str, ...]) -> Event:
-        named = {**self.proposals[node].named, **self._back.get(node, {})}
+        named = {**self.changes[node].new, **self.changes[node].restored}
         specs = to_wire({worker: named[worker] for worker in workers})
         if GiveUpStarting in self._given_up:
             return StartFailed(node, "it was given up")
@@ -269,8 +259,8 @@ class Swap:
 
     async def _retire(self, workers: tuple[str, ...], drain: Drain, back: bool = False) -> Event:
         def progress(now: Progress) -> None:
-            for name, proposal in self.proposals.items():
-                if proposal.change.go:
+            for name, change in self.changes.items():
+                if change.remove:
                     self.tell(name, "retire", vars(now))
 
         workers = self._now(workers)
@@ -313,23 +303,23 @@ class Swap:
             logger.warning("Node %s did not confirm the end of %s: %s", node, ", ".join(workers), error)
 
     def _agent(self, node: str) -> Any:
-        return self.scheduler.rpc(self.proposals[node].node.address)
+        return self.scheduler.rpc(self.changes[node].node.address)
 
     # -- what is true afterwards ---------------------------------------------------------------------------------------
 
-    def _settle(self, name: str, proposal: Proposal) -> None:
-        node, wave = proposal.node, self.wave
-        gone = self._now(proposal.change.go)
-        named = dict(zip(self._now(proposal.named), proposal.named.values(), strict=True))
+    def _settle(self, name: str, change: NodeChange) -> None:
+        node, wave = change.node, self.wave
+        gone = self._now(change.old)
+        named = dict(zip(self._now(change.names), change.add, strict=True))
         old = {worker: spec for worker, spec in node.plan.workers.items() if worker not in gone}
         changed = wave.started if wave.strategy == "replace" else self._emptied
         if name in changed or (wave.over and name not in wave.failed_nodes):
-            node.adopt(proposal.mode, {**old, **named})
+            node.adopt(change.mode, {**old, **named})
         elif name in self._emptied:
-            restored = self._back[name] if name in wave.restored else {}
+            restored = change.restored if name in wave.restored else {}
             node.adopt(node.plan.mode, {**old, **restored})
         elif wave.both and name in wave.started:
-            node.adopt(proposal.mode, {**node.plan.workers, **named})
+            node.adopt(change.mode, {**node.plan.workers, **named})
         elif not node.plan.revision:
             node.to("refused")
             node.problem = self.why() or "it was not given its workers"
@@ -349,11 +339,11 @@ class Swap:
 
     def report(self, name: str) -> NodeReport:
         """Return what was done on one node."""
-        proposal = self.proposals[name]
-        go = self._now(proposal.change.go)
+        change = self.changes[name]
+        go = self._now(change.old)
         return replace(
-            planned(name, proposal),
-            new=self._now(proposal.named),
+            change.report(),
+            new=self._now(change.names),
             keys=sum(self.evacuation.keys.get(worker, 0) for worker in go),
             nbytes=sum(self.evacuation.nbytes.get(worker, 0) for worker in go),
             rerun=sum(self.evacuation.rerun.get(worker, 0) for worker in go),
@@ -365,6 +355,13 @@ class Swap:
 
     def _step(self, step: str, name: str) -> float:
         return max(0.0, self._seconds.get((step, name), 0.0))
+
+
+def _restorable(change: NodeChange) -> NodeChange:
+    """Return a change with names for its old workers, where they may have to be started again."""
+    if change.strategy == "surge":
+        return change
+    return replace(change, restore_names=tuple(change.node.take_names(len(change.remove))))
 
 
 def _ending() -> bool:

@@ -18,7 +18,7 @@ from itertools import groupby
 from agentcluster.model import Hardware, WorkerSpec
 from agentcluster.modes.options import NANNY
 from agentcluster.requests import AdaptiveRequest
-from agentcluster.scheduler.planning.change import Amount, difference
+from agentcluster.scheduler.planning.change import Amount, match_workers
 from agentcluster.scheduler.planning.demand import Bounds, Need, Spot, amount, kinds
 
 #: Of the workers' memory, the part that may be in use before more workers are wanted, as dask has it.
@@ -272,7 +272,7 @@ class _Solver:
     def _room(self, node: int) -> list[_Place]:
         offer = self.spots[node].offers.get(self.mode[node], ())
         current = {str(number): place.spec for number, place in enumerate(self.seats[node])}
-        return [_Place(node, spec, None) for spec in difference(current, offer).come]
+        return [_Place(node, spec, None) for spec in match_workers(current, offer)[1]]
 
     def _allowed(self, spec: WorkerSpec, leaving: Sequence[WorkerSpec] = ()) -> bool:
         """Whether one more such worker is within the upper bounds, once those that leave have left."""

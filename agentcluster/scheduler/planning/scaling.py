@@ -13,10 +13,16 @@ from agentcluster import modes
 from agentcluster.errors import ConfigError, ModeRefused, suggest
 from agentcluster.model import Mode, WorkerSpec
 from agentcluster.requests import ScaleTarget
-from agentcluster.scheduler.planning.change import Amount, Change, Held, difference, filled, scaled
+from agentcluster.scheduler.planning.change import (
+    Amount,
+    Held,
+    NodeChange,
+    change_without,
+    filled,
+    match_workers,
+    scaled,
+)
 from agentcluster.scheduler.planning.nodes import Node
-
-Wishes = dict[str, tuple[Mode, Change]]
 
 
 @dataclass(frozen=True)
@@ -25,13 +31,13 @@ class Answer:
 
     Attributes
     ----------
-    wishes
-        Node -> the mode that it has then, and the change of its workers.
+    changes
+        Node name -> the change of its workers.
     short
         What is wanted and cannot be there -> how much of it can; {} when all can.
     """
 
-    wishes: Wishes
+    changes: Mapping[str, NodeChange]
     short: Mapping[str, int]
 
 
@@ -90,18 +96,18 @@ def answered(
 
 def _as_it_is(node: Node, mode: Mode) -> _Place:
     full = modes.plan(mode, node.hardware, node=node.name)
-    return _Place(node, mode, node.plan.workers, difference(node.plan.workers, full).come, modes.named(mode, full))
+    return _Place(node, mode, node.plan.workers, match_workers(node.plan.workers, full)[1], modes.named(mode, full))
 
 
 def _by_nodes(wanted: int, places: Sequence[_Place], nbytes: Mapping[str, int]) -> Answer:
     held = {p.node.name: sum(nbytes.get(w, 0) for w in p.stay) if p.stay else None for p in places if p.stay or p.room}
     empty, fill = filled(held, wanted)
-    wishes = {}
+    changes = {}
     for place in places:
         name = place.node.name
         whole = name in fill or (held.get(name) is not None and name not in empty)
-        wishes[name] = _wish(place, place.stay if name in empty else (), place.room if whole else ())
-    return Answer(wishes, {"nodes": len(held)} if wanted > len(held) else {})
+        changes[name] = _wish(place, place.stay if name in empty else (), place.room if whole else ())
+    return Answer(changes, {"nodes": len(held)} if wanted > len(held) else {})
 
 
 def _by_amount(
@@ -115,10 +121,10 @@ def _by_amount(
     current = {p.node.name: {w: Held(nbytes.get(w, 0), amount(spec)) for w, spec in p.stay.items()} for p in places}
     room = {p.node.name: [amount(spec) for spec in p.room] for p in places}
     go, come = scaled(current, room, tuple(wanted.values()), extra)
-    wishes = {p.node.name: _wish(p, go, [p.room[index] for index in come[p.node.name]]) for p in places}
-    there = [sum(column) for column in zip(*map(amount, _after(wishes)), strict=True)] or [0, 0, 0]
+    changes = {p.node.name: _wish(p, go, [p.room[index] for index in come[p.node.name]]) for p in places}
+    there = [sum(column) for column in zip(*map(amount, _after(changes)), strict=True)] or [0, 0, 0]
     found = dict(zip(wanted, there, strict=True))
-    return Answer(wishes, {key: int(found[key]) for key in wanted if found[key] < wanted[key]})
+    return Answer(changes, {key: int(found[key]) for key in wanted if found[key] < wanted[key]})
 
 
 def _by_kind(target: ScaleTarget, places: Sequence[_Place], nbytes: Mapping[str, int]) -> Answer:
@@ -143,18 +149,18 @@ def _by_kind(target: ScaleTarget, places: Sequence[_Place], nbytes: Mapping[str,
         go |= leaving
         for name, chosen in coming.items():
             come[name] |= {room[name][index] for index in chosen}
-    wishes = {}
+    changes = {}
     for p in places:
         others = {index for index, spec in enumerate(p.room) if p.switched and p.kind(spec, wanted) is None}
         come[p.node.name] |= others
-        wishes[p.node.name] = _wish(p, go, [p.room[index] for index in sorted(come[p.node.name])])
+        changes[p.node.name] = _wish(p, go, [p.room[index] for index in sorted(come[p.node.name])])
     by_name = {p.node.name: p for p in places}
     there = dict.fromkeys(wanted, 0)
-    for name, (_, change) in wishes.items():
-        for spec in (*change.keep.values(), *change.come):
+    for name, change in changes.items():
+        for spec in (*change.keep.values(), *change.add):
             if (found := by_name[name].kind(spec, wanted)) is not None:
                 there[found] += 1
-    return Answer(wishes, {kind: there[kind] for kind in wanted if there[kind] < wanted[kind]})
+    return Answer(changes, {kind: there[kind] for kind in wanted if there[kind] < wanted[kind]})
 
 
 def _switch(kind: str, count: int, places: list[_Place], nbytes: Mapping[str, int]) -> None:
@@ -176,8 +182,8 @@ def _switch(kind: str, count: int, places: list[_Place], nbytes: Mapping[str, in
             reason = error.reason if isinstance(error, ModeRefused) else str(error)
             reasons.setdefault(reason, []).append(place.node.name)
             continue
-        change = difference(place.node.plan.workers, full)
-        places[index] = changed = _Place(place.node, mode, change.keep, change.come, switched=True)
+        keep, missing = match_workers(place.node.plan.workers, full)
+        places[index] = changed = _Place(place.node, mode, keep, missing, switched=True)
         offered[index] = sum(kind in changed.kinds(spec) for spec in full)
     if not any(offered):
         said = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
@@ -192,12 +198,10 @@ def _with_both(mode: Mode) -> Mode:
     return modes.parse("mixed", {key: side for key, side in sides[mode.name].items() if key in ("cpu", "gpu")})
 
 
-def _wish(place: _Place, go: Iterable[str], come: Iterable[WorkerSpec]) -> tuple[Mode, Change]:
+def _wish(place: _Place, go: Iterable[str], come: Sequence[WorkerSpec]) -> NodeChange:
     leaving = {*go, *(place.node.plan.workers.keys() - place.stay.keys())}
-    gone = tuple(worker for worker in place.node.plan.workers if worker in leaving)
-    keep = {worker: spec for worker, spec in place.node.plan.workers.items() if worker not in leaving}
-    return place.mode, Change(keep, gone, tuple(come))
+    return change_without(place.node, place.mode, leaving, come)
 
 
-def _after(wishes: Wishes) -> list[WorkerSpec]:
-    return [spec for _, change in wishes.values() for spec in (*change.keep.values(), *change.come)]
+def _after(changes: Mapping[str, NodeChange]) -> list[WorkerSpec]:
+    return [spec for change in changes.values() for spec in (*change.keep.values(), *change.add)]
