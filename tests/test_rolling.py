@@ -189,7 +189,7 @@ async def test_cancel_in_a_pause(two: AgentCluster, on_failure: Any) -> None:
     await two.rollout.pause()
     await running(two, state="paused")
     # In one turn of the loop: neither may be forgotten.
-    rolling = two.scheduler.extensions["agentcluster"].changes.rolling
+    rolling = two.scheduler.extensions["agentcluster"].controller.running
     rolling.resume()
     rolling.cancel("it was cancelled")
     with pytest.raises(SwapError, match="it was cancelled") as caught:

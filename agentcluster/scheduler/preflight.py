@@ -15,7 +15,7 @@ from distributed import Scheduler
 
 from agentcluster.model import WorkerSpec
 from agentcluster.requests import RolloutPolicy
-from agentcluster.scheduler.evacuation import actors, only_copies, stranded
+from agentcluster.scheduler.evacuation import actors, sole_replicas, stranded
 from agentcluster.scheduler.planning.change import NodeChange
 from agentcluster.scheduler.planning.nodes import Node
 from agentcluster.wire import to_wire
@@ -45,7 +45,7 @@ def _no_room(scheduler: Scheduler, change: NodeChange) -> str:
     hardware, metrics, room = change.node.hardware, change.node.metrics, change.node.room
     if room is not None and len(change.keep) + len(change.remove) + len(change.names) > room:
         return f"its ports are for {room} workers at a time"
-    _, nbytes = only_copies(scheduler, change.old)
+    _, nbytes = sole_replicas(scheduler, change.old)
     needed = len(change.names) * WORKER_MEMORY + sum(nbytes.values())
     free = hardware.memory - metrics.memory_used
     if metrics.memory_used and needed > free:
@@ -160,7 +160,7 @@ def described(scheduler: Scheduler, report: dict[str, Any], changes: Mapping[str
     """Return a report of what would be done, with what would be moved and what could not run any more."""
     bound = bound_tasks(scheduler, changes)
     for name, each in changes.items():
-        keys, nbytes = only_copies(scheduler, each.old)
+        keys, nbytes = sole_replicas(scheduler, each.old)
         report["nodes"][name] |= {
             "keys": sum(keys.values()),
             "nbytes": sum(nbytes.values()),
