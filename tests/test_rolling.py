@@ -398,7 +398,7 @@ async def test_replace_alone_is_refused_with_what_would_help(one: AgentCluster) 
         with pytest.raises(
             PreflightError,
             match=r"its old workers must go before the new ones come \(asked for\), and no other worker could take the "
-            r"only copies of 10 keys; have a worker on another node, release those results, or give them up with "
+            r"only copies of 10 keys; start a worker on another node, release those results, or give them up with "
             r"drain='now'",
         ):
             await one.reprovision("auto-cpu", NEXT, strategy="replace")

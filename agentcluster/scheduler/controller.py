@@ -43,12 +43,10 @@ from agentcluster.scheduler.planning.binpacking import Fit
 from agentcluster.scheduler.planning.change import NodeChange, change_to, change_without
 from agentcluster.scheduler.planning.nodes import Node, Registry
 from agentcluster.scheduler.planning.scaling import answered
-from agentcluster.scheduler.rollouts import RolloutRun
+from agentcluster.scheduler.rollouts import Plain, RolloutRun
 from agentcluster.scheduler.swap import Limits, RolloutContext
 
 logger = logging.getLogger(__name__)
-
-Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ class Controller:
 
     async def reprovision(
         self, mode: Mode, names: Sequence[str] | str | None, policy: RolloutPolicy, *, remove_existing: bool = True
-    ) -> Report:
+    ) -> Plain:
         """Give nodes the workers that a mode means on them.
 
         Parameters
@@ -173,7 +171,7 @@ class Controller:
 
     async def scale(
         self, target: ScaleTarget, names: Sequence[str] | str | None, policy: RolloutPolicy, *, strict: bool = False
-    ) -> Report:
+    ) -> Plain:
         """Bring nodes to a target, as far as their capacity allows.
 
         Parameters
@@ -207,7 +205,7 @@ class Controller:
             report = await self._roll("scale", answer.changes, policy)
             return {**report, "workers": sum(len(node.plan.workers) for node in nodes), "short": short}
 
-    async def empty(self, name: str, policy: RolloutPolicy, ends: bool = False) -> Report:
+    async def empty(self, name: str, policy: RolloutPolicy, ends: bool = False) -> Plain:
         """Move a node's data to others and stop its workers; return at once where it has none.
 
         Parameters
@@ -233,7 +231,7 @@ class Controller:
         async with self._nodes([name], policy) as [node]:
             return await self._roll("none", {name: change_without(node, Mode("none"), node.plan.workers)}, policy)
 
-    async def retire(self, workers: Iterable[str], policy: RolloutPolicy) -> Report:
+    async def retire(self, workers: Iterable[str], policy: RolloutPolicy) -> Plain:
         """Move the data of workers to others and stop them.
 
         Parameters
@@ -254,9 +252,7 @@ class Controller:
             changes = {node.name: change_without(node, self.mode_of(node), leaving) for node in nodes}
             return await self._roll("scale", changes, policy)
 
-    async def adapt(
-        self, asked: AdaptiveRequest, names: Sequence[str] | str | None, policy: RolloutPolicy
-    ) -> dict[str, Any]:
+    async def adapt(self, asked: AdaptiveRequest, names: Sequence[str] | str | None, policy: RolloutPolicy) -> Plain:
         """Give nodes the workers that present tasks need, and no others, within limits.
 
         Parameters
@@ -301,7 +297,7 @@ class Controller:
                 changes[name] = change_without(node, node.plan.mode, fit.go, come)
         return changes
 
-    async def undo(self, policy: RolloutPolicy) -> Report:
+    async def undo(self, policy: RolloutPolicy) -> Plain:
         """Bring the nodes of the last rollout back to the plans that they had before it.
 
         Parameters
@@ -396,13 +392,15 @@ class Controller:
             label, began = (running.label, running.began) if running else ("another change", time.time())
             raise RolloutBusy(label, time.time() - began) from None
 
-    async def _roll(self, label: str, planned: Mapping[str, NodeChange], policy: RolloutPolicy) -> Report:
+    async def _roll(self, label: str, planned: Mapping[str, NodeChange], policy: RolloutPolicy) -> Plain:
         """Check changes with the agents, carry them out, and report."""
         changes = {name: _named(change, policy.dry_run) for name, change in planned.items()}
         changes = await self._check(changes, policy)
         rollout = self._rollout(label, changes, policy)
         if policy.dry_run:
-            return preflight.described(self.scheduler, rollout.report(), changes)
+            report = rollout.report()
+            preflight.describe(self.scheduler, report, changes)
+            return report
         self.running = rollout
         if label != "adapt":
             self._last = _Undo(rollout.before, self.registry.default, dict(self.registry.wanted))
@@ -468,7 +466,7 @@ class Controller:
 
 def _add_bound(report: Mapping[str, Any], bound: Mapping[str, list[str]]) -> None:
     """Add the tasks that no worker can run afterwards to a report."""
-    nodes: dict[str, dict[str, Any]] = report.get("nodes", {})
+    nodes: dict[str, Plain] = report.get("nodes", {})
     for name, node in nodes.items():
         if name in bound:
             node["bound"] = bound[name]

@@ -15,11 +15,11 @@ import logging
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from distributed import Scheduler, Status
 from distributed.comm.core import Comm, CommClosedError
-from distributed.core import PooledRPCCall, error_message
+from distributed.core import ErrorMessage, PooledRPCCall, error_message
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from agentcluster import modes
@@ -31,10 +31,12 @@ from agentcluster.scheduler import managers, metrics
 from agentcluster.scheduler.controller import Controller
 from agentcluster.scheduler.events import NodeEvents
 from agentcluster.scheduler.planning.nodes import SETTLED, Node, Registry
+from agentcluster.scheduler.rollouts import Plain
 from agentcluster.wire import PLUGIN, RETIRED, check_protocol, from_wire, spoken, to_wire
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 #: Methods of :class:`AgentPlugin` that become handlers of the scheduler.
@@ -45,14 +47,14 @@ CALLS = (
 )
 
 
-def _handler(call: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T | object]]:
+def _handler(call: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T | ErrorMessage]]:
     """Return a call as a handler: errors of agentcluster are its answers.
 
     An exception that a handler raises would be logged by the scheduler with a traceback, as a fault.
     """
 
     @functools.wraps(call)
-    async def handler(*args: Any, **kwargs: Any) -> T | object:
+    async def handler(*args: P.args, **kwargs: P.kwargs) -> T | ErrorMessage:
         try:
             return await call(*args, **kwargs)
         except (AgentClusterError, TimeoutError) as error:
@@ -153,7 +155,7 @@ class AgentConnections:
                     comm.abort()
                 await self._events.notify()
 
-    def _receive(self, node: Node, message: Mapping[str, Any]) -> None:
+    def _receive(self, node: Node, message: Plain) -> None:
         """Take the facts of one message: metrics of the host, and workers whose state changed."""
         node.heard = time.monotonic()
         if "metrics" in message:
@@ -272,7 +274,7 @@ class AgentPlugin(SchedulerPlugin):
     async def register_node(
         self,
         comm: Comm,
-        registration: Mapping[str, Any] | None = None,
+        registration: Mapping[str, object] | None = None,
         stream: bool = False,
         protocol: object = None,
         version: object = None,
@@ -343,7 +345,7 @@ class AgentPlugin(SchedulerPlugin):
         logger.info("Node %s left", name)
         await self._events.notify()
 
-    async def get_nodes(self) -> dict[str, dict[str, Any]]:
+    async def get_nodes(self) -> dict[str, Plain]:
         """Return the state of all nodes.
 
         Returns
@@ -361,7 +363,7 @@ class AgentPlugin(SchedulerPlugin):
         workers = [self.scheduler.workers[address] for address in addresses if address in self.scheduler.workers]
         return {"keys": sum(len(each.has_what) for each in workers), "nbytes": sum(each.nbytes for each in workers)}
 
-    async def await_nodes(self, names: Sequence[str], timeout: float) -> dict[str, dict[str, Any]]:
+    async def await_nodes(self, names: Sequence[str], timeout: float) -> dict[str, Plain]:
         """Wait until nodes have their first workers.
 
         Parameters
@@ -402,7 +404,7 @@ class AgentPlugin(SchedulerPlugin):
                 raise LaunchError(name, f"node {name!r} is lost: {self.registry.get(name).problem}")
         return {name: self.registry.get(name).snapshot() for name in names}
 
-    async def get_provision_mode(self) -> dict[str, Any]:
+    async def get_provision_mode(self) -> Plain:
         """Return the modes of nodes.
 
         Returns
@@ -418,8 +420,8 @@ class AgentPlugin(SchedulerPlugin):
     async def set_provision_mode(
         self,
         mode: str | None = None,
-        config: Mapping[str, Any] | None = None,
-        nodes: Mapping[str, Mapping[str, Any]] | None = None,
+        config: Mapping[str, object] | None = None,
+        nodes: Mapping[str, Mapping[str, object]] | None = None,
         bare: Sequence[str] = (),
     ) -> None:
         """Set the mode that nodes get when they join.
@@ -439,11 +441,11 @@ class AgentPlugin(SchedulerPlugin):
     async def reprovision_nodes(
         self,
         mode: str,
-        config: Mapping[str, Any] | str | None = None,
+        config: Mapping[str, object] | str | None = None,
         nodes: Sequence[str] | str | None = None,
         remove_existing: bool = True,
-        **terms: Any,
-    ) -> dict[str, Any]:
+        **terms: object,
+    ) -> Plain:
         """Give nodes the workers of a mode, in place of those that they have.
 
         Parameters
@@ -479,10 +481,10 @@ class AgentPlugin(SchedulerPlugin):
         self,
         n: int | None = None,
         nodes: Sequence[str] | str | None = None,
-        target: Mapping[str, Any] | None = None,
+        target: Mapping[str, object] | None = None,
         strict: bool = False,
-        **terms: Any,
-    ) -> dict[str, Any]:
+        **terms: object,
+    ) -> Plain:
         """Bring nodes to `n` workers, or another target, as far as their capacity allows; data is moved first.
 
         Parameters
@@ -513,8 +515,8 @@ class AgentPlugin(SchedulerPlugin):
         return await self.controller.scale(wanted, nodes, from_wire(RolloutPolicy, terms, "scale_nodes"), strict=strict)
 
     async def adapt_nodes(
-        self, asked: Mapping[str, Any], nodes: Sequence[str] | None = None, **terms: Any
-    ) -> dict[str, Any]:
+        self, asked: Mapping[str, object], nodes: Sequence[str] | None = None, **terms: object
+    ) -> Plain:
         """Give nodes the workers that present tasks need, and no others.
 
         Parameters
@@ -549,7 +551,7 @@ class AgentPlugin(SchedulerPlugin):
         """
         return await self.controller.demand.wait(timeout)
 
-    async def retire_node(self, name: str, ends: bool = False, **terms: Any) -> dict[str, Any]:
+    async def retire_node(self, name: str, ends: bool = False, **terms: object) -> Plain:
         """Move a node's data to others and stop its workers; the node stays, in standby.
 
         Parameters
@@ -568,7 +570,7 @@ class AgentPlugin(SchedulerPlugin):
         """
         return await self.controller.empty(name, from_wire(RolloutPolicy, terms, "retire_node"), ends)
 
-    async def retire_node_workers(self, names: Sequence[str], **terms: Any) -> dict[str, Any]:
+    async def retire_node_workers(self, names: Sequence[str], **terms: object) -> Plain:
         """Move the data of workers to others and stop them.
 
         Parameters
@@ -585,7 +587,7 @@ class AgentPlugin(SchedulerPlugin):
         """
         return await self.controller.retire(map(str, names), from_wire(RolloutPolicy, terms, "retire_node_workers"))
 
-    async def undo_rollout(self, **terms: Any) -> dict[str, Any]:
+    async def undo_rollout(self, **terms: object) -> Plain:
         """Bring the nodes of the last rollout back to the plans that they had before it.
 
         Parameters
@@ -605,7 +607,7 @@ class AgentPlugin(SchedulerPlugin):
         """
         return await self.controller.undo(from_wire(RolloutPolicy, terms, "undo_rollout"))
 
-    async def rollout_status(self) -> dict[str, Any] | None:
+    async def rollout_status(self) -> Plain | None:
         """Return the progress of the rollout that runs now.
 
         Returns

@@ -36,6 +36,9 @@ from agentcluster.wire import to_wire
 
 Outcome = Literal["changed", "unchanged", "failed", "rolled back"]
 
+#: Plain data, as it travels to the caller.
+Plain = dict[str, Any]
+
 
 class RolloutRun:
     """Run one rollout.
@@ -122,7 +125,7 @@ class RolloutRun:
             self._resumed.put_nowait(command)
         self.context.events.rollout_controlled(type(event).__name__.lower())
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> Plain:
         """Return the progress of the rollout as plain data.
 
         Returns
@@ -142,7 +145,7 @@ class RolloutRun:
 
     # -- execution -----------------------------------------------------------------------------------------------------
 
-    async def run(self) -> dict[str, Any]:
+    async def run(self) -> Plain:
         """Run the waves and return the report.
 
         Returns
@@ -227,7 +230,7 @@ class RolloutRun:
 
     # -- report --------------------------------------------------------------------------------------------------------
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Plain:
         """Return the report of the rollout as plain data.
 
         Returns
@@ -263,7 +266,7 @@ class RolloutRun:
         same = not change.remove and not change.add and change.mode == self.before[name].mode
         return "changed" if name in self.rollout.changed and not same else "unchanged"
 
-    def _error(self, report: dict[str, Any]) -> SwapError:
+    def _error(self, report: Plain) -> SwapError:
         changed = [name for name in self.changes if self.outcome(name) == "changed"]
         if self._both:
             state = "old and new workers both run, because the new ones hold data that could not be moved either"
