@@ -18,7 +18,7 @@ from agentcluster import errors
 CHECKOUT = Path(agentcluster.__file__).parents[1]
 
 HOMES = {
-    "Agent": "agentcluster.agent",
+    "Agent": "agentcluster.agent.agent",
     "AgentCluster": "agentcluster.client.cluster",
     "Host": "agentcluster.launch",
     "Mode": "agentcluster.model",
@@ -65,7 +65,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'agentcluster' has no attribute 'AgentClutser'"):
         agentcluster.AgentClutser  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'suggest'"):
-        pass
+        from agentcluster import suggest  # noqa: F401
 
 
 def test_the_version_has_one_source() -> None:
