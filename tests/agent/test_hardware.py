@@ -27,7 +27,7 @@ CHILD = """
 import json, os, sys
 import dask.config
 from agentcluster.agent import hardware
-from agentcluster.model import to_wire
+from agentcluster.wire import to_wire
 
 def answer(env, config, cpus, hide, metrics_fail):
     os.environ.update(env)

@@ -23,7 +23,7 @@ import asyncio, json, sys, warnings
 
 warnings.simplefilter("error", ResourceWarning)
 from agentcluster.agent.hardware import detect
-from agentcluster.model import to_wire
+from agentcluster.wire import to_wire
 from dask_cuda import CUDAWorker
 from dask_cuda.utils import get_gpu_count
 
