@@ -84,9 +84,16 @@ class NodesPlot:
         self.names = FactorRange()
         self.workers, self.load, self.words = (ColumnDataSource(data) for data in self._data())
         about = [(field, f"@{field}") for field in ("node", "state", "mode", "shape", "data", "problem")]
-        self.figure = _figure("Workers by kind", self.names, "workers", toolbar_location=None, sizing_mode=sizing_mode)
+        self.widths = DataRange1d(start=0)
+        self.figure = _figure(
+            "Workers by kind",
+            self.names,
+            "workers",
+            x_range=self.widths,
+            toolbar_location=None,
+            sizing_mode=sizing_mode,
+        )
         self.figure.xaxis.ticker = _whole_numbers()
-        self.figure.x_range.start = 0
         bars = self.figure.hbar(
             y="node", left="left", right="right", height=0.7, color="color", legend_field="kind", source=self.workers
         )
@@ -122,7 +129,7 @@ class NodesPlot:
             self.names.factors = names
             self.figure.height = self.busy.height = FRAME + LINE * max(3, len(names))
         widest = max((len(node.plan.workers) for node in self.registry.nodes.values()), default=0)
-        self.figure.x_range.end = 2.6 * max(1, widest)  # room for the words beside the longest bar
+        self.widths.end = 2.6 * max(1, widest)  # room for the words beside the longest bar
         for source, new in zip((self.workers, self.load, self.words), data, strict=True):
             _put(source, new)
         self.summary.text = self._summary()
@@ -284,9 +291,10 @@ class Decisions:
         _put(self.points, points)
         if found:
             now = 1000 * int(time.time())  # the last decision still holds
+            when = [1000 * each["when"] for each in found]
             for kind, source in self.sources.items():
                 numbers = [_number(each["workers"], kind) for each in (*found, found[-1])]
-                _put(source, {"when": [*points["when"], max(now, points["when"][-1])], "number": numbers})
+                _put(source, {"when": [*when, max(now, when[-1])], "number": [*numbers]})
 
     def _points(self, found: Sequence[Message]) -> Columns:
         rows = [
@@ -310,7 +318,7 @@ def _downwards(names: Iterable[str]) -> list[str]:
     return sorted(names, key=natural_sort_key, reverse=True)
 
 
-def _figure(title: str, names: FactorRange, label: str | None, **settings: object) -> figure:
+def _figure(title: str, names: FactorRange, label: str | None, **settings: Any) -> figure:
     drawn = figure(title=title, y_range=names, height=FRAME + 3 * LINE, tools="xpan,xwheel_zoom,reset", **settings)
     drawn.xaxis.axis_label = label
     drawn.ygrid.visible = False
