@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal, NewType, TypeVar
 
 import cloudpickle
-from distributed.core import error_message
 
 import agentcluster
 from agentcluster.errors import AgentClusterError, ConfigError, VersionMismatch, suggest
@@ -182,7 +181,7 @@ def _parse_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def spoken() -> dict[str, Any]:
-    """Return this process's side of a meeting: ``{"protocol": int, "version": str}``, to be sent with the first message.
+    """Return this process's versions, to be sent with its first message to another.
 
     Returns
     -------
@@ -225,6 +224,8 @@ def answered(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T |
         try:
             return await method(self, *args, **kwargs)
         except (AgentClusterError, TimeoutError) as error:
+            from distributed.core import error_message  # heavy for a launched process that only reads its settings
+
             return error_message(error, status="uncaught-error")
 
     return handler

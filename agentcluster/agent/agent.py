@@ -36,11 +36,12 @@ from agentcluster.agent.options import (
 from agentcluster.agent.registration import IS_IT_THERE, Alone, Membership
 from agentcluster.agent.supervisor import Supervisor
 from agentcluster.config import Config
-from agentcluster.errors import AgentClusterError, ConfigError, SchedulerUnfit, WorkerStartError
+from agentcluster.errors import AgentClusterError, ConfigError, SchedulerUnfit, VersionMismatch, WorkerStartError
 from agentcluster.model import Hardware, Mode, WorkerSpec
+from agentcluster.requests import NodeRegistration
 from agentcluster.security import connection_args
 from agentcluster.units import positive_seconds
-from agentcluster.wire import from_wire, to_wire, unpickled
+from agentcluster.wire import check_protocol, from_wire, spoken, to_wire, unpickled
 
 logger = logging.getLogger(__name__)
 
@@ -221,18 +222,19 @@ class Agent(Server):
         # Who gave the node its name, and did not stay to look after it, knows its workers by it.
         tracked = self.given_name is not None and not terms["lasting"]
         terms["spelling"] = {str(self.given_name): self.given_name} if tracked else {}
-        own = {} if adopted is not None else {"mode": self.own_mode, "fallback": self.fallback}
-        node = {
-            "name": self.node_name,
-            "address": self.address,
-            "hardware": to_wire(self.hardware),
-            "exact": self.given_name is not None,
-            "room": room(options),
-            "resources": options.get("resources") or {},
-            "labels": labels,
-            **({"given": self.given_name} if tracked else {}),
-            **{key: to_wire(mode) for key, mode in own.items() if mode is not None},
-        }
+        own = adopted is None
+        node = NodeRegistration(
+            name=self.node_name,
+            address=self.address,
+            hardware=self.hardware,
+            mode=self.own_mode if own else None,
+            fallback=self.fallback if own else None,
+            exact=self.given_name is not None,
+            external_name=self.given_name if tracked else None,
+            slots=room(options),
+            resources=options.get("resources") or {},
+            labels={str(key): str(value) for key, value in labels.items()},
+        )
         membership = Membership(scheduler, **terms)
         try:
             await membership.join(node, self.death_timeout)
@@ -321,16 +323,26 @@ class Agent(Server):
     async def adopt(
         self,
         comm: Comm,
-        scheduler: str,
+        scheduler: str = "",
         name: str | None = None,
         options: Mapping[str, Any] | None = None,
-        protocol: int = 1,
+        protocol: object = None,
+        version: object = None,
+        **newer: object,
     ) -> Any:
         """Join a cluster for as long as the caller keeps this connection open; one cluster at a time.
 
-        The answer is ``{"address", "pid", "hardware", "name"}``. Any message, the end of the connection or the end
-        of the scheduler stops the workers and returns the agent to standby; the connection is closed after that.
+        The versions are the cluster's (:func:`agentcluster.wire.spoken`); another protocol is refused before anything
+        else of the message is read. The answer is ``{"address", "pid", "hardware", "name"}`` with the agent's versions.
+        Any message, the end of the connection or the end of the scheduler stops the workers and returns the agent to
+        standby; the connection is closed after that.
         """
+        try:
+            check_protocol(
+                f"the cluster at {comm.peer_address}", protocol, version, here=f"the agent at {self.address}"
+            )
+        except VersionMismatch as mismatch:
+            return error_message(mismatch, status="uncaught-error")
         if self._adopted is not None or self.scheduler_address is not None:
             error = ConfigError(
                 f"agent at {self.address} already belongs to the cluster at {self.scheduler_address}; "
@@ -367,6 +379,7 @@ class Agent(Server):
             "pid": os.getpid(),
             "name": self.node_name,
             "hardware": to_wire(self.hardware),
+            **spoken(),
         }
 
     async def _serving(self) -> Supervisor:

@@ -25,9 +25,10 @@ from agentcluster.agent.supervisor import Supervisor
 from agentcluster.config import Config
 from agentcluster.errors import PreflightError, SchedulerUnfit
 from agentcluster.model import Hardware, Mode, WorkerState, like_dask
+from agentcluster.requests import NodeRegistration
 from agentcluster.security import connection_args
 from agentcluster.shipping import shipped
-from agentcluster.wire import NO_PLUGIN, PLUGIN, RETIRED, from_wire, to_wire
+from agentcluster.wire import NO_PLUGIN, PLUGIN, RETIRED, check_protocol, spoken, to_wire
 
 logger = logging.getLogger(__name__)
 
@@ -103,13 +104,13 @@ class Membership:
         self._stream: Comm | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def join(self, node: Mapping[str, Any], timeout: float | None = None) -> None:
+    async def join(self, node: NodeRegistration, timeout: float | None = None) -> None:
         """Register the node, and take part from then on.
 
         Parameters
         ----------
         node
-            The arguments of :meth:`agentcluster.scheduler.plugin.AgentPlugin.register_node`, as plain data.
+            The node.
         timeout
             Seconds for reaching the scheduler; None for dask's own.
 
@@ -117,6 +118,8 @@ class Membership:
         ------
         SchedulerUnfit
             When the scheduler has no plugin and cannot have one.
+        VersionMismatch
+            When the scheduler has another version of the protocol.
         OSError
             When it cannot be reached.
         """
@@ -124,17 +127,19 @@ class Membership:
         try:
             problem = await _bring_plugin(comm)
             # Even so: where plugins cannot be sent, it may be there by --preload.
-            await comm.write({"op": "register_node", **node, "stream": True})
+            await comm.write({"op": "register_node", "registration": to_wire(node), "stream": True, **spoken()})
             answer = await comm.read()
             if answer is None:  # dask's way to say that it does not know the call
                 raise SchedulerUnfit(self.scheduler, f"{NO_PLUGIN}; it said: {problem}" if problem else NO_PLUGIN)
             _raise_remote(answer)
+            scheduler = f"the scheduler at {self.scheduler}"
+            check_protocol(scheduler, answer.get("protocol"), answer.get("version"), here=f"the agent of {node.name}")
         except BaseException:
             comm.abort()
             raise
         self.name = answer["name"]
         self._stream = comm
-        self._spawn(self._beat(comm, from_wire(Hardware, node["hardware"])), "agent heartbeat")
+        self._spawn(self._beat(comm, node.hardware), "agent heartbeat")
         self._spawn(self._follow(comm), "agent follows scheduler")
         logger.info("Node %s registered to: %s", self.name, self.scheduler)
 
@@ -289,10 +294,10 @@ class Alone(Membership):
         super().__init__(*terms, **more)
         self._mode = mode
 
-    async def join(self, node: Mapping[str, Any], timeout: float | None = None) -> None:
+    async def join(self, node: NodeRegistration, timeout: float | None = None) -> None:
         """Start the workers."""
-        self.name = node["name"]
-        specs = modes.plan(self._mode, from_wire(Hardware, node["hardware"]), node=self.name)
+        self.name = node.name
+        specs = modes.plan(self._mode, node.hardware, node=self.name)
         named = dict(zip(like_dask(self.name, len(specs)), specs, strict=True))
         await self.supervisor.start(named, self._settings.start_timeout)
 

@@ -23,12 +23,12 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from agentcluster import modes
 from agentcluster.config import Config
 from agentcluster.errors import AgentClusterError, LaunchError
-from agentcluster.model import Hardware, HostMetrics, Mode, WorkerState
-from agentcluster.requests import AdaptiveRequest, RolloutPolicy, ScaleTarget
+from agentcluster.model import HostMetrics, Mode, WorkerState
+from agentcluster.requests import AdaptiveRequest, NodeRegistration, RolloutPolicy, ScaleTarget
 from agentcluster.scheduler import metrics
 from agentcluster.scheduler.controller import Changes
 from agentcluster.scheduler.planning.nodes import SETTLED, Node, Registry
-from agentcluster.wire import PLUGIN, RETIRED, answered, from_wire, to_wire
+from agentcluster.wire import PLUGIN, RETIRED, answered, check_protocol, from_wire, spoken, to_wire
 
 logger = logging.getLogger(__name__)
 
@@ -187,63 +187,56 @@ class AgentPlugin(Hearing, SchedulerPlugin):
     async def register_node(
         self,
         comm: Comm,
-        name: str,
-        address: str,
-        hardware: Mapping[str, Any],
-        mode: Mapping[str, Any] | None = None,
-        fallback: Mapping[str, Any] | None = None,
-        exact: bool = True,
-        given: str | int | None = None,
-        room: int | None = None,
-        resources: Mapping[str, float] | None = None,
-        labels: Mapping[str, str] | None = None,
+        registration: Mapping[str, Any] | None = None,
         stream: bool = False,
+        protocol: object = None,
+        version: object = None,
+        **newer: object,
     ) -> Any:
         """Take an agent's node in, and give it its workers.
 
         Parameters
         ----------
-        name
-            The node's name; with ``exact=False`` a free one close to it.
-        address
-            Where the agent listens.
-        hardware
-            A :class:`~agentcluster.model.Hardware` as plain data.
-        mode
-            A :class:`~agentcluster.model.Mode` as plain data, when the agent was given its own.
-        fallback
-            Likewise, for when nobody has set a default.
-        given
-            The name that a cluster manager gave the node, and whose workers it knows by it.
-        room
-            How many workers can be there at once, where the agent was given ports for so many.
-        resources
-            What each worker there offers, whatever its mode.
-        labels
-            Words about its host, by which it can be chosen.
+        registration
+            A :class:`~agentcluster.requests.NodeRegistration` as plain data.
         stream
-            Keep the connection open: its messages are the agent's heartbeats, its end is the agent's.
+            Keep the connection open: its messages are the agent's heartbeats, and its end is the agent's end.
+        protocol, version
+            The agent's versions of the protocol and of agentcluster, see :func:`agentcluster.wire.spoken`.
+        **newer
+            Arguments of another version of the protocol; never read.
 
         Returns
         -------
         dict
-            ``{"name": …}``, the name that the node got.
+            ``{"name": …}``, the name that the node got, and this side's versions.
         """
-        known: dict[str, Any] = {"exact": exact, "given": given, "room": room, "resources": resources}
-        known["labels"] = {str(key): str(value) for key, value in (labels or {}).items()}
         try:
-            for key, own in (("own_mode", mode), ("fallback", fallback)):
-                known[key] = None if own is None else from_wire(Mode, own, key)
-            host = from_wire(Hardware, hardware, "hardware")
-            node = self.registry.register(name, address, host, now=time.monotonic(), **known)
+            peer, here = f"the agent at {comm.peer_address}", f"the scheduler at {self.scheduler.address}"
+            check_protocol(peer, protocol, version, here=here)
+            request = from_wire(NodeRegistration, registration, "register_node")
+            node = self.registry.register(
+                request.name,
+                request.address,
+                request.hardware,
+                now=time.monotonic(),
+                own_mode=request.mode,
+                fallback=request.fallback,
+                exact=request.exact,
+                given=request.external_name,
+                room=request.slots,
+                resources=request.resources,
+                labels=request.labels,
+            )
         except AgentClusterError as error:
             return error_message(error, status="uncaught-error")
         logger.info("Node %s joined: %s", node.name, node.hardware.describe())
+        answer = {"name": node.name, **spoken()}
         if stream:
-            await comm.write({"status": "OK", "name": node.name})
+            await comm.write({"status": "OK", **answer})
         self._spawn(self.changes.provision(node), f"provision {node.name}")
         if not stream:
-            return {"name": node.name}
+            return answer
         await self._listen(node, comm)
         return Status.dont_reply
 
@@ -299,9 +292,10 @@ class AgentPlugin(Hearing, SchedulerPlugin):
 
     @answered
     async def get_provision_mode(self) -> dict[str, Any]:
-        """Return the default mode and its options, and the mode of each node."""
+        """Return the default mode and its options, the mode of each node, and this side's versions."""
         nodes = {name: node.plan.mode.name for name, node in self.registry.nodes.items()}
-        return {"mode": self.registry.default.name, "config": to_wire(self.registry.default.config), "nodes": nodes}
+        default = self.registry.default
+        return {"mode": default.name, "config": to_wire(default.config), "nodes": nodes, **spoken()}
 
     @answered
     async def set_provision_mode(
