@@ -38,10 +38,10 @@ from agentcluster.scheduler.autoscaling import Offers, Watch, label
 from agentcluster.scheduler.evacuation import Arriving, held
 from agentcluster.scheduler.managers import Counts, Tracked
 from agentcluster.scheduler.metrics import Tally
-from agentcluster.scheduler.planning.binpacking import Fit
+from agentcluster.scheduler.planning.binpacking import Packing
 from agentcluster.scheduler.planning.change import NodeChange, change_to, change_without
 from agentcluster.scheduler.planning.nodes import Node, Registry
-from agentcluster.scheduler.planning.scaling import answered
+from agentcluster.scheduler.planning.scaling import plan_scale
 from agentcluster.scheduler.rollouts import Rolling
 from agentcluster.scheduler.swap import Limits
 
@@ -144,7 +144,7 @@ class Changes:
         """Bring nodes to what is wanted, as far as they have room; with `strict` only where they have it."""
         async with self._nodes(names, terms) as nodes:
             nbytes = held(self.scheduler, [worker for node in nodes for worker in node.plan.workers])
-            answer = answered(target, nodes, {node.name: self.mode_of(node) for node in nodes}, nbytes)
+            answer = plan_scale(target, nodes, {node.name: self.mode_of(node) for node in nodes}, nbytes)
             short = f"{target}: the nodes have room for {_listed(answer.short)}" if answer.short else None
             if short and strict:
                 raise ConfigError(f"{short}; nothing was changed")
@@ -204,16 +204,16 @@ class Changes:
                 await self._roll("adapt", changes, terms)
         return {**answer, "seconds": time.time() - began, "workers": sum(len(node.plan.workers) for node in there)}
 
-    def _fitting_changes(self, fit: Fit, nodes: Sequence[Node], asked: AdaptiveRequest) -> dict[str, NodeChange]:
+    def _fitting_changes(self, fit: Packing, nodes: Sequence[Node], asked: AdaptiveRequest) -> dict[str, NodeChange]:
         """Return the changes of the nodes that change."""
         by_label = {label(mode): mode for mode in asked.modes}
         changes = {}
         for node in nodes:
-            name, come = node.name, fit.come.get(node.name, ()) if asked.may_come else ()
-            if name in fit.modes and (asked.may_come or not fit.come.get(name)):
+            name, come = node.name, fit.add.get(node.name, ()) if asked.may_come else ()
+            if name in fit.modes and (asked.may_come or not fit.add.get(name)):
                 changes[name] = change_to(node, by_label[fit.modes[name]], come)
-            elif name not in fit.modes and (come or not fit.go.isdisjoint(node.plan.workers)):
-                changes[name] = change_without(node, node.plan.mode, fit.go, come)
+            elif name not in fit.modes and (come or not fit.remove.isdisjoint(node.plan.workers)):
+                changes[name] = change_without(node, node.plan.mode, fit.remove, come)
         return changes
 
     async def undo(self, terms: RolloutPolicy) -> Report:
