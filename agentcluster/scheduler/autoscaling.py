@@ -18,8 +18,8 @@ from agentcluster import modes
 from agentcluster.errors import ConfigError, ModeRefused
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.requests import AdaptiveRequest
-from agentcluster.scheduler.planning.binpacking import Fit, called_up, fitted
-from agentcluster.scheduler.planning.demand import Bounds, Need, Seat, Spot
+from agentcluster.scheduler.planning.binpacking import Packing, pack, select_hosts
+from agentcluster.scheduler.planning.demand import Bounds, NodeCapacity, ResourceRequest, RunningWorker
 from agentcluster.scheduler.planning.nodes import Node
 from agentcluster.tables import count
 
@@ -78,10 +78,10 @@ class Demand:
             self._example.setdefault(asked, (str(ts.key), str(ts.prefix.name)))
         return found
 
-    def _need(self, asked: Resources, target_duration: float) -> Need:
+    def _need(self, asked: Resources, target_duration: float) -> ResourceRequest:
         tasks = math.ceil(self._tasks[asked])
         slots = min(tasks, max(1, math.ceil(self._seconds[asked] / target_duration)))
-        return Need(dict(asked), slots, tasks, *self._example[asked])
+        return ResourceRequest(dict(asked), slots, tasks, *self._example[asked])
 
 
 def _bound(ts: Any) -> bool:
@@ -141,7 +141,7 @@ class Autoscaler:
 
     def look(
         self, scheduler: Scheduler, nodes: Sequence[Node], asked: AdaptiveRequest, nbytes: Mapping[str, int]
-    ) -> tuple[Fit, dict[str, Any]]:
+    ) -> tuple[Packing, dict[str, Any]]:
         """Return which workers tasks need, and what there is to say of it.
 
         Parameters
@@ -156,42 +156,42 @@ class Autoscaler:
             Worker -> bytes of data that it holds.
         """
         demand = Demand(scheduler, asked.target_duration)
-        requests = {name: Need({name: 1}, count) for name, count in sorted(asked.requests.items())}
+        requests = {name: ResourceRequest({name: 1}, count) for name, count in sorted(asked.requests.items())}
         needs = [*demand.needs, *requests.values()]
         spots = [self.spot(node, asked, demand, nbytes) for node in nodes]
         bounds, may_go = Bounds.of(asked), set(asked.may_go)
-        fit = fitted(needs, spots, bounds, may_go.__contains__)
-        later = fitted(needs, spots, bounds)
-        launch = called_up(
+        fit = pack(needs, spots, bounds, may_go.__contains__)
+        later = pack(needs, spots, bounds)
+        launch = select_hosts(
             asked,
             needs,
             next((node.hardware for node in reversed(nodes)), None),
             lambda name, hardware: self._unseen(name, hardware, asked, nodes),
-            lambda more: fitted(needs, [*spots, *more], bounds) if more else fit,
+            lambda more: pack(needs, [*spots, *more], bounds) if more else fit,
         )
-        waits = bool(fit.come or fit.modes or launch) and not asked.may_come
+        waits = bool(fit.add or fit.modes or launch) and not asked.may_come
         unmet = {_resources(need): self.explain(need, nodes, asked) for need in fit.unmet if not launch}
         held = {
-            name: unmet.get(_resources(need)) or (index not in fit.short and not waits)
+            name: unmet.get(_resources(need)) or (index not in fit.missing and not waits)
             for index, (name, need) in enumerate(requests.items(), len(demand.needs))
         }
-        come = {node.name: self._come(fit, node, asked.modes) for node in nodes if node.name in fit.come}
-        return replace(fit, come=come), {
+        come = {node.name: self._come(fit, node, asked.modes) for node in nodes if node.name in fit.add}
+        return replace(fit, add=come), {
             "saw": "; ".join(map(wants, needs)) or "no tasks",
-            "could_go": sorted({*later.go, *later.modes} - {*fit.go, *fit.modes}),
+            "could_go": sorted({*later.remove, *later.modes} - {*fit.remove, *fit.modes}),
             "unmet": unmet,
-            "short": [wants(needs[index]) for index in fit.short if needs[index] not in fit.unmet],
+            "short": [wants(needs[index]) for index in fit.missing if needs[index] not in fit.unmet],
             "requests": held,
             "waits": waits,
             "launch": launch if asked.may_come else (),
         }
 
-    def _unseen(self, name: str, hardware: Hardware, asked: AdaptiveRequest, nodes: Sequence[Node]) -> Spot:
+    def _unseen(self, name: str, hardware: Hardware, asked: AdaptiveRequest, nodes: Sequence[Node]) -> NodeCapacity:
         """Return a host that may be launched as :mod:`fitting` takes it."""
         allowed = asked.modes or [nodes[-1].plan.mode if nodes else Mode("auto-cpu")]
         plans = {label(mode): self._planned(mode, hardware, name) for mode in allowed}
         offers = {key: plan for key, plan in plans.items() if not isinstance(plan, str)}
-        return Spot(name, next(iter(offers), ""), {}, offers, extra=True)
+        return NodeCapacity(name, next(iter(offers), ""), {}, offers, extra=True)
 
     def plan(self, node: Node, mode: Mode) -> tuple[WorkerSpec, ...] | str:
         """Return the workers of a node in a mode, or why it cannot have them."""
@@ -208,38 +208,38 @@ class Autoscaler:
             self._known[key] = known = (hardware, found)
         return known[1]
 
-    def spot(self, node: Node, asked: AdaptiveRequest, demand: Demand, nbytes: Mapping[str, int]) -> Spot:
+    def spot(self, node: Node, asked: AdaptiveRequest, demand: Demand, nbytes: Mapping[str, int]) -> NodeCapacity:
         """Return a node as :mod:`fitting` takes it."""
         plans = {label(mode): self.plan(node, mode) for mode in asked.modes or [node.plan.mode]}
         seats = {
-            name: Seat(_offering(node, [spec])[0], nbytes.get(name, 0), demand.runs.get(name, {}))
+            name: RunningWorker(_offering(node, [spec])[0], nbytes.get(name, 0), demand.runs.get(name, {}))
             for name, spec in node.plan.workers.items()
         }
         offers = {name: _offering(node, plan) for name, plan in plans.items() if not isinstance(plan, str)}
-        return Spot(node.name, label(node.plan.mode), seats, offers, node.name in asked.extra)
+        return NodeCapacity(node.name, label(node.plan.mode), seats, offers, node.name in asked.extra)
 
-    def _come(self, fit: Fit, node: Node, allowed: Sequence[Mode]) -> tuple[WorkerSpec, ...]:
+    def _come(self, fit: Packing, node: Node, allowed: Sequence[Mode]) -> tuple[WorkerSpec, ...]:
         """Return the workers that come as their mode has them: without what their host gives them anyway."""
         wanted = fit.modes.get(node.name, label(node.plan.mode))
         mode = next((mode for mode in allowed if label(mode) == wanted), node.plan.mode)
         plan = self.plan(node, mode)
         assert not isinstance(plan, str)
         offered = _offering(node, plan)
-        return tuple(plan[offered.index(spec)] for spec in fit.come[node.name])
+        return tuple(plan[offered.index(spec)] for spec in fit.add[node.name])
 
-    def explain(self, need: Need, nodes: Sequence[Node], asked: AdaptiveRequest) -> str:
+    def explain(self, need: ResourceRequest, nodes: Sequence[Node], asked: AdaptiveRequest) -> str:
         """Say of tasks that nobody can run what they need, and why no node has it."""
         why = [(node.name, self._why(need, node, asked.modes or [node.plan.mode])) for node in nodes]
         why += [(name, "a host in standby that would not have it either") for name in asked.reserve]
         example = f" ({need.example})" if need.example else ""
         return f"{wants(need)}{example}, which no node has: {by_reason(why) or 'there is none'}"
 
-    def _why(self, need: Need, node: Node, allowed: Sequence[Mode]) -> str:
+    def _why(self, need: ResourceRequest, node: Node, allowed: Sequence[Mode]) -> str:
         named = [mode.name for mode in allowed]
         others = [Mode(name) for name in ("auto-cpu", "auto-gpu", "mixed") if name not in named]
         for mode in others:
             plan = self.plan(node, mode)
-            if not isinstance(plan, str) and any(map(need.fits, _offering(node, plan))):
+            if not isinstance(plan, str) and any(map(need.slots_on, _offering(node, plan))):
                 return f"it could in mode {mode.name!r}: adapt(modes={[*named, mode.name]})"
         gpu = self.plan(node, Mode("auto-gpu"))
         if "GPU" in need.resources and isinstance(gpu, str):
@@ -260,7 +260,7 @@ def _offering(node: Node, plan: Sequence[WorkerSpec]) -> tuple[WorkerSpec, ...]:
     return tuple(replace(spec, resources=node.offers(spec)) for spec in plan)
 
 
-def _resources(need: Need) -> str:
+def _resources(need: ResourceRequest) -> str:
     return str(sorted(need.resources.items()))
 
 
@@ -275,7 +275,7 @@ def by_reason(why: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def wants(need: Need) -> str:
+def wants(need: ResourceRequest) -> str:
     """Say what tasks need, as in "60 'train' tasks need GPU=1"."""
     what = ", ".join(f"{name}={amount:g}" for name, amount in sorted(need.resources.items())) or "any worker"
     if not need.tasks:
@@ -284,5 +284,5 @@ def wants(need: Need) -> str:
 
 
 def label(mode: Mode) -> str:
-    """Return what a mode is called in a :class:`Spot`: other options make it another."""
+    """Return what a mode is called in a :class:`NodeCapacity`: other options make it another."""
     return f"{mode.name} {dict(mode.config)}" if mode.config else mode.name

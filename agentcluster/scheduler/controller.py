@@ -39,10 +39,10 @@ from agentcluster.scheduler.evacuation import stored_bytes
 from agentcluster.scheduler.events import NodeEvents, RolloutEvents
 from agentcluster.scheduler.managers import ExternalNames
 from agentcluster.scheduler.metrics import RolloutTotals
-from agentcluster.scheduler.planning.binpacking import Fit
+from agentcluster.scheduler.planning.binpacking import Packing
 from agentcluster.scheduler.planning.change import NodeChange, change_to, change_without
 from agentcluster.scheduler.planning.nodes import Node, Registry
-from agentcluster.scheduler.planning.scaling import answered
+from agentcluster.scheduler.planning.scaling import plan_scale
 from agentcluster.scheduler.rollouts import Plain, RolloutRun
 from agentcluster.scheduler.swap import Limits, RolloutContext
 
@@ -198,7 +198,7 @@ class Controller:
         """
         async with self._nodes(names, policy) as nodes:
             nbytes = stored_bytes(self.scheduler, [worker for node in nodes for worker in node.plan.workers])
-            answer = answered(target, nodes, {node.name: self.mode_of(node) for node in nodes}, nbytes)
+            answer = plan_scale(target, nodes, {node.name: self.mode_of(node) for node in nodes}, nbytes)
             short = f"{target}: the nodes have room for {_listed(answer.short)}" if answer.short else None
             if short and strict:
                 raise ConfigError(f"{short}; nothing was changed")
@@ -278,23 +278,25 @@ class Controller:
         async with self._nodes([name for name in known if names is None or name in names], policy) as nodes:
             there = sorted((node for node in nodes if node.state in ("ready", "standby")), key=lambda node: node.name)
             nbytes = stored_bytes(self.scheduler, [worker for node in there for worker in node.plan.workers])
-            fit, answer = self._autoscaler.look(self.scheduler, there, asked, nbytes)
-            changes = self._fitting_changes(fit, there, asked)
+            packing, answer = self._autoscaler.look(self.scheduler, there, asked, nbytes)
+            changes = self._packing_changes(packing, there, asked)
             answer["decided"] = _decided(changes)
             if changes:
                 await self._roll("adapt", changes, policy)
         return {**answer, "seconds": time.time() - began, "workers": sum(len(node.plan.workers) for node in there)}
 
-    def _fitting_changes(self, fit: Fit, nodes: Sequence[Node], asked: AdaptiveRequest) -> dict[str, NodeChange]:
+    def _packing_changes(
+        self, packing: Packing, nodes: Sequence[Node], asked: AdaptiveRequest
+    ) -> dict[str, NodeChange]:
         """Return the changes of the nodes that change."""
         by_label = {label(mode): mode for mode in asked.modes}
         changes = {}
         for node in nodes:
-            name, come = node.name, fit.come.get(node.name, ()) if asked.may_come else ()
-            if name in fit.modes and (asked.may_come or not fit.come.get(name)):
-                changes[name] = change_to(node, by_label[fit.modes[name]], come)
-            elif name not in fit.modes and (come or not fit.go.isdisjoint(node.plan.workers)):
-                changes[name] = change_without(node, node.plan.mode, fit.go, come)
+            name, come = node.name, packing.add.get(node.name, ()) if asked.may_come else ()
+            if name in packing.modes and (asked.may_come or not packing.add.get(name)):
+                changes[name] = change_to(node, by_label[packing.modes[name]], come)
+            elif name not in packing.modes and (come or not packing.remove.isdisjoint(node.plan.workers)):
+                changes[name] = change_without(node, node.plan.mode, packing.remove, come)
         return changes
 
     async def undo(self, policy: RolloutPolicy) -> Plain:

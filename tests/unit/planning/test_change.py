@@ -9,16 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcluster.model import Hardware, Mode, NodePlan, WorkerSpec
-from agentcluster.scheduler.planning.change import (
-    Amount,
-    Held,
-    NodeChange,
-    change_to,
-    change_without,
-    filled,
-    scaled,
-)
+from agentcluster.scheduler.planning.change import NodeChange, change_to, change_without
+from agentcluster.scheduler.planning.demand import Amount
 from agentcluster.scheduler.planning.nodes import Node
+from agentcluster.scheduler.planning.scaling import Load, choose_nodes, choose_workers
 
 SPECS = st.builds(
     WorkerSpec,
@@ -107,9 +101,9 @@ def workers(
     current: Mapping[str, Mapping[str, int]], capacity: Mapping[str, int], total: int
 ) -> tuple[set[str], dict[str, int]]:
     """Scale by number of workers; a node has room for as many as its capacity is."""
-    held = {n: {name: Held(nbytes, (1,)) for name, nbytes in group.items()} for n, group in current.items()}
+    held = {n: {name: Load(nbytes, (1,)) for name, nbytes in group.items()} for n, group in current.items()}
     room = {n: [(1,)] * max(0, capacity[n] - len(group)) for n, group in current.items()}
-    go, come = scaled(held, room, (total,))
+    go, come = choose_workers(held, room, (total,))
     return go, {n: len(indexes) for n, indexes in come.items()}
 
 
@@ -194,9 +188,9 @@ UNITS = st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4))
 def test_nothing_goes_or_comes_in_vain(
     now: list[list[tuple[int, Amount]]], offers: list[list[Amount]], wanted: Amount
 ) -> None:
-    current = {f"n{i}": {f"n{i}-{j}": Held(*each) for j, each in enumerate(group)} for i, group in enumerate(now)}
+    current = {f"n{i}": {f"n{i}-{j}": Load(*each) for j, each in enumerate(group)} for i, group in enumerate(now)}
     room = {node: offers[i] for i, node in enumerate(current)}
-    go, come = scaled(current, room, wanted)
+    go, come = choose_workers(current, room, wanted)
 
     def total(amounts: Iterable[Amount]) -> list[float]:
         return [sum(column) for column in zip((0, 0, 0), *amounts, strict=True)]
@@ -224,18 +218,18 @@ def test_nothing_goes_or_comes_in_vain(
 
 
 def test_threads_and_memory_by_example() -> None:
-    current = {"a": {"a-0": Held(9, (1, 2, 10)), "a-1": Held(0, (1, 2, 10))}, "b": {}}
+    current = {"a": {"a-0": Load(9, (1, 2, 10)), "a-1": Load(0, (1, 2, 10))}, "b": {}}
     room: dict[str, list[Amount]] = {"a": [(1, 2, 10)], "b": [(1, 16, 0), (1, 4, 100)]}
-    assert scaled(current, room, (0, 2, 0)) == ({"a-1"}, {"a": [], "b": []})
-    assert scaled(current, room, (0, 3, 0)) == (set(), {"a": [], "b": []})
-    assert scaled(current, room, (0, 5, 0)) == (set(), {"a": [], "b": [0]})
-    assert scaled(current, room, (0, 0, 40)) == (set(), {"a": [], "b": [1]})
+    assert choose_workers(current, room, (0, 2, 0)) == ({"a-1"}, {"a": [], "b": []})
+    assert choose_workers(current, room, (0, 3, 0)) == (set(), {"a": [], "b": []})
+    assert choose_workers(current, room, (0, 5, 0)) == (set(), {"a": [], "b": [0]})
+    assert choose_workers(current, room, (0, 0, 40)) == (set(), {"a": [], "b": [1]})
 
 
-def test_which_nodes_are_filled() -> None:
+def test_which_nodes_are_choose_nodes() -> None:
     nbytes = {"a": 5, "b": None, "c": 0, "d": None}
-    assert filled(nbytes, 0) == (["c", "a"], [])
-    assert filled(nbytes, 1) == (["c"], [])
-    assert filled(nbytes, 2) == ([], [])
-    assert filled(nbytes, 3) == ([], ["b"])
-    assert filled(nbytes, 9) == ([], ["b", "d"])
+    assert choose_nodes(nbytes, 0) == (["c", "a"], [])
+    assert choose_nodes(nbytes, 1) == (["c"], [])
+    assert choose_nodes(nbytes, 2) == ([], [])
+    assert choose_nodes(nbytes, 3) == ([], ["b"])
+    assert choose_nodes(nbytes, 9) == ([], ["b", "d"])

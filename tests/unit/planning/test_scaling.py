@@ -12,7 +12,7 @@ from agentcluster.errors import ConfigError
 from agentcluster.model import Gpu, Hardware, Mode, WorkerSpec
 from agentcluster.requests import ScaleTarget
 from agentcluster.scheduler.planning.nodes import Node, Registry
-from agentcluster.scheduler.planning.scaling import Answer, answered
+from agentcluster.scheduler.planning.scaling import ScalePlan, plan_scale
 
 GIB = 2**30
 SPEC = modes.parse(
@@ -36,19 +36,19 @@ def node(name: str, mode: Mode | str, *, cpus: int = 4, gpus: int = 0, running: 
     return found
 
 
-def ask(target: ScaleTarget, *nodes: Node, nbytes: dict[str, int] | None = None) -> Answer:
-    return answered(target, nodes, {each.name: each.plan.mode for each in nodes}, nbytes or {})
+def ask(target: ScaleTarget, *nodes: Node, nbytes: dict[str, int] | None = None) -> ScalePlan:
+    return plan_scale(target, nodes, {each.name: each.plan.mode for each in nodes}, nbytes or {})
 
 
-def after(answer: Answer) -> dict[str, list[WorkerSpec]]:
+def after(answer: ScalePlan) -> dict[str, list[WorkerSpec]]:
     return {name: [*change.keep.values(), *change.add] for name, change in answer.changes.items()}
 
 
-def counts(answer: Answer) -> dict[str, Counter[str]]:
+def counts(answer: ScalePlan) -> dict[str, Counter[str]]:
     return {name: Counter(spec.kind for spec in specs) for name, specs in after(answer).items()}
 
 
-def gone(answer: Answer) -> set[str]:
+def gone(answer: ScalePlan) -> set[str]:
     return {worker for change in answer.changes.values() for worker in change.remove}
 
 
