@@ -278,8 +278,8 @@ class Controller:
         async with self._nodes([name for name in known if names is None or name in names], policy) as nodes:
             there = sorted((node for node in nodes if node.state in ("ready", "standby")), key=lambda node: node.name)
             nbytes = stored_bytes(self.scheduler, [worker for node in there for worker in node.plan.workers])
-            packing, answer = self._autoscaler.look(self.scheduler, there, asked, nbytes)
-            changes = self._packing_changes(packing, there, asked)
+            packing, answer = self._autoscaler.decide(self.scheduler, there, asked, nbytes)
+            changes = self._changes_of(packing, there, asked)
             answer["decided"] = _decided(changes)
             if changes:
                 await self._roll("adapt", changes, policy)
