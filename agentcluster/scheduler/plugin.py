@@ -63,7 +63,7 @@ def _handler(call: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T | Error
     return handler
 
 
-class Tasks:
+class BackgroundTasks:
     """Background tasks, kept until they end and cancelled together."""
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class AgentConnections:
         Runs that in the background.
     """
 
-    def __init__(self, controller: Controller, tasks: Tasks) -> None:
+    def __init__(self, controller: Controller, tasks: BackgroundTasks) -> None:
         self._controller = controller
         self._registry = controller.registry
         self._events = controller.events
@@ -226,7 +226,7 @@ class AgentPlugin(SchedulerPlugin):
         self.registry = Registry(mode)
         self._mode = mode
         self._events = NodeEvents()
-        self._tasks = Tasks()
+        self._tasks = BackgroundTasks()
 
     def __reduce__(self) -> tuple[type[AgentPlugin], tuple[Mode | None]]:
         return type(self), (self._mode,)
