@@ -103,7 +103,7 @@ class Controller:
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     async def provision(self, node: Node) -> None:
-        """Give a node that joined its first workers; the reason of a failure is kept in :attr:`errors`.
+        """Provision a node that joined with its first workers; the reason of a failure is kept in :attr:`errors`.
 
         Parameters
         ----------
@@ -132,7 +132,7 @@ class Controller:
     async def reprovision(
         self, mode: Mode, names: Sequence[str] | str | None, policy: RolloutPolicy, *, remove_existing: bool = True
     ) -> Plain:
-        """Give nodes the workers that a mode means on them.
+        """Replace the workers of nodes with those of a mode.
 
         Parameters
         ----------
@@ -253,7 +253,7 @@ class Controller:
             return await self._roll("scale", changes, policy)
 
     async def adapt(self, asked: AdaptiveRequest, names: Sequence[str] | str | None, policy: RolloutPolicy) -> Plain:
-        """Give nodes the workers that present tasks need, and no others, within limits.
+        """Adapt the workers of nodes to the demand of present tasks, within limits.
 
         Parameters
         ----------

@@ -193,6 +193,7 @@ def _load(node: Node) -> list[Row]:
 
 
 def _part(used: int, whole: int) -> tuple[float, str]:
+    """Return a use of memory as a percentage and as text."""
     return (100 * used / whole if whole else 0.0, f"{format_bytes(used)} of {format_bytes(whole)}")
 
 
@@ -308,6 +309,7 @@ class Decisions:
 
 
 def _number(workers: Mapping[str, int], kind: str) -> int:
+    """Return the number of workers of a kind."""
     if kind != "other":
         return workers.get(kind, 0)
     return sum(number for name, number in workers.items() if name not in KINDS)
@@ -319,6 +321,7 @@ def _downwards(names: Iterable[str]) -> list[str]:
 
 
 def _figure(title: str, names: FactorRange, label: str | None, **settings: Any) -> figure:
+    """Return an empty plot with a row for each node."""
     drawn = figure(title=title, y_range=names, height=FRAME + 3 * LINE, tools="xpan,xwheel_zoom,reset", **settings)
     drawn.xaxis.axis_label = label
     drawn.ygrid.visible = False
@@ -334,11 +337,13 @@ def _legend(drawn: figure) -> None:
 
 
 def _clock() -> DatetimeTickFormatter:
+    """Return the format of a time axis."""
     near, far = "%H:%M:%S", "%H:%M"
     return DatetimeTickFormatter(milliseconds=f"{near}.%3N", seconds=near, minsec=near, minutes=far, hourmin=far)
 
 
 def _whole_numbers() -> BasicTicker:
+    """Return ticks at whole numbers only."""
     return BasicTicker(min_interval=1, num_minor_ticks=0)
 
 
@@ -349,6 +354,7 @@ def _put(source: ColumnDataSource, data: Columns) -> None:
 
 
 def _columns(rows: Sequence[Row], names: Sequence[str]) -> Columns:
+    """Return rows as columns."""
     return {name: [row[name] for row in rows] for name in names}
 
 
@@ -370,6 +376,7 @@ Make = Callable[[], Plot]
 
 
 def _nodes_page(makes: Sequence[Make], scheduler: Scheduler, extra: Mapping[str, object], doc: Document) -> None:
+    """Fill a document with the Nodes page."""
     _plots(makes, scheduler, extra, doc)
     doc.title = "Dask: Nodes"
     doc.template = env.get_template("simple.html")
@@ -377,6 +384,7 @@ def _nodes_page(makes: Sequence[Make], scheduler: Scheduler, extra: Mapping[str,
 
 
 def _plots(makes: Sequence[Make], scheduler: Scheduler, extra: Mapping[str, object], doc: Document) -> None:
+    """Fill a document with plots that update themselves."""
     parts = [make() for make in makes]
     for part in parts:
         part.update()
@@ -408,7 +416,7 @@ def publish(scheduler: Scheduler, registry: Registry, data_on: DataOn) -> None:
     nodes = functools.partial(NodesPlot, registry, data_on, sizing_mode=wide)
     rollouts = functools.partial(Rollouts, scheduler, sizing_mode=wide)
     adaptive = functools.partial(Decisions, scheduler, sizing_mode=wide)
-    ours = {
+    applications = {
         "/nodes": functools.partial(_nodes_page, (nodes, rollouts, adaptive)),
         "/individual-nodes": functools.partial(_plots, (nodes,)),
         "/individual-rollouts": functools.partial(_plots, (rollouts,)),
@@ -419,7 +427,7 @@ def publish(scheduler: Scheduler, registry: Registry, data_on: DataOn) -> None:
         menu["pages"].insert(menu["pages"].index("workers"), "nodes")
         menu["plots"] += [{"url": url, "name": name} for url, name in PLOTS.items()]
         menu["plots"].sort(key=lambda plot: plot["name"])
-    application = BokehApplication(ours, scheduler, prefix=pages.prefix, template_variables=menu)
+    application = BokehApplication(applications, scheduler, prefix=pages.prefix, template_variables=menu)
     web.add_application(application)
     application.initialize(IOLoop.current())
     application.start()

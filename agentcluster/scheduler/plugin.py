@@ -446,7 +446,7 @@ class AgentPlugin(SchedulerPlugin):
         remove_existing: bool = True,
         **terms: object,
     ) -> Plain:
-        """Give nodes the workers of a mode, in place of those that they have.
+        """Replace the workers of nodes with those of a mode.
 
         Parameters
         ----------
@@ -517,7 +517,7 @@ class AgentPlugin(SchedulerPlugin):
     async def adapt_nodes(
         self, asked: Mapping[str, object], nodes: Sequence[str] | None = None, **terms: object
     ) -> Plain:
-        """Give nodes the workers that present tasks need, and no others.
+        """Adapt the workers of nodes to the demand of present tasks.
 
         Parameters
         ----------

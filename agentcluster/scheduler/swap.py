@@ -118,8 +118,8 @@ class PlanAfter:
     Attributes
     ----------
     old, new, restored
-        Whether the workers that were to leave, those that were to come, and those started in place of the old ones are
-        in the plan.
+        Whether the plan has the workers that the change removes, those that it adds, and those started in place of the
+        removed ones.
     new_mode
         Whether the node has the mode of the change.
     """
@@ -495,7 +495,7 @@ class Swap:
     # -- the state afterwards ------------------------------------------------------------------------------------------
 
     def _settle(self, name: str, change: NodeChange) -> None:
-        """Give a node the plan that the outcome has for it, and let it leave the swap."""
+        """Set the plan of a node to that of its outcome, and end its swap."""
         node, record = change.node, self._record
         outcome = outcome_of(self.wave, name, stopping=name in record.stopping, planned=bool(node.plan.revision))
         if outcome == "refused":
