@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+from dask.typing import Key
 from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 
@@ -87,35 +88,52 @@ def _bound(ts: Any) -> bool:
     return bool((ts.worker_restrictions or ts.host_restrictions) and not ts.loose_restrictions)
 
 
-class Watch(SchedulerPlugin):
-    """Hears of tasks that wait because there is no worker for them, for as long as somebody wants to know."""
+class DemandWatch(SchedulerPlugin):
+    """Wake calls that wait for tasks without a worker."""
 
     name = "agentcluster-watch"
 
     def __init__(self) -> None:
-        self._news = asyncio.Event()
-        self._listeners = 0
+        self._arrived = asyncio.Event()
+        self._waiting = 0
 
-    def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
-        """Hear of a task; called for each step of each one."""
-        if self._listeners and finish in ("no-worker", "queued"):
-            self._news.set()
+    def transition(self, key: Key, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
+        """Note a task without a worker; dask calls this for each step of each task.
 
-    async def news(self, timeout: float) -> bool:
-        """Return whether there was such a task within `timeout` seconds."""
-        self._listeners += 1
+        Parameters
+        ----------
+        key, start, finish, *args, **kwargs
+            As dask passes them.
+        """
+        if self._waiting and finish in ("no-worker", "queued"):
+            self._arrived.set()
+
+    async def wait(self, timeout: float) -> bool:
+        """Wait for a task that no worker can take now.
+
+        Parameters
+        ----------
+        timeout
+            Seconds to wait.
+
+        Returns
+        -------
+        bool
+            Whether there was one within `timeout`.
+        """
+        self._waiting += 1
         try:
             async with asyncio.timeout(timeout):
-                await self._news.wait()
+                await self._arrived.wait()
             return True
         except TimeoutError:
             return False
         finally:
-            self._listeners -= 1
-            self._news.clear()
+            self._waiting -= 1
+            self._arrived.clear()
 
 
-class Offers:
+class Autoscaler:
     """What nodes could have in the modes that they may have; planned once for each."""
 
     def __init__(self) -> None:
