@@ -285,10 +285,8 @@ class Controller:
                 await self._roll("adapt", changes, policy)
         return {**answer, "seconds": time.time() - began, "workers": sum(len(node.plan.workers) for node in there)}
 
-    def _packing_changes(
-        self, packing: Packing, nodes: Sequence[Node], asked: AdaptiveRequest
-    ) -> dict[str, NodeChange]:
-        """Return the changes of the nodes that change."""
+    def _changes_of(self, packing: Packing, nodes: Sequence[Node], asked: AdaptiveRequest) -> dict[str, NodeChange]:
+        """Return the changes of the nodes that a packing changes."""
         by_label = {label(mode): mode for mode in asked.modes}
         changes = {}
         for node in nodes:
