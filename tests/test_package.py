@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import agentcluster
 from agentcluster import errors
@@ -68,21 +69,37 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         from agentcluster import suggest  # noqa: F401
 
 
-def test_the_version_has_one_source() -> None:
-    setup = configparser.ConfigParser()
-    assert setup.read(CHECKOUT / "setup.cfg")
-    assert agentcluster.__version__ == setup["metadata"]["version"]
-
-
-def test_a_checkout_that_is_not_installed_has_a_version() -> None:
+def version_of_a_checkout_that_is_not_installed(before: str = "") -> str:
+    """Return the version that a new Python reads where no metadata of the package are found."""
     code = (
+        "import sys\n"
         "from importlib import metadata\n"
         "def missing(name): raise metadata.PackageNotFoundError(name)\n"
         "metadata.version = missing\n"
+        f"{before}\n"
         "import agentcluster; print(agentcluster.__version__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CHECKOUT)
-    assert done.stdout.strip() == agentcluster.__version__
+    return done.stdout.strip()
+
+
+def test_the_version_comes_from_tags_and_nothing_else() -> None:
+    setup = configparser.ConfigParser()
+    assert setup.read(CHECKOUT / "setup.cfg")
+    assert "version" not in setup["metadata"]
+    assert agentcluster.__version__ == metadata.version("agentcluster")
+    assert agentcluster.__version__ == str(Version(agentcluster.__version__))
+
+
+def test_a_checkout_that_is_not_installed_has_the_version_of_its_tags() -> None:
+    import setuptools_scm
+
+    wanted = setuptools_scm.get_version(str(CHECKOUT), fallback_version="0+unknown")
+    assert version_of_a_checkout_that_is_not_installed() == wanted
+
+
+def test_without_setuptools_scm_that_version_is_unknown() -> None:
+    assert version_of_a_checkout_that_is_not_installed("sys.modules['setuptools_scm'] = None") == "0+unknown"
 
 
 def entry_points(group: str) -> dict[str, str]:
