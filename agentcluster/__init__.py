@@ -92,4 +92,5 @@ def _version() -> str:
             return unknown
         from pathlib import Path
 
-        return get_version(str(Path(__file__).parents[1]), fallback_version=unknown)
+        version: str = get_version(str(Path(__file__).parents[1]), fallback_version=unknown)
+        return version
