@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agentcluster.agent import Agent
-    from agentcluster.cluster import AgentCluster
+    from agentcluster.agent.agent import Agent
+    from agentcluster.client.cluster import AgentCluster
     from agentcluster.errors import (
         AgentClusterError,
         ConfigError,
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
         RolloutBusy,
         SchedulerUnfit,
         SwapError,
+        VersionMismatch,
         WorkerStartError,
     )
     from agentcluster.launch import Host
     from agentcluster.model import Mode
-    from agentcluster.plugin import dask_setup
+    from agentcluster.scheduler.plugin import dask_setup
 
     __version__: str
 
@@ -48,6 +49,7 @@ __all__ = [
     "RolloutBusy",
     "SchedulerUnfit",
     "SwapError",
+    "VersionMismatch",
     "WorkerStartError",
     "__version__",
     "dask_setup",
@@ -55,11 +57,11 @@ __all__ = [
 
 #: Public name -> its module; every other name of ``__all__`` but the version is an error.
 _HOMES = {
-    "Agent": "agentcluster.agent",
-    "AgentCluster": "agentcluster.cluster",
+    "Agent": "agentcluster.agent.agent",
+    "AgentCluster": "agentcluster.client.cluster",
     "Host": "agentcluster.launch",
     "Mode": "agentcluster.model",
-    "dask_setup": "agentcluster.plugin",
+    "dask_setup": "agentcluster.scheduler.plugin",
 }
 
 

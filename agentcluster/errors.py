@@ -4,7 +4,8 @@
 
     AgentClusterError
     ├── ConfigError (ValueError)      bad input: which value, where, what is allowed
-    │   └── ModeRefused               a node cannot serve a mode: which node, why
+    │   ├── ModeRefused               a node cannot serve a mode: which node, why
+    │   └── VersionMismatch           two processes speak different versions of the protocol
     ├── PreflightError (ValueError)   one or more refusals; nothing was touched
     ├── NodeNotFound (LookupError)    no node of that name
     ├── NodeExists (ValueError)       a node of that name is already there
@@ -38,6 +39,7 @@ __all__ = [
     "RolloutBusy",
     "SchedulerUnfit",
     "SwapError",
+    "VersionMismatch",
     "WorkerStartError",
     "suggest",
 ]
@@ -257,3 +259,13 @@ class SchedulerUnfit(AgentClusterError, RuntimeError):
         super().__init__(f"scheduler at {address} cannot hold nodes: {reason}")
         self.address = address
         self.reason = reason
+
+
+class VersionMismatch(ConfigError):
+    """Two processes speak different versions of agentcluster's protocol.
+
+    Parameters
+    ----------
+    message
+        The whole sentence: both processes with their versions, and which to upgrade.
+    """

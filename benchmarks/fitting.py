@@ -11,9 +11,9 @@ import math
 import sys
 import time
 
-from agentcluster.fitting import fitted
 from agentcluster.model import WorkerSpec
-from agentcluster.needs import Bounds, Need, Seat, Spot
+from agentcluster.scheduler.planning.binpacking import fitted
+from agentcluster.scheduler.planning.demand import Bounds, Need, Seat, Spot
 from benchmarks.common import Floor, exit_code, median, titled
 
 GIB = 2**30

@@ -18,9 +18,9 @@ from bokeh.document import Document
 from bokeh.protocol import Protocol
 
 from agentcluster import AgentCluster
-from agentcluster.dashboard import Decisions, NodesPlot, Rollouts
 from agentcluster.model import Gpu, Hardware, HostMetrics, Mode, WorkerSpec
-from agentcluster.rolling import TOPIC
+from agentcluster.scheduler.dashboard import Decisions, NodesPlot, Rollouts
+from agentcluster.wire import TOPIC
 from benchmarks.common import Floor, exit_code, median, titled
 
 GIB = 2**30
@@ -59,7 +59,7 @@ def tell(scheduler: Any) -> None:
 
 async def measured(turns: int) -> list[tuple[str, float]]:
     """Return what was measured and how many milliseconds it took."""
-    from agentcluster.widget import Panel
+    from agentcluster.client.widget import Panel
 
     chance = random.Random(1)
     async with AgentCluster(

@@ -27,7 +27,7 @@ def main() -> None:
     line = sys.stdin.readline()
     if not line:
         sys.exit(0)
-    from agentcluster import forkserver
+    from agentcluster.agent import forkserver
     from agentcluster.errors import AgentClusterError
     from agentcluster.launch.protocol import Settings
 
@@ -47,7 +47,7 @@ def main() -> None:
 
 def _preload(config: Mapping[str, Any]) -> Sequence[str]:
     """Return the modules that the forkserver imports: those of the settings, which hold them when they differ."""
-    from agentcluster import forkserver
+    from agentcluster.agent import forkserver
 
     found: Any = config
     for key in ("agentcluster", "forkserver", "preload"):
@@ -78,8 +78,8 @@ def _run(settings: Settings, lifeline: threading.Event) -> None:
     from distributed.compatibility import asyncio_run
     from distributed.config import get_loop_factory
 
-    from agentcluster.logs import log_to_stderr
-    from agentcluster.model import unpickled
+    from agentcluster.agent.logs import log_to_stderr
+    from agentcluster.wire import unpickled
 
     log_to_stderr()
     dask.config.update(dask.config.config, unpickled(settings.config))
@@ -110,7 +110,7 @@ async def _serve(settings: Settings, lifeline: threading.Event) -> None:
         if not await _first(ended, starting):
             await _started(starting)
             if settings.role == "scheduler":
-                from agentcluster.plugin import dask_setup
+                from agentcluster.scheduler.plugin import dask_setup
 
                 await dask_setup(server)
             sys.stdout.write(_introduce(settings, server).encode() + "\n")
@@ -142,10 +142,10 @@ async def _first(ended: asyncio.Event, other: asyncio.Future[Any]) -> bool:
 
 
 def _server(settings: Settings, security: Any) -> Any:
-    from agentcluster.model import unpickled
+    from agentcluster.wire import unpickled
 
     if settings.role == "agent":
-        from agentcluster.agent import Agent
+        from agentcluster.agent.agent import Agent
 
         options = unpickled(settings.options)
         return Agent(settings.scheduler, name=settings.name, security=security, lasting=True, **options)

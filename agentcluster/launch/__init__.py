@@ -275,7 +275,7 @@ def _launcher(item: Any, name: str) -> Launcher:
 
         return LocalLauncher(name)
     if isinstance(item, str):
-        from agentcluster.launch.attached import AttachedLauncher
+        from agentcluster.launch.adopt import AttachedLauncher
 
         return AttachedLauncher(item, name=name)
     return cast("Launcher", item)

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from agentcluster.errors import ConfigError, suggest
-from agentcluster.model import Hardware, Mode, WorkerSpec, from_wire, to_wire
-from agentcluster.modes import builtin, values
-from agentcluster.modes.classes import worker_keywords
-from agentcluster.modes.shapes import Site, warn_of_overcommit
+from agentcluster.model import Hardware, Mode, WorkerSpec
+from agentcluster.modes import builtin
+from agentcluster.modes import options as checks
+from agentcluster.modes.options import Place, worker_keywords
+from agentcluster.modes.sizing import Site, warn_of_overcommit
 from agentcluster.modes.spec import check_spec, plan_spec
-from agentcluster.modes.values import Place
+from agentcluster.wire import from_wire, to_wire
 
 __all__ = ["GROUP", "named", "names", "parse", "plan", "worker_keywords"]
 
@@ -77,18 +78,18 @@ def parse(mode: str | Mode, config: Mapping[str, Any] | str | None = None) -> Mo
         config = mode.config if config is None else config
         mode = mode.name
     if not isinstance(mode, str):
-        raise ConfigError(f"mode {values.shown(mode)} is not allowed; give a name: {', '.join(names())}", key="mode")
+        raise ConfigError(f"mode {checks.shown(mode)} is not allowed; give a name: {', '.join(names())}", key="mode")
     if mode not in _RULES and mode not in _third_party():
         raise ConfigError(f"unknown mode {mode!r}; {suggest(mode, names())}", key="mode")
     place = Place(mode)
     if isinstance(config, str):
-        config = values.from_json(place, config)
-    options = values.mapping(
+        config = checks.from_json(place, config)
+    options = checks.mapping(
         place, {} if config is None else config, "the mode's options by name, or JSON text of them"
     )
     if mode in _RULES:
         return Mode(mode, _RULES[mode].check(place, options))
-    return Mode(mode, {key: values.as_plain(place.at(key), value) for key, value in options.items()})
+    return Mode(mode, {key: checks.as_plain(place.at(key), value) for key, value in options.items()})
 
 
 def plan(mode: Mode, hardware: Hardware, *, node: str) -> tuple[WorkerSpec, ...]:
@@ -150,7 +151,7 @@ def _plan_third_party(site: Site, options: Mapping[str, Any]) -> tuple[WorkerSpe
         raise site.refuse(f"{entry_point.value} raised {type(error).__name__}: {error}") from error
     for worker in workers:
         if not isinstance(worker, WorkerSpec):
-            raise site.refuse(f"{entry_point.value} returned {values.shown(worker)}, which is not a WorkerSpec")
+            raise site.refuse(f"{entry_point.value} returned {checks.shown(worker)}, which is not a WorkerSpec")
     try:
         return tuple(from_wire(WorkerSpec, to_wire(worker)) for worker in workers)
     except ConfigError as error:

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from agentcluster.model import Gpu, WorkerSpec
-from agentcluster.modes import values
-from agentcluster.modes.classes import CUDA_WORKER, NANNY, known_keywords
-from agentcluster.modes.shapes import Site, amount, split_cores
-from agentcluster.modes.values import RESERVED, Check, Place
+from agentcluster.modes import options as checks
+from agentcluster.modes.options import CUDA_WORKER, NANNY, RESERVED, Check, Place, known_keywords
+from agentcluster.modes.sizing import Site, amount, split_cores
 
 Options = Mapping[str, Any]
 Workers = tuple[WorkerSpec, ...]
@@ -21,14 +20,14 @@ Workers = tuple[WorkerSpec, ...]
 DEVICE_SHARE = 0.8
 
 COMMON: Mapping[str, Check] = {
-    "nthreads": values.positive,
-    "memory_limit": values.memory_limit,
-    "resources": values.resources,
-    "env": values.env,
+    "nthreads": checks.positive,
+    "memory_limit": checks.memory_limit,
+    "resources": checks.resources,
+    "env": checks.env,
 }
-CPU: Mapping[str, Check] = {"nworkers": values.worker_count, **COMMON}
-GPU: Mapping[str, Check] = {"devices": values.devices, **COMMON}
-UNIFORM: Mapping[str, Check] = {"nworkers": values.positive, **COMMON}
+CPU: Mapping[str, Check] = {"nworkers": checks.worker_count, **COMMON}
+GPU: Mapping[str, Check] = {"devices": checks.devices, **COMMON}
+UNIFORM: Mapping[str, Check] = {"nworkers": checks.positive, **COMMON}
 
 
 def check_options(place: Place, config: Options, known: Mapping[str, Check], cls: str | None = None) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def check_options(place: Place, config: Options, known: Mapping[str, Check], cls
             if value is not None or key == "memory_limit":
                 checked[key] = known[key](place.at(key), value)
         elif open_ended or keywords is None or key in keywords:
-            checked[key] = values.as_plain(place.at(key), value)
+            checked[key] = checks.as_plain(place.at(key), value)
         else:
             raise place.unknown(key, known, keywords, cls or "")
     return checked
@@ -84,11 +83,11 @@ def check_none(place: Place, config: Options) -> dict[str, Any]:
 
 
 def _check_gpu_side(place: Place, config: Any) -> dict[str, Any]:
-    return check_gpu(place, values.mapping(place, config, "a mapping of the options of auto-gpu"))
+    return check_gpu(place, checks.mapping(place, config, "a mapping of the options of auto-gpu"))
 
 
 def _check_cpu_side(place: Place, config: Any) -> dict[str, Any]:
-    return check_cpu(place, values.mapping(place, config, "a mapping of the options of auto-cpu"))
+    return check_cpu(place, checks.mapping(place, config, "a mapping of the options of auto-cpu"))
 
 
 SIDES: Mapping[str, Check] = {"gpu": _check_gpu_side, "cpu": _check_cpu_side}

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from agentcluster.errors import ConfigError, ModeRefused
-from agentcluster.model import PICKLED, WorkerSpec
-from agentcluster.modes import values
+from agentcluster.model import WorkerSpec
+from agentcluster.modes import options as checks
 from agentcluster.modes.builtin import COMMON, Options, Workers, check_options
-from agentcluster.modes.classes import NANNY, WORKER, canonical, import_path, known_keywords
-from agentcluster.modes.shapes import Site
-from agentcluster.modes.values import RESERVED, Place
+from agentcluster.modes.options import NANNY, RESERVED, WORKER, Place, canonical, import_path, known_keywords
+from agentcluster.modes.sizing import Site
+from agentcluster.wire import PICKLED
 
 _ENTRY = ("cls", "options", "opts")
 _OPTIONS = ("spec", "nworkers")
@@ -52,7 +52,7 @@ def check_spec(place: Place, config: Options) -> dict[str, Any]:
     entries = _entries(at_spec, config["spec"])
     checked: dict[str, Any] = {"spec": entries}
     if config.get("nworkers") is not None:
-        checked["nworkers"] = values.repetitions(place.at("nworkers"), config["nworkers"])
+        checked["nworkers"] = checks.repetitions(place.at("nworkers"), config["nworkers"])
         if len(entries) > 1:
             problem = f"nworkers repeats a single worker, and the spec has {len(entries)}; drop it or name one worker"
             raise place.at("nworkers").error(problem)
@@ -65,10 +65,10 @@ def _all_mappings(config: Options) -> bool:
 
 def _entries(place: Place, spec: Any) -> dict[str, Any]:
     if isinstance(spec, str):
-        spec = values.from_json(place, spec)
+        spec = checks.from_json(place, spec)
     if not spec:
         raise place.wrong(spec, _EXAMPLE)
-    spec = values.mapping(place, spec, _EXAMPLE)
+    spec = checks.mapping(place, spec, _EXAMPLE)
     if set(spec) & set(_ENTRY):
         return {"0": _entry(place, spec)}
     return {name: _entry(place.at(name), entry) for name, entry in spec.items()}
@@ -85,14 +85,14 @@ def _entry(place: Place, entry: Any) -> dict[str, Any]:
     if "opts" in entry and "options" in entry:
         raise place.error('"opts" and "options" are two names of the same; give one of them')
     key = "opts" if "opts" in entry else "options"
-    options = values.mapping(place.at(key), entry.get(key) or {}, "a mapping of the class's keywords")
+    options = checks.mapping(place.at(key), entry.get(key) or {}, "a mapping of the class's keywords")
     cls = _class(place.at("cls"), entry["cls"])
     return {"cls": cls, "options": _options(place.at(key), cls, options)}
 
 
 def _class(place: Place, cls: Any) -> str | dict[str, str]:
     if isinstance(cls, type):
-        return import_path(cls) or values.as_plain(place, cls)
+        return import_path(cls) or checks.as_plain(place, cls)
     if isinstance(cls, Mapping) and set(cls) == {PICKLED}:
         return dict(cls)
     if not isinstance(cls, str) or not _PATH.fullmatch(cls):
@@ -109,7 +109,7 @@ def _options(place: Place, cls: str | dict[str, str], options: Options) -> dict[
         own = {key: check for key, check in COMMON.items() if (cls, key) != (WORKER, "env")}
         if known_keywords(cls) is not None:
             return check_options(place, options, own, cls)
-    return {key: values.as_plain(place.at(key), value) for key, value in options.items()}
+    return {key: checks.as_plain(place.at(key), value) for key, value in options.items()}
 
 
 def plan_spec(site: Site, options: Options) -> Workers:

@@ -6,7 +6,7 @@ import dask
 from distributed import Client
 
 from agentcluster import AgentCluster, Mode
-from agentcluster.decisions import AdaptiveLog
+from agentcluster.reports import AdaptiveLog
 
 
 def prepare(number: int) -> int:

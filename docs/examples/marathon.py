@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from tornado.httpclient import AsyncHTTPClient
 
-from agentcluster.launch.managed import ManagedLauncher
+from agentcluster.launch.adopt import ManagedLauncher
 
 
 class MarathonLauncher(ManagedLauncher):

@@ -1,7 +1,7 @@
 """Workers of unlike shapes on one node, and workers of one shape on nodes that are unlike."""
 
 from agentcluster import AgentCluster
-from agentcluster.report import Report
+from agentcluster.reports import Report
 
 NANNY = "dask.distributed.Nanny"
 

@@ -1,0 +1,1 @@
+"""Agent process: one per host, which owns the workers of that host."""

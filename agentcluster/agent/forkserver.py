@@ -1,0 +1,215 @@
+"""The warm forkserver that an agent's workers are forked from, and the start method built on it.
+
+multiprocessing keeps one forkserver a process. Its environment is fixed when it starts, and by then it has imported
+numpy, so variables that count only when a process starts or imports (``OMP_NUM_THREADS``, ``MALLOC_…``, ``LD_…``,
+``PYTHON…``) cannot be given to a worker forked from it. This module owns both halves of the answer: it starts the
+server early, with the right environment, and it offers dask a start method, ``agentcluster``, that forks a worker
+from that server unless the worker asks for such a variable with another value: then it is spawned with it.
+
+Only the standard library is imported here: an agent calls :func:`warm` before anything else.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import multiprocessing.context
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+METHOD = "agentcluster"
+
+#: What distributed itself preloads into a forkserver, spelled out so that it can start before distributed is imported.
+PRELOAD = ("distributed", "numpy", "pandas", "lz4")
+
+#: Variables that are read when a process starts or when a library is first imported.
+_START_TIME_PREFIXES = (
+    "BLIS_",
+    "DYLD_",
+    "GLIBC_TUNABLES",
+    "GOMP_",
+    "GOTO_",
+    "KMP_",
+    "LD_",
+    "MALLOC_",
+    "MKL_",
+    "NUMEXPR_",
+    "OMP_",
+    "OPENBLAS_",
+    "PYTHON",
+    "VECLIB_",
+)
+
+_own_environ: ContextVar[Mapping[str, str] | None] = ContextVar("own_environ", default=None)
+_made: ContextVar[list[Any] | None] = ContextVar("made", default=None)
+_environ_lock = threading.RLock()
+_server_environ: dict[str, str] | None = None
+
+
+def available() -> bool:
+    """Whether this platform has a forkserver; where it has none, workers are spawned."""
+    return "forkserver" in multiprocessing.get_all_start_methods()
+
+
+def start_time_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the part of `environ` that counts only when a process starts."""
+    return {k: v for k, v in environ.items() if k.startswith(_START_TIME_PREFIXES)}
+
+
+def warm(environ: Mapping[str, str], preload: Sequence[str] = PRELOAD) -> None:
+    """Start the forkserver now, unless one runs.
+
+    Parameters
+    ----------
+    environ
+        Variables that the server, and so every worker forked from it, has from its first instruction on.
+    preload
+        Modules that the server imports once for all workers; those that are missing are left out.
+
+    Notes
+    -----
+    Returns as soon as the process is started: the imports go on beside the caller's own. The server ends by itself,
+    when this process and the last worker forked from it have ended.
+    """
+    global _server_environ
+    if not available() or _server_environ is not None:
+        return
+    from multiprocessing import forkserver
+
+    if forkserver._forkserver._forkserver_pid is not None:  # type: ignore[attr-defined]
+        return  # somebody else's: nobody knows its environment, so workers are spawned
+    forkserver.set_forkserver_preload([*preload, "agentcluster.agent.forkserver_preload"])
+    with environment(environ):
+        forkserver.ensure_running()
+        _server_environ = start_time_variables(os.environ)
+    atexit.register(_kill_left)
+
+
+def pre_spawn_environ(configured: Mapping[str, Any]) -> dict[str, str]:
+    """Return the variables that dask sets before it starts a worker; those that this process has win.
+
+    Parameters
+    ----------
+    configured
+        ``distributed.nanny.pre-spawn-environ`` of dask's configuration; None there unsets a variable.
+    """
+    environ = {key: os.environ.get(key, str(value)) for key, value in configured.items() if value is not None}
+    if environ.get("PYTHONHASHSEED") in (None, "0"):
+        environ["PYTHONHASHSEED"] = "6640"  # the one that Nanny sets, so that all workers hash alike
+    return environ
+
+
+@contextlib.contextmanager
+def environment(environ: Mapping[str, str]) -> Iterator[None]:
+    """Run the block with `environ` set in this process, then put back what was there.
+
+    Processes inherit the environment at the moment they start, and there is no other way to give it to one that
+    multiprocessing starts. The lock keeps two starts apart; the block must be short.
+    """
+    with _environ_lock:
+        before = {key: os.environ.get(key) for key in environ}
+        os.environ.update(environ)
+        try:
+            yield
+        finally:
+            for key, value in before.items():
+                if value is None:
+                    del os.environ[key]
+                else:
+                    os.environ[key] = value
+
+
+@contextlib.contextmanager
+def starting(environ: Mapping[str, str]) -> Iterator[list[Any]]:
+    """Have processes that are created in this block, in this task, start with `environ`.
+
+    They are forked from the warm server where its own start-time variables agree, and spawned where they do not.
+    Yields a list that gets the queues which are made for them.
+    """
+    wanted = start_time_variables(environ)
+    agrees = _server_environ is not None and all(_server_environ.get(k) == v for k, v in wanted.items())
+    token = _own_environ.set(None if agrees else dict(environ))
+    queues: list[Any] = []
+    made = _made.set(queues)
+    try:
+        yield queues
+    finally:
+        _made.reset(made)
+        _own_environ.reset(token)
+
+
+def _revive() -> None:
+    """Start the server again with its environment if it died; multiprocessing would do it with that of the moment."""
+    from multiprocessing import forkserver
+
+    with environment(_server_environ or {}):
+        forkserver.ensure_running()
+
+
+if available():
+
+    class Process(multiprocessing.context.ForkServerProcess):
+        """A process that is forked from the warm server, or spawned when it needs an environment of its own."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            # AsyncProcess starts the process in a thread of its own, where the context variable is not set.
+            self.own_environ = _own_environ.get()
+
+        @staticmethod
+        def _Popen(process_obj: Any) -> Any:
+            if process_obj.own_environ is None:
+                _revive()
+                return multiprocessing.context.ForkServerProcess._Popen(process_obj)
+            with environment(process_obj.own_environ):
+                return multiprocessing.context.SpawnProcess._Popen(process_obj)
+
+    class Context(multiprocessing.context.ForkServerContext):
+        """The multiprocessing context behind the start method ``agentcluster``."""
+
+        _name = METHOD
+        Process = Process
+
+        def Queue(self, maxsize: int = 0) -> Any:
+            queue = super().Queue(maxsize)
+            made = _made.get()
+            if made is not None:
+                made.append(queue)
+            return queue
+
+
+def _kill_left() -> None:
+    """End processes that nobody has ended; multiprocessing would send them SIGTERM, which workers outlive, and wait.
+
+    The server that was warmed here goes too: it would end by itself, but only when it has imported all that it is to.
+    """
+    from multiprocessing import forkserver
+
+    children = multiprocessing.active_children()
+    for process in children:
+        if isinstance(process, Process):
+            process.kill()
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    if server is not None and _server_environ is not None and all(isinstance(each, Process) for each in children):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server, signal.SIGKILL)
+
+
+def install() -> str | None:
+    """Make the start method known to multiprocessing; return its name, or None where there is no forkserver.
+
+    dask picks a start method by name (``distributed.worker.multiprocessing-method``), and multiprocessing has no
+    public way to add one.
+    """
+    if not available():
+        return None
+    contexts: dict[str, Any] = multiprocessing.context._concrete_contexts  # type: ignore[attr-defined]
+    if METHOD not in contexts:
+        contexts[METHOD] = Context()
+        atexit.register(_kill_left)
+    return METHOD

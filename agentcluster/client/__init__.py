@@ -1,0 +1,1 @@
+"""Client process: the cluster object that users hold, its panel and its display."""

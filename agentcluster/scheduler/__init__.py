@@ -1,0 +1,1 @@
+"""Scheduler process: registry of nodes, rollouts, evacuation, autoscaling."""

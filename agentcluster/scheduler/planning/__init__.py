@@ -1,0 +1,1 @@
+"""Pure planning: no await, no clock, no dask objects."""

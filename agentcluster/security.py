@@ -1,0 +1,116 @@
+"""Which credentials a cluster uses, and the part of them that a launched process is told.
+
+Temporary credentials live in memory as PEM text; those of a user's :class:`distributed.Security` may be files here, and
+are read here: what goes to a launched process is always text, over its stdin.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from distributed.comm.addressing import parse_address
+from distributed.security import Security
+
+from agentcluster.errors import ConfigError
+
+_COMMON = ("require_encryption", "tls_ciphers", "tls_min_version", "tls_max_version", "tls_ca_file")
+
+
+def resolve_credentials(
+    security: Security | bool | dict[str, Any] | None, *, remote: bool, attached: list[str]
+) -> Security:
+    """Return the credentials of a cluster.
+
+    Parameters
+    ----------
+    security
+        What the user gave. None means temporary credentials as soon as a node is on another machine; True always;
+        False never.
+    remote
+        Whether a process is launched on another machine.
+    attached
+        Addresses of agents that run already; they have credentials of their own, or none.
+
+    Raises
+    ------
+    ConfigError
+        When encryption is asked for, or needed, and an attached agent is reached without.
+    """
+    if isinstance(security, dict):
+        security = Security(**security)
+    if security is None:
+        security = remote
+    if security is True:
+        plain = [address for address in attached if address.startswith("tcp://")]
+        if plain:
+            raise ConfigError(
+                f"agent {plain[0]} is reached without encryption, so it cannot be given this cluster's temporary "
+                f"credentials; start it with --tls-ca-file, --tls-cert and --tls-key and pass security=Security(…), "
+                f"or turn encryption off with security=False",
+                key="security",
+            )
+        temporary: Security = Security.temporary()
+        return temporary
+    if security is False:
+        return Security()
+    if not isinstance(security, Security):
+        raise ConfigError(f"security={security!r} must be None, True, False or a distributed.Security", key="security")
+    return security
+
+
+def credentials_for_role(security: Security, role: Literal["worker", "scheduler"]) -> dict[str, Any]:
+    """Return keyword arguments of a Security with only what a process in `role` needs, as text.
+
+    Raises
+    ------
+    ConfigError
+        When a file that `security` names cannot be read.
+    """
+    told: dict[str, Any] = {}
+    for field in (*_COMMON, f"tls_{role}_cert", f"tls_{role}_key"):
+        value = getattr(security, field, None)
+        if value is None or value is False:
+            continue
+        if field.endswith(("_file", "_cert", "_key")) and "\n" not in value:
+            value = _read(field, value)
+        told[field] = value if isinstance(value, str | bool) else int(value)
+    return told
+
+
+def has_credentials(security: Security) -> bool:
+    """Whether `security` holds credentials at all."""
+    return bool(getattr(security, "tls_ca_file", None) or security.require_encryption)
+
+
+def _read(field: str, path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"security: {field} {path!r} cannot be read: {error.strerror or error}", key=field) from error
+
+
+def connection_args(security: Security, address: str | None) -> dict[str, Any]:
+    """Return the connection arguments of an agent, or raise :class:`ConfigError` where `address` needs others."""
+    try:
+        arguments: dict[str, Any] = security.get_connection_args("worker")
+    except OSError as error:
+        fields = ("tls_ca_file", "tls_worker_cert", "tls_worker_key")
+        files = ", ".join(str(value) for field in fields if _is_path(value := getattr(security, field, None)))
+        raise ConfigError(
+            f"TLS credentials {files or 'in memory'} cannot be loaded: {error}", key="security"
+        ) from error
+    scheme = None if address is None else parse_address(address)[0]
+    if scheme == "tcp" and security.require_encryption:
+        raise ConfigError(f"{address} is not encrypted, and encryption is required here; use tls://", key="security")
+    if scheme == "tls" and arguments.get("ssl_context") is None:
+        raise ConfigError(
+            f"{address} speaks TLS, which needs credentials: give --tls-ca-file, --tls-cert and --tls-key "
+            f"(security=Security(tls_ca_file=…, tls_worker_cert=…, tls_worker_key=…))",
+            key="security",
+        )
+    return arguments
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and "\n" not in value
