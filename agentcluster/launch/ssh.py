@@ -90,7 +90,8 @@ class SSHLauncher:
         except BaseException as error:
             await _hang_up(connection)
             if isinstance(error, OSError | asyncssh.Error):
-                raise LaunchError(self.where, f"the login succeeded, but the host refused to run a command: {error}") from error
+                reason = f"the login succeeded, but the host refused to run a command: {error}"
+                raise LaunchError(self.where, reason) from error
             raise
 
 
