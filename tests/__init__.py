@@ -1,0 +1,1 @@
+"""Tests of agentcluster, in folders that mirror the package."""

@@ -1,0 +1,1 @@
+"""Tests of documentation, notebooks, packaging and benchmarks."""

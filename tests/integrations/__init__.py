@@ -1,0 +1,1 @@
+"""Tests with other deployment tools, with dask-cuda and with a browser."""

@@ -1,0 +1,1 @@
+"""Tests of launchers, hosts and adopted agents."""

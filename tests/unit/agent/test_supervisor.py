@@ -1,0 +1,36 @@
+"""Ports of workers, assigned from ranges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distributed.utils import parse_ports
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agentcluster.agent import supervisor as ports
+
+
+def ranges() -> st.SearchStrategy[str]:
+    bounds = st.lists(st.integers(1, 40), min_size=2, max_size=2, unique=True).map(sorted)
+    return bounds.map(lambda both: f"{both[0]}:{both[1]}")
+
+
+@given(
+    worker_port=st.one_of(st.none(), st.just(0), st.integers(1, 20), ranges()),
+    nanny_port=st.one_of(st.none(), st.just("0"), ranges()),
+    count=st.integers(0, 6),
+    taken=st.sets(st.integers(1, 40)),
+)
+def test_no_port_is_dealt_to_two(worker_port: Any, nanny_port: Any, count: int, taken: set[int]) -> None:
+    options = {"worker_port": worker_port, "nanny_port": nanny_port}
+    shares = ports.dealt(options, [f"w{number}" for number in range(count)], taken)
+    assert len(shares) == count
+    each = [port for share in shares.values() for key in share for port in share[key]]
+    assert len(each) == len(set(each))
+    asked = {key: {port for port in parse_ports(value) if port} for key, value in options.items()}
+    assert set(each) == (set.union(*asked.values()) - taken if count else set())
+    for key, wanted in asked.items():
+        assert all(set(share.get(key, ())) <= wanted for share in shares.values())
+        sizes = [len(share.get(key, ())) for share in shares.values()]
+        assert not asked[key] or max(sizes, default=0) - min(sizes, default=0) <= 1
