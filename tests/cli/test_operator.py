@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import wait_blocking
 from distributed import LocalCluster
 from rich.console import Console
 
@@ -18,6 +17,7 @@ from agentcluster.cli.main import main
 from agentcluster.model import RolloutStatus
 from agentcluster.scheduler.plugin import AgentPlugin
 from agentcluster.wire import PLUGIN, PROTOCOL, to_wire
+from tests.support.waiting import wait_blocking
 
 ONE = {"nworkers": 1, "nthreads": 1, "memory_limit": "300MiB"}
 TWO = {**ONE, "nworkers": 2}

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import dask
 import pytest
-import ssh_servers
 
 from agentcluster import AgentCluster, ConfigError
 from agentcluster.launch import Host
 from agentcluster.launch.local import LocalLauncher
 from agentcluster.launch.protocol import Settings
 from agentcluster.launch.ssh import SSHLauncher
+from tests.support import ssh_servers
 
 
 @dataclasses.dataclass
