@@ -40,7 +40,7 @@ from agentcluster.errors import AgentClusterError, ConfigError, SchedulerUnfit, 
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.requests import NodeRegistration
 from agentcluster.security import connection_args
-from agentcluster.units import positive_seconds
+from agentcluster.units import parse_seconds
 from agentcluster.wire import check_protocol, from_wire, spoken, to_wire, unpickled
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,9 @@ class Agent(Server):
         self.settings = Config.load()
         self.security = security if isinstance(security, Security) else Security(**(security or {}))
         self.scheduler_address = None if scheduler is None else scheduler_address(scheduler)
-        self.death_timeout = None if death_timeout is None else positive_seconds("death_timeout", death_timeout)
+        self.death_timeout = None
+        if death_timeout is not None:
+            self.death_timeout = parse_seconds("death_timeout", death_timeout, call="Agent")
         if not lasting and scheduler is not None and mode is None:
             mode = take_mode(worker_options)
             fallback = fallback or LIKE_DASK_WORKER

@@ -32,7 +32,7 @@ from agentcluster.cli.dask_agent_options import FLAGS, FOR_WORKERS, OURS, SECTIO
 from agentcluster.errors import AgentClusterError, ConfigError, one_line, suggest
 from agentcluster.model import Mode
 from agentcluster.modes import names, parse
-from agentcluster.units import positive_seconds
+from agentcluster.units import parse_seconds
 
 logger = logging.getLogger("agentcluster.cli")
 
@@ -152,7 +152,7 @@ def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
         "name": _number(options["name"]),
         "mode": mode,
         "security": security,
-        "death_timeout": positive_seconds("--death-timeout", options["death_timeout"])
+        "death_timeout": parse_seconds("--death-timeout", options["death_timeout"])
         if options["death_timeout"]
         else None,
         "resources": _resources(options["resources"]) if options["resources"] else None,
@@ -201,7 +201,7 @@ def _scheduler(options: dict[str, Any]) -> str | None:
         raise ConfigError(f"the scheduler is given twice, as {scheduler!r} and --scheduler-file {file!r}; give one")
     if file is not None:
         timeout = options["death_timeout"]
-        return address_in(file, None if timeout is None else positive_seconds("--death-timeout", timeout))
+        return address_in(file, None if timeout is None else parse_seconds("--death-timeout", timeout))
     scheduler = scheduler or dask_config("scheduler-address", None)
     if scheduler is None:
         raise ConfigError("no scheduler: give its address (dask-agent tcp://HOST:8786), --scheduler-file, or --standby")

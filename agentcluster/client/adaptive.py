@@ -25,7 +25,7 @@ from agentcluster.errors import ConfigError, RolloutBusy, one_line
 from agentcluster.model import Mode
 from agentcluster.reports import Decision
 from agentcluster.requests import AdaptiveRequest
-from agentcluster.units import call_bytes, call_seconds
+from agentcluster.units import parse_nbytes, parse_seconds
 from agentcluster.wire import TOPIC, to_wire
 
 logger = logging.getLogger(__name__)
@@ -91,12 +91,12 @@ class AgentAdaptive(Adaptive):
     ) -> None:
         self._modes = _modes(modes)
         self._kinds = {kind: _limits(kind, limits) for kind, limits in kinds.items()}
-        self._idle_timeout = call_seconds("adapt", "idle_timeout", idle_timeout)
-        self._up_delay = call_seconds("adapt", "up_delay", up_delay)
-        least_memory = None if minimum_memory is None else call_bytes("adapt", "minimum_memory", minimum_memory)
-        most_memory = None if maximum_memory is None else call_bytes("adapt", "maximum_memory", maximum_memory)
+        self._idle_timeout = parse_seconds("idle_timeout", idle_timeout, call="adapt", zero=True)
+        self._up_delay = parse_seconds("up_delay", up_delay, call="adapt", zero=True)
+        least_memory = parse_nbytes("minimum_memory", minimum_memory or 0, call="adapt")
+        most_memory = None if maximum_memory is None else parse_nbytes("maximum_memory", maximum_memory, call="adapt")
         super().__init__(cluster, interval, minimum, maximum, wait_count, target_duration)
-        self._least = (self.minimum or 0, minimum_cores or 0, least_memory or 0)
+        self._least = (self.minimum or 0, minimum_cores or 0, least_memory)
         self._most = (None if math.isinf(self.maximum) else self.maximum, maximum_cores, most_memory)
         self._idle_since: dict[str, float] = {}
         self._idle_count: dict[str, int] = {}

@@ -31,7 +31,7 @@ from agentcluster.reports import Nodes, Report
 from agentcluster.scheduler.plugin import dask_setup
 from agentcluster.security import resolve_credentials
 from agentcluster.shipping import shipped
-from agentcluster.units import seconds_or_default
+from agentcluster.units import parse_seconds
 from agentcluster.wire import NO_PLUGIN, PLUGIN, to_wire
 
 logger = logging.getLogger(__name__)
@@ -148,12 +148,12 @@ class Operations(Display, Elasticity):
             remove_existing=remove_existing,
             strategy=strategy,
             drain=drain,
-            drain_timeout=_given("drain_timeout", drain_timeout, zero=True),
+            drain_timeout=_seconds("drain_timeout", drain_timeout, zero=True),
             max_parallel=max_parallel,
             canary=canary,
             on_failure=on_failure,
-            timeout=_given("timeout", timeout),
-            wait=wait if isinstance(wait, bool) else _given("wait", wait, zero=True),
+            timeout=_seconds("timeout", timeout),
+            wait=wait if isinstance(wait, bool) else _seconds("wait", wait, zero=True),
             progress=progress,
             dry_run=dry_run,
         )
@@ -431,7 +431,7 @@ class AgentCluster(Operations):
         if on_host_failure not in ("raise", "warn"):
             raise ConfigError(f"on_host_failure={on_host_failure!r} must be 'raise' or 'warn'", key="on_host_failure")
         settings = Config.load()
-        self._start_timeout = seconds_or_default("start_timeout", start_timeout, settings.start_timeout)
+        self._start_timeout = _timeout("start_timeout", start_timeout, settings.start_timeout)
         self._on_host_failure = on_host_failure
         launchers = launchers_for(hosts, connect_options=connect_options, remote_python=remote_python)
         self._reserve = Reserve(launcher for launcher in launchers if in_standby(launcher))
@@ -443,7 +443,7 @@ class AgentCluster(Operations):
             security=resolve_credentials(security, remote=remote and not joined, attached=attached),
             worker_options=dict(worker_options or {}),
             launch_options={"connect_options": connect_options, "remote_python": remote_python},
-            launch_timeout=seconds_or_default("launch_timeout", launch_timeout, settings.launch_timeout),
+            launch_timeout=_timeout("launch_timeout", launch_timeout, settings.launch_timeout),
             stop_timeout=settings.stop_timeout,
         )
         self._missed: dict[str, BaseException] = {}
@@ -613,8 +613,11 @@ def _idle(node: Mapping[str, Any] | None) -> bool:
     return node is not None and not node["plan"] and node["state"] in ("standby", "refused", "lost")
 
 
-def _given(key: str, value: str | float | None, zero: bool = False) -> float | None:
-    """Return a time that the user gave in seconds_or_default, or None."""
-    if value is None or (zero and value == 0):
-        return value
-    return seconds_or_default(key, value, 0.0)
+def _seconds(key: str, value: str | float | None, zero: bool = False) -> float | None:
+    """Parse an optional time of ``reprovision``."""
+    return None if value is None else parse_seconds(key, value, call="reprovision", zero=zero)
+
+
+def _timeout(key: str, value: str | float | None, default: float) -> float:
+    """Parse an optional time of ``AgentCluster``."""
+    return default if value is None else parse_seconds(key, value, call="AgentCluster")

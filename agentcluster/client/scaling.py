@@ -22,7 +22,7 @@ from agentcluster.client.hosts import Reserve
 from agentcluster.errors import ConfigError
 from agentcluster.reports import AdaptiveLog, Nodes
 from agentcluster.requests import ScaleTarget
-from agentcluster.units import call_bytes, call_seconds
+from agentcluster.units import parse_nbytes, parse_seconds
 from agentcluster.wire import to_wire
 
 
@@ -126,7 +126,8 @@ class Elasticity(SpecCluster):
             return NoOpAwaitable() if self.asynchronous else None
         if (n, memory, cores, nodes, kinds) == (None, None, None, None, {}):
             n = 0  # as in dask
-        target = ScaleTarget(n, cores, None if memory is None else call_bytes("scale", "memory", memory), nodes, kinds)
+        nbytes = None if memory is None else parse_nbytes("memory", memory, call="scale")
+        target = ScaleTarget(n, cores, nbytes, nodes, kinds)
         self._by_hand()
         return self.sync(self._scale, target, strict)
 
@@ -285,7 +286,7 @@ class Elasticity(SpecCluster):
         return Request(
             self,
             {_resource(name): count for name, count in resources.items()},
-            call_seconds("request", "timeout", timeout),
+            parse_seconds("timeout", timeout, call="request", zero=True),
         )
 
     def adaptive_log(self) -> AdaptiveLog:
