@@ -182,7 +182,7 @@ class World:
         """Return each node's state and workers once plan, scheduler and processes say the same."""
 
         def same() -> dict[str, tuple[str, list[str]]] | None:
-            if self.cluster.scheduler.extensions["agentcluster"].changes.rolling is not None:
+            if self.cluster.scheduler.extensions["agentcluster"].controller.running is not None:
                 return None
             planned = {worker for node in self.nodes.values() for worker in node.plan.workers}
             if planned != self.names() or any(node.state not in SETTLED for node in self.nodes.values()):

@@ -180,7 +180,7 @@ async def test_cancel_in_a_pause(two: AgentCluster, on_failure: Any) -> None:
     await two.rollout.pause()
     await running(two, state="paused")
     # In one turn of the loop: neither may be forgotten.
-    rolling = two.scheduler.extensions["agentcluster"].changes.rolling
+    rolling = two.scheduler.extensions["agentcluster"].controller.running
     rolling.resume()
     rolling.cancel("it was cancelled")
     with pytest.raises(SwapError, match="it was cancelled") as caught:
@@ -389,7 +389,7 @@ async def test_replace_alone_is_refused_with_what_would_help(one: AgentCluster) 
         with pytest.raises(
             PreflightError,
             match=r"its old workers must go before the new ones come \(asked for\), and no other worker could take the "
-            r"only copies of 10 keys; have a worker on another node, release those results, or give them up with "
+            r"only copies of 10 keys; start a worker on another node, release those results, or give them up with "
             r"drain='now'",
         ):
             await one.reprovision("auto-cpu", NEXT, strategy="replace")
