@@ -28,7 +28,7 @@ from agentcluster.requests import AdaptiveRequest, RolloutPolicy, ScaleTarget
 from agentcluster.scheduler import metrics
 from agentcluster.scheduler.controller import Changes
 from agentcluster.scheduler.planning.nodes import SETTLED, Node, Registry
-from agentcluster.wire import PLUGIN, RETIRED, answered, from_wire, to_wire
+from agentcluster.wire import PLUGIN, RETIRED, answered, from_wire, spoken, to_wire
 
 logger = logging.getLogger(__name__)
 
@@ -299,9 +299,10 @@ class AgentPlugin(Hearing, SchedulerPlugin):
 
     @answered
     async def get_provision_mode(self) -> dict[str, Any]:
-        """Return the default mode and its options, and the mode of each node."""
+        """Return the default mode and its options, the mode of each node, and the versions that run here."""
         nodes = {name: node.plan.mode.name for name, node in self.registry.nodes.items()}
-        return {"mode": self.registry.default.name, "config": to_wire(self.registry.default.config), "nodes": nodes}
+        default = self.registry.default
+        return {"mode": default.name, "config": to_wire(default.config), "nodes": nodes, **spoken()}
 
     @answered
     async def set_provision_mode(
