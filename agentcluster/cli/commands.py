@@ -19,9 +19,10 @@ from rich.text import Text
 
 from agentcluster import modes
 from agentcluster.cli.connection import AS_JSON, Connection, operates, printed
-from agentcluster.client.rollouts import reckon, watch
+from agentcluster.client.rollouts import parse_status, watch
 from agentcluster.errors import ConfigError
-from agentcluster.reports import Nodes, Report, shape_of
+from agentcluster.model import NodeProgress
+from agentcluster.reports import Nodes, RolloutReport, shape_of
 from agentcluster.requests import ScaleTarget
 from agentcluster.tables import count
 from agentcluster.units import call_bytes, call_seconds
@@ -96,7 +97,7 @@ async def reprovision(
     )
     draws = (sys.stderr.isatty() and not as_json and not terms["dry_run"]) if progress is None else progress
     answer = await (watch(order, lambda: there.call("rollout_status"), Console(stderr=True)) if draws else order)
-    printed(answer) if as_json else click.echo(repr(Report.parse(answer)))
+    printed(answer) if as_json else click.echo(repr(RolloutReport.parse(answer)))
 
 
 @click.command()
@@ -272,15 +273,14 @@ def drawn(address: str, nodes: Mapping[str, Mapping[str, Any]], rollout: Mapping
     title = f"{address}: {count(len(nodes), 'node')}, {count(workers, 'worker')}"
     parts: list[RenderableType] = [Text(title, style="bold"), table]
     parts += [Text(f"{name}: {node['problem']}", style="red") for name, node in nodes.items() if node["problem"]]
-    if rollout:
-        parts.append(Text(f"rollout {rollout.get('label', rollout.get('rollout', ''))}".rstrip(), style="bold"))
-        parts += [_step(name, step) for name, step in rollout.get("nodes", {}).items()]
+    if status := parse_status(rollout):
+        parts.append(Text(status.summary(), style="bold"))
+        parts += [_step(name, progress) for name, progress in status.nodes.items()]
     return Group(*parts)
 
 
-def _step(name: str, step: Mapping[str, Any]) -> Text:
-    done, says = reckon(step)
-    return Text(f"  {name}  ").append_text(_bar(done / 100, says))
+def _step(name: str, progress: NodeProgress) -> Text:
+    return Text(f"  {name}  ").append_text(_bar(progress.percent / 100, str(progress)))
 
 
 def _of(used: int, whole: int) -> str:
