@@ -84,7 +84,7 @@ async def test_close_while_starting(steps: int) -> None:
     cluster = AgentCluster(hosts=["local", "local"], asynchronous=True, **QUIET)
     starting = asyncio.ensure_future(_enter(cluster))
     async with asyncio.timeout(30):
-        while not cluster._opening:
+        while not cluster.hosts.opening:
             await asyncio.sleep(0)  # each step, so that it is also closed before a launch has taken its first one
     for _ in range(steps):
         await asyncio.sleep(0)

@@ -21,7 +21,7 @@ from distributed.core import connect
 
 from agentcluster import AgentCluster
 from agentcluster.errors import ConfigError, PreflightError, RolloutBusy, SwapError
-from agentcluster.model import Mode
+from agentcluster.model import Mode, RolloutStatus
 from agentcluster.wire import TOPIC, to_wire
 from tests.support.waiting import wait_until
 
@@ -113,12 +113,12 @@ def slow(tmp_path: Path) -> Iterator[dict[str, Any]]:
         yield preload(tmp_path, f"import fcntl; fcntl.flock(open({str(path)!r}), fcntl.LOCK_SH)")
 
 
-async def running(cluster: AgentCluster, **facts: Any) -> dict[str, Any]:
+async def running(cluster: AgentCluster, **facts: Any) -> RolloutStatus:
     """Wait until a rollout runs of which `facts` are true, and return its status."""
 
     async def found() -> Any:
         status = await cluster.rollout_status()
-        return status and facts.items() <= status.items() and status
+        return status and facts.items() <= vars(status).items() and status
 
     return await wait_until(found)
 
@@ -126,7 +126,7 @@ async def running(cluster: AgentCluster, **facts: Any) -> dict[str, Any]:
 async def at_step(cluster: AgentCluster, node: str, step: str) -> None:
     async def found() -> bool:
         status = await cluster.rollout_status()
-        return bool(status) and status["nodes"][node]["step"] == step
+        return status is not None and status.nodes[node].step == step
 
     await wait_until(found)
 
@@ -159,12 +159,12 @@ async def test_pause_resume_and_pause_again(three: AgentCluster) -> None:
     await running(three, state="running")
     await three.rollout.pause()
     status = await running(three, state="paused")
-    assert status["wave"] == 1
+    assert status.wave == 1
     await wait_until(lambda: plans(three) == {"local": "next", "local.2": "", "local.3": ""})
     await asyncio.gather(three.rollout.resume(), three.rollout.resume(), three.rollout.pause())
     await running(three, state="paused", wave=2)
     assert steps(three, "start") == ["local", "local.2"]
-    assert (await three.rollout.status())["state"] == "paused"
+    assert (await three.rollout.status()).state == "paused"
     await three.rollout.resume()
     report = await change
     assert steps(three, "start") == ["local", "local.2", "local.3"]
@@ -355,7 +355,7 @@ async def test_whoever_does_not_want_to_wait_is_told_for_what(one: AgentCluster,
             await one.reprovision("uniform", OTHER, wait=wait)
         assert caught.value.label == "auto-cpu"
         second = asyncio.ensure_future(one.reprovision("uniform", OTHER))
-        assert (await one.rollout_status())["mode"] == "auto-cpu"
+        assert (await one.rollout_status()).mode == "auto-cpu"
     assert (await change).nodes["local"].outcome == "changed"
     assert (await second).nodes["local"].outcome == "changed"
     assert plans(one) == {"local": "other"}
