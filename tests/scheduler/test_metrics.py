@@ -15,6 +15,7 @@ from tornado.httpclient import AsyncHTTPClient
 from agentcluster import AgentCluster, dask_setup
 from agentcluster.errors import SwapError
 from agentcluster.model import Hardware
+from tests.support.inprocess import here
 from tests.support.plugin import SCHEDULER
 from tests.support.waiting import wait_until
 
@@ -39,7 +40,7 @@ async def scraped(cluster: AgentCluster) -> Samples:
 
 async def test_nodes_swaps_and_what_they_moved() -> None:
     async with (
-        AgentCluster(hosts=["local", "local"], config=TWO, **OPTIONS) as cluster,
+        AgentCluster(hosts=here(2), config=TWO, **OPTIONS) as cluster,
         Client(cluster, asynchronous=True) as client,
     ):
         first = await scraped(cluster)

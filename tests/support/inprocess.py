@@ -22,7 +22,12 @@ class InProcess(LocalLauncher):
         """Start the agent, as ``agentcluster.cli.launched`` does in its process."""
         security = Security(**settings.security)
         options = unpickled(settings.options)
-        return _Here(await Agent(settings.scheduler, name=settings.name, security=security, lasting=True, **options))
+        agent = Agent(settings.scheduler, name=settings.name, security=security, lasting=True, **options)
+        try:
+            return _Here(await agent)
+        except BaseException:
+            await agent.close()
+            raise
 
 
 class _Here:
