@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from distributed.core import Status
 from agentcluster import AgentCluster
 from agentcluster.errors import SwapError
 from agentcluster.scheduler.planning.nodes import SETTLED
+from tests.support.inprocess import here
 from tests.support.programs import AGENT, Start, gone, start_scheduler
 from tests.support.waiting import wait_until
 
@@ -189,7 +191,10 @@ class World:
                 return None
             if any(ws.status is not Status.running for ws in self.cluster.scheduler.workers.values()):
                 return None
-            if any(len(listening(pid)) != len(self.nodes[name].plan.workers) for name, pid in self.agents.items()):
+            by_pid: Counter[int] = Counter()  # agents may share this process
+            for name, pid in self.agents.items():
+                by_pid[pid] += len(self.nodes[name].plan.workers)
+            if any(len(listening(pid)) != count for pid, count in by_pid.items()):
                 return None
             return {name: (node.state, sorted(node.plan.workers)) for name, node in self.nodes.items()}
 
@@ -206,11 +211,13 @@ class World:
 
 
 @asynccontextmanager
-async def world_of(nodes: int, config: dict[str, Any] | None = None) -> AsyncIterator[World]:
-    """Open a cluster, and put keys into its workers."""
+async def world_of(
+    nodes: int, config: dict[str, Any] | None = None, *, processes: bool = False
+) -> AsyncIterator[World]:
+    """Open a cluster, whose agents are processes where one of them is killed, and put keys into its workers."""
     async with (
         AgentCluster(
-            hosts=["local"] * nodes,
+            hosts=["local"] * nodes if processes else here(nodes),
             config={**SMALL, **(config or {})},
             scheduler_options={"dashboard": False, "dashboard_address": ":0"},
             asynchronous=True,
@@ -436,7 +443,7 @@ async def test_actors_come_after_the_check(gate: Gates) -> None:
 @pytest.mark.parametrize("step", STEPS)
 async def test_agent_is_killed(step: Step, gate: Gates) -> None:
     entry, end = gate("start"), gate("stop")
-    async with world_of(2, preloading(end.preload)) as world:
+    async with world_of(2, preloading(end.preload), processes=True) as world:
         if step != "start":
             entry.open()
         if step == "retire":
