@@ -234,7 +234,7 @@ async def test_ports_are_dealt_out(supervisor: Watched, scheduler: Scheduler) ->
     }
     shares: dict[str, list[int]] = {}
     for names in (["a-0", "a-1"], ["b-0", "b-1", "b-2"]):
-        before = {port for each in supervisor._workers.values() for port in ports.in_use(each.server)}
+        before = {port for each in supervisor._workers.values() for port in ports.ports_in_use(each.server)}
         await supervisor.start({name: worker() for name in names}, START)
         for name in names:
             nanny = supervisor._workers[name].server
@@ -259,7 +259,7 @@ async def test_ports_are_dealt_out(supervisor: Watched, scheduler: Scheduler) ->
 )
 def test_no_port_is_dealt_to_two(worker_port: Any, nanny_port: Any, count: int, taken: set[int]) -> None:
     options = {"worker_port": worker_port, "nanny_port": nanny_port}
-    shares = ports.dealt(options, [f"w{number}" for number in range(count)], taken)
+    shares = ports.assign_ports(options, [f"w{number}" for number in range(count)], taken)
     assert len(shares) == count
     each = [port for share in shares.values() for key in share for port in share[key]]
     assert len(each) == len(set(each))
@@ -390,7 +390,7 @@ async def test_a_scheduler_that_is_not_there(supervisor: Watched) -> None:
     [
         (worker("no_such_package.Worker"), "cannot import worker class 'no_such_package.Worker' here"),
         (worker("distributed.NoSuchClass"), "cannot import worker class 'distributed.NoSuchClass' here"),
-        (worker("distributed.wait"), "is no class but function"),
+        (worker("distributed.wait"), "is not a class but a function"),
         (worker(options={"memory_limt": 1}), "Nanny has no option 'memory_limt'; did you mean 'memory_limit'?"),
         (worker("distributed.Worker", options={"envv": 1}), "Worker has no option 'envv'"),
         (worker(CUDA_WORKER), "use mode 'auto-gpu'"),
