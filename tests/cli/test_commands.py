@@ -151,7 +151,7 @@ def test_no_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return said(CliRunner().invoke(main, ["nodes", *arguments], env={"DASK_SCHEDULER_ADDRESS": ""}), code)
 
     assert "no scheduler: give --scheduler" in refused(2)
-    assert "'nonsense://x' is no address" in refused(2, "--scheduler", "nonsense://x")
+    assert "'nonsense://x' is not an address" in refused(2, "--scheduler", "nonsense://x")
     assert "no scheduler answers at tcp://127.0.0.1:1" in refused(3, "--scheduler", "tcp://127.0.0.1:1")
     assert "speaks TLS; give --tls-ca-file" in refused(2, "--scheduler", "tls://127.0.0.1:1")
     (tmp_path / "file").write_text("{}")
