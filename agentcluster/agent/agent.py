@@ -35,7 +35,7 @@ from agentcluster.agent.options import (
 )
 from agentcluster.agent.registration import IS_IT_THERE, Alone, Membership
 from agentcluster.agent.supervisor import Supervisor
-from agentcluster.config import Config
+from agentcluster.config import Config, warn_untested
 from agentcluster.errors import AgentClusterError, ConfigError, SchedulerUnfit, VersionMismatch, WorkerStartError
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.requests import NodeRegistration
@@ -116,6 +116,7 @@ class Agent(Server):
     ) -> None:
         if not lasting:
             scheduler = take_scheduler(worker_options) if scheduler is None else scheduler
+        warn_untested()
         self.settings = Config.load()
         self.security = security if isinstance(security, Security) else Security(**(security or {}))
         self.scheduler_address = None if scheduler is None else scheduler_address(scheduler)

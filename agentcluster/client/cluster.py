@@ -23,7 +23,7 @@ from agentcluster.client.display import Display
 from agentcluster.client.hosts import Blueprint, NodeProcess, Reserve, in_standby, is_address, is_remote
 from agentcluster.client.rollouts import RolloutControl, watch
 from agentcluster.client.scaling import Elasticity
-from agentcluster.config import Config
+from agentcluster.config import Config, warn_untested
 from agentcluster.errors import AgentClusterError, ConfigError, NodeNotFound, SchedulerUnfit
 from agentcluster.launch import Host, launchers_for
 from agentcluster.model import Mode
@@ -430,6 +430,7 @@ class AgentCluster(Operations):
     ) -> None:
         if on_host_failure not in ("raise", "warn"):
             raise ConfigError(f"on_host_failure={on_host_failure!r} must be 'raise' or 'warn'", key="on_host_failure")
+        warn_untested()
         settings = Config.load()
         self._start_timeout = _timeout("start_timeout", start_timeout, settings.start_timeout)
         self._on_host_failure = on_host_failure

@@ -21,7 +21,7 @@ from distributed.core import error_message
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from agentcluster import modes
-from agentcluster.config import Config
+from agentcluster.config import Config, warn_untested
 from agentcluster.errors import AgentClusterError, LaunchError
 from agentcluster.model import HostMetrics, Mode, WorkerState
 from agentcluster.requests import AdaptiveRequest, NodeRegistration, RolloutPolicy, ScaleTarget
@@ -153,6 +153,7 @@ class AgentPlugin(Hearing, SchedulerPlugin):
             return
         scheduler.extensions[PLUGIN] = self
         self.scheduler = scheduler
+        warn_untested()
         self.config = Config.load()
         self._moved = asyncio.Condition()
         self.changes = Changes(scheduler, self.registry, self.config, self._notify)
