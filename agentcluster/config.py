@@ -1,4 +1,4 @@
-"""The package's configuration: its defaults in dask's config system, and the checked values that code reads.
+"""Configuration of the package: its defaults in dask's config system, the checked values, and the tested versions.
 
 Importing this module adds ``agentcluster.yaml`` to :mod:`dask.config` as defaults. :meth:`Config.load` reads the key
 ``agentcluster`` once; nothing else in the package asks :mod:`dask.config` for one of its options.
@@ -6,7 +6,10 @@ Importing this module adds ``agentcluster.yaml`` to :mod:`dask.config` as defaul
 
 from __future__ import annotations
 
+import functools
 import pkgutil
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +20,7 @@ import yaml
 from agentcluster.errors import ConfigError, suggest
 from agentcluster.units import parse_seconds
 
-__all__ = ["Config", "overrides"]
+__all__ = ["Config", "overrides", "warn_untested"]
 
 ROOT = "agentcluster"
 
@@ -189,6 +192,36 @@ _READERS: Mapping[str, Callable[[str, Any], Any]] = {
     f"{ROOT}.ssh.keepalive-interval": parse_seconds,
     f"{ROOT}.ssh.keepalive-count": _integer(1),
 }
+
+
+#: First and last versions of distributed that the tests have run with; of the last, any patch.
+TESTED = ((2026, 7, 1), (2026, 8))
+
+
+@functools.cache
+def warn_untested() -> None:
+    """Warn, once per process, about a version of distributed that the package is not tested with.
+
+    The package uses private API of dask (``docs/develop/private-api.rst``), which another version may lack.
+
+    Warns
+    -----
+    UserWarning
+        When the installed version is outside :data:`TESTED`.
+    """
+    import distributed  # heavy, and only needed here
+
+    installed: str = vars(distributed)["__version__"]
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", installed)
+    version = tuple(map(int, found.groups())) if found else ()
+    first, last = TESTED
+    if not (first <= version and version[: len(last)] <= last):
+        warnings.warn(
+            f"agentcluster is tested with distributed {'.'.join(map(str, first))} to {'.'.join(map(str, last))}.*, and "
+            f"{installed} is installed: some functions may not work",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def overrides() -> dict[str, Any]:

@@ -36,7 +36,7 @@ from agentcluster.agent.options import (
 )
 from agentcluster.agent.registration import IS_IT_THERE, Registration, StandaloneRegistration, Terms
 from agentcluster.agent.supervisor import Supervisor
-from agentcluster.config import Config
+from agentcluster.config import Config, warn_untested
 from agentcluster.errors import AgentClusterError, ConfigError, SchedulerUnfit, WorkerStartError
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.requests import NodeRegistration
@@ -186,6 +186,7 @@ class Agent(Server):
         if not lasting and scheduler is not None and mode is None:
             mode = take_mode(worker_options)
             fallback = fallback or LIKE_DASK_WORKER
+        warn_untested()
         self.settings = Config.load()
         self.security = security if isinstance(security, Security) else Security(**(security or {}))
         self.scheduler_address = None if scheduler is None else scheduler_address(scheduler)

@@ -35,7 +35,7 @@ from agentcluster.client.rollouts import NodeSelection, RolloutControl, parse_st
 from agentcluster.client.scaling import Request, Scaling, resource_name
 from agentcluster.client.synchronous import AsyncT, MaybeAsync, synced
 from agentcluster.client.view import NodeView
-from agentcluster.config import Config
+from agentcluster.config import Config, warn_untested
 from agentcluster.errors import ConfigError, SchedulerUnfit
 from agentcluster.launch import Host, launchers_for
 from agentcluster.launch.protocol import Launcher
@@ -159,6 +159,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
     ) -> None:
         if on_host_failure not in ("raise", "warn"):
             raise ConfigError(f"on_host_failure={on_host_failure!r} must be 'raise' or 'warn'", key="on_host_failure")
+        warn_untested()
         settings = Config.load()
         launchers = launchers_for(hosts, connect_options=connect_options, remote_python=remote_python)
         joined = is_address(scheduler)
