@@ -23,7 +23,7 @@ from distributed.core import ErrorMessage, PooledRPCCall, error_message
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from agentcluster import modes
-from agentcluster.config import Config
+from agentcluster.config import Config, warn_untested
 from agentcluster.errors import AgentClusterError, LaunchError
 from agentcluster.model import HostMetrics, Mode, WorkerState
 from agentcluster.requests import AdaptiveRequest, NodeRegistration, RolloutPolicy, ScaleTarget
@@ -244,6 +244,7 @@ class AgentPlugin(SchedulerPlugin):
             return
         scheduler.extensions[PLUGIN] = self
         self.scheduler = scheduler
+        warn_untested()
         config = Config.load()
         names = managers.install(scheduler, self.registry, config.start_timeout)
         self.controller = Controller(scheduler, self.registry, config, self._events, names)
