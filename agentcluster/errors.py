@@ -4,7 +4,8 @@
 
     AgentClusterError
     ├── ConfigError (ValueError)      bad input: which value, where, what is allowed
-    │   └── ModeRefused               a node cannot serve a mode: which node, why
+    │   ├── ModeRefused               a node cannot serve a mode: which node, why
+    │   └── VersionMismatch           two processes speak different versions of the protocol
     ├── PreflightError (ValueError)   one or more refusals; nothing was touched
     ├── NodeNotFound (LookupError)    no node of that name
     ├── NodeExists (ValueError)       a node of that name is already there
@@ -13,8 +14,7 @@
     ├── WorkerStartError (RuntimeError)  an agent could not start a worker
     ├── SwapError (RuntimeError)      a swap did not end as asked; says what is true now
     ├── RolloutBusy (RuntimeError)    another rollout runs
-    ├── SchedulerUnfit (RuntimeError) the scheduler cannot run agentcluster's plugin
-    └── VersionMismatch (RuntimeError) two processes have versions of agentcluster that do not fit together
+    └── SchedulerUnfit (RuntimeError) the scheduler cannot run agentcluster's plugin
 
 Each stores its facts as attributes, reads as one sentence, and survives pickling (also with the keyword
 arguments of its constructor), because most of them travel from the scheduler to a client.
@@ -261,7 +261,7 @@ class SchedulerUnfit(AgentClusterError, RuntimeError):
         self.reason = reason
 
 
-class VersionMismatch(AgentClusterError, RuntimeError):
+class VersionMismatch(ConfigError):
     """Two processes speak different versions of agentcluster's protocol.
 
     Parameters

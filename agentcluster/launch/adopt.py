@@ -19,10 +19,11 @@ from distributed.comm.core import Comm, CommClosedError, connect
 from distributed.core import clean_exception
 from distributed.security import Security
 
-from agentcluster.errors import AgentClusterError, LaunchError, LaunchTimeout, one_line
-from agentcluster.launch.protocol import PROTOCOL, LogTail, Ready, Settings
+from agentcluster.config import Config
+from agentcluster.errors import AgentClusterError, LaunchError, LaunchTimeout, VersionMismatch, one_line
+from agentcluster.launch.protocol import LogTail, Ready, Settings
 from agentcluster.model import Hardware
-from agentcluster.wire import from_wire, to_wire
+from agentcluster.wire import check_protocol, from_wire, spoken, to_wire
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class AttachedLauncher:
                         "scheduler": settings.scheduler,
                         "name": settings.name,
                         "options": to_wire(settings.options),
-                        "protocol": PROTOCOL,
+                        **spoken(),
                     }
                 )
                 return Adopted(comm, _ready(self.address, await comm.read()))
@@ -131,6 +132,10 @@ def _ready(address: str, answer: Any) -> Ready:
     if answer.get("status") != "OK":
         _, error, _ = clean_exception(**answer)
         raise LaunchError(address, str(error or answer.get("exception_text")))
+    try:
+        check_protocol(f"the agent at {address}", answer.get("protocol"), answer.get("version"), here="this cluster")
+    except VersionMismatch as mismatch:
+        raise LaunchError(address, str(mismatch)) from mismatch
     hardware = from_wire(Hardware, answer["hardware"], f"hardware of {address}")
     return Ready(address=answer["address"], pid=answer["pid"], versions=hardware.versions, hardware=hardware)
 
@@ -140,7 +145,7 @@ class Adopted:
 
     def __init__(self, comm: Comm, ready: Ready) -> None:
         self.ready = ready
-        self.log = LogTail()
+        self.log = LogTail(Config.load().log_lines)
         self._comm = comm
         self._ended = asyncio.create_task(self._follow(), name=f"attached to {ready.address}")
 

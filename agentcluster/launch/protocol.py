@@ -13,12 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import agentcluster
 from agentcluster.errors import ConfigError
 from agentcluster.model import Hardware
-from agentcluster.wire import from_wire, to_wire
-
-#: Version of the two lines below; both sides must have the same.
-PROTOCOL = 1
+from agentcluster.wire import PROTOCOL, check_protocol, from_wire, to_wire
 
 READY_PREFIX = "agentcluster-ready "
 
@@ -32,8 +30,8 @@ class Settings:
 
     Attributes
     ----------
-    protocol
-        Version of this line.
+    protocol, version
+        Versions of the protocol and of agentcluster, see :func:`agentcluster.wire.spoken`.
     role
         What to run: an ``agent`` or a ``scheduler``.
     name
@@ -53,6 +51,7 @@ class Settings:
     """
 
     protocol: int = PROTOCOL
+    version: str = field(default_factory=lambda: agentcluster.__version__)
     role: Literal["agent", "scheduler"] = "agent"
     name: str | None = None
     scheduler: str | None = None
@@ -73,7 +72,7 @@ class Settings:
         Raises
         ------
         ConfigError
-            When the line is not JSON, is of another protocol version, or has a key or type that does not belong
+            When the line is not JSON, or has a key or type that does not belong
             there. The message holds no value of a secret field.
         """
         data = _decode(line, "settings")
@@ -92,8 +91,8 @@ class Ready:
 
     Attributes
     ----------
-    protocol
-        Version of this line.
+    protocol, version
+        Versions of the protocol and of agentcluster, see :func:`agentcluster.wire.spoken`.
     address
         Where it listens, such as ``tls://10.0.0.5:41234``.
     pid
@@ -107,6 +106,7 @@ class Ready:
     address: str
     pid: int
     protocol: int = PROTOCOL
+    version: str = field(default_factory=lambda: agentcluster.__version__)
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: Hardware | None = None
 
@@ -123,7 +123,7 @@ class Ready:
         Raises
         ------
         ConfigError
-            When the line is a ready line, but of another protocol version or damaged.
+            When the line is a ready line, but damaged.
         """
         _, found, data = line.partition(READY_PREFIX)
         return from_wire(cls, _decode(data, "ready line"), "ready line") if found else None
@@ -137,13 +137,16 @@ def _decode(line: str, what: str) -> dict[str, Any]:
         raise ConfigError(f"{what}: not JSON: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{what}: expected a JSON object, got {type(data).__name__}")
-    if data.get("protocol") != PROTOCOL:
-        raise ConfigError(
-            f"{what}: the other side speaks launch protocol {data.get('protocol')!r}, this one {PROTOCOL}; "
-            f"install the same version of agentcluster on both hosts",
-            key="protocol",
-        )
+    peer, here = _SIDES[what]
+    check_protocol(peer, data.get("protocol"), data.get("version"), here=here)
     return data
+
+
+#: Message -> who sent it, and who reads it.
+_SIDES = {
+    "settings": ("the cluster", "the launched process"),
+    "ready line": ("the launched process", "the cluster"),
+}
 
 
 class Reader(Protocol):

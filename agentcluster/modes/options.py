@@ -20,9 +20,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dask.utils import parse_bytes
-
 from agentcluster.errors import ConfigError
+from agentcluster.units import parse_nbytes
 from agentcluster.wire import plain
 
 SHOWN = 200
@@ -147,12 +146,7 @@ def memory_amount(value: Any) -> float | int | None:
         try:
             value = float(value)
         except ValueError:
-            if not value.strip():
-                raise
-            value = parse_bytes(value)
-            if value < 0:
-                raise ValueError(value) from None
-            return int(value)
+            return parse_nbytes("memory_limit", value)
     if not is_number(value) or value < 0:
         raise ValueError(value)
     # As in dask, 1 is all of the node and not one byte.

@@ -213,7 +213,7 @@ async def test_tasks_without_a_worker_are_not_kept_waiting_for_the_next_look(
         ({"modes": ["auto-cqu"]}, "did you mean 'auto-cpu'"),
         ({"gpu": 2}, r"gpu=\(0, 2\)"),
         ({"gpu": (3, 2)}, r"gpu=\(0, 2\)"),
-        ({"idle_timeout": "soon"}, "idle_timeout='soon'"),
+        ({"idle_timeout": "soon"}, r"idle_timeout=…\) is 'soon'"),
     ],
 )
 async def test_wrong_options(cluster: AgentCluster, options: dict[str, Any], said: str) -> None:

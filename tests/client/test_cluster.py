@@ -86,7 +86,7 @@ async def test_close_while_starting(steps: int) -> None:
     cluster = AgentCluster(hosts=["local", "local"], asynchronous=True, **QUIET)
     starting = asyncio.ensure_future(_enter(cluster))
     async with asyncio.timeout(30):
-        while not cluster._opening:
+        while not cluster.hosts.opening:
             await asyncio.sleep(0)  # each step, so that it is also closed before a launch has taken its first one
     for _ in range(steps):
         await asyncio.sleep(0)
@@ -486,7 +486,7 @@ async def test_workers_that_do_not_start_leave_the_old_ones(cluster: AgentCluste
         ({"mode": {"nowhere": "auto-cpu"}}, NodeNotFound, "nowhere"),
         ({"on_host_failure": "ignore"}, ConfigError, "'raise' or 'warn'"),
         ({"security": "yes"}, ConfigError, "security='yes'"),
-        ({"launch_timeout": "soon"}, ConfigError, "launch_timeout='soon'"),
+        ({"launch_timeout": "soon"}, ConfigError, "launch_timeout=…\\) is 'soon'"),
         ({"scheduler": "tcp://127.0.0.1:1", "scheduler_options": {"port": 1}}, ConfigError, "runs already"),
         ({"hosts": ["tcp://127.0.0.1:1"], "security": True}, ConfigError, "without encryption"),
     ],

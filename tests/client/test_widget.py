@@ -156,7 +156,7 @@ def test_scale(sync_cluster: AgentCluster) -> None:
     screen.says("Scale", "workers now: 4 cpu")
     screen.named("Scale", "workers").value = "1"
     screen.press("Scale", "Scale")
-    screen.says("Scale", "scaled")
+    screen.says("Scale", "scale(1): 1 worker, 2 nodes changed")
     screen.says("Scale", "workers now: 1 cpu")
     screen.named("Scale", "cpu workers").value = "3"
     screen.press("Scale", "Scale kinds")
@@ -167,7 +167,7 @@ def test_scale(sync_cluster: AgentCluster) -> None:
         screen.says("Scale", "is not a whole number")
     screen.named("Scale", "cpu workers").value = ""
     screen.press("Scale", "Scale kinds")
-    screen.says("Scale", "say how many")
+    screen.says("Scale", "enter the number of workers of a kind")
 
 
 @pytest.mark.filterwarnings("ignore:scale")
@@ -175,7 +175,7 @@ def test_scale_beyond_what_there_is(sync_cluster: AgentCluster) -> None:
     screen = Screen(sync_cluster)
     screen.named("Scale", "workers").value = "99"
     screen.press("Scale", "Scale")
-    screen.says("Scale", "room for 4 of 99")
+    screen.says("Scale", "scale(99): 4 workers", "room for 4 workers")
 
 
 def test_adapt(sync_cluster: AgentCluster) -> None:

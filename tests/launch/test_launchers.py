@@ -22,7 +22,8 @@ import pytest
 from agentcluster.errors import LaunchError, LaunchTimeout
 from agentcluster.launch import Host, launchers_for
 from agentcluster.launch.local import LocalLauncher
-from agentcluster.launch.protocol import PROTOCOL, Launcher, Ready, Settings
+from agentcluster.launch.protocol import Launcher, Ready, Settings
+from agentcluster.wire import PROTOCOL
 from tests.support import ssh_servers
 from tests.support.ssh_servers import SSHServer
 from tests.support.waiting import wait_until
@@ -232,7 +233,8 @@ async def test_process_that_is_late(any_launcher: Callable[..., Launcher], tmp_p
 async def test_process_of_another_version(any_launcher: Callable[..., Launcher], tmp_path: Path) -> None:
     line = Ready("tcp://127.0.0.1:1", 1).encode().replace(f'"protocol":{PROTOCOL}', '"protocol":2')
     error = await _refusal(any_launcher(_script(tmp_path / "p", f"echo '{line}'; exec sleep 1000")))
-    assert "the other side speaks launch protocol 2, this one 1" in error.reason
+    assert "the launched process has" in error.reason
+    assert "with protocol 2, the cluster has" in error.reason
 
 
 async def test_cancellation_leaves_no_process(any_launcher: Callable[..., Launcher], tmp_path: Path) -> None:
@@ -402,7 +404,7 @@ async def test_an_agent_refuses_settings_of_another_version(any_launcher: Callab
     with pytest.raises(LaunchError) as caught:
         await any_launcher().launch(Settings(protocol=PROTOCOL + 1), timeout=PLENTY)
     assert caught.value.reason == "ended with exit code 1 before it was ready"
-    assert "the other side speaks launch protocol 2, this one 1" in caught.value.last_output
+    assert "with protocol 2, the launched process has" in caught.value.last_output
 
 
 LAUNCH = """

@@ -169,7 +169,7 @@ class World:
         return asyncio.ensure_future(self.cluster.reprovision("uniform", {**LARGE, **(options or {})}, **terms))
 
     async def in_step(self, node: str, step: str) -> None:
-        await reached(self.cluster.rollout_status, node, step)
+        await reached(self.cluster.scheduler_comm.rollout_status, node, step)
 
     async def hold(self, worker: str) -> None:
         """Run a task on a worker, until :meth:`let_go`: what drains it waits."""
@@ -184,7 +184,7 @@ class World:
         """Return each node's state and workers once plan, scheduler and processes say the same."""
 
         def same() -> dict[str, tuple[str, list[str]]] | None:
-            if self.cluster.scheduler.extensions["agentcluster"].changes.rolling is not None:
+            if self.cluster.scheduler.extensions["agentcluster"].controller.running is not None:
                 return None
             planned = {worker for node in self.nodes.values() for worker in node.plan.workers}
             if planned != self.names() or any(node.state not in SETTLED for node in self.nodes.values()):
@@ -498,7 +498,7 @@ async def change_of_a_cluster(step: Step, gate: Gates, *hosts: str) -> AsyncIter
         change = asyncio.ensure_future(cluster.reprovision("uniform", {**LARGE, **preloading(entry.preload)}))
         await wait_until(lambda: entry.waiting == len(hosts), LATE)
         for name in list(cluster.nodes):
-            await reached(cluster.rollout_status, name, step)
+            await reached(cluster.scheduler_comm.rollout_status, name, step)
         if step == "stop":
             await wait_until(lambda: end.waiting == len(hosts), LATE)
         yield cluster, change

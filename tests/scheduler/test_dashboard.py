@@ -42,7 +42,7 @@ async def test_the_plots_show_nodes_rollouts_and_decisions() -> None:
     options = {"dashboard_address": ":0"}
     async with AgentCluster(hosts=hosts, config=SMALL, scheduler_options=options, asynchronous=True) as cluster:
         plugin = cluster.scheduler.extensions["agentcluster"]
-        nodes = dashboard.NodesPlot(plugin.registry, plugin._held)
+        nodes = dashboard.NodesPlot(plugin.registry, plugin._data_on)
         rollouts, adaptive = dashboard.Rollouts(cluster.scheduler), dashboard.Decisions(cluster.scheduler)
 
         def drawn() -> tuple[Any, ...]:

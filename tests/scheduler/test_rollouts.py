@@ -22,7 +22,7 @@ from distributed.core import connect
 from agentcluster import AgentCluster
 from agentcluster.errors import ConfigError, PreflightError, RolloutBusy, SwapError
 from agentcluster.launch.local import LocalLauncher
-from agentcluster.model import Mode
+from agentcluster.model import Mode, RolloutStatus
 from agentcluster.wire import TOPIC, to_wire
 from tests.support.census import children
 from tests.support.inprocess import here
@@ -111,12 +111,12 @@ def slow(tmp_path: Path) -> Iterator[dict[str, Any]]:
         yield preload(tmp_path, f"import fcntl; fcntl.flock(open({str(path)!r}), fcntl.LOCK_SH)")
 
 
-async def running(cluster: AgentCluster, **facts: Any) -> dict[str, Any]:
+async def running(cluster: AgentCluster, **facts: Any) -> RolloutStatus:
     """Wait until a rollout runs of which `facts` are true, and return its status."""
 
     async def found() -> Any:
         status = await cluster.rollout_status()
-        return status and facts.items() <= status.items() and status
+        return status and facts.items() <= vars(status).items() and status
 
     return await wait_until(found)
 
@@ -124,7 +124,7 @@ async def running(cluster: AgentCluster, **facts: Any) -> dict[str, Any]:
 async def at_step(cluster: AgentCluster, node: str, step: str) -> None:
     async def found() -> bool:
         status = await cluster.rollout_status()
-        return bool(status) and status["nodes"][node]["step"] == step
+        return status is not None and status.nodes[node].step == step
 
     await wait_until(found)
 
@@ -157,12 +157,12 @@ async def test_pause_resume_and_pause_again(three: AgentCluster) -> None:
     await running(three, state="running")
     await three.rollout.pause()
     status = await running(three, state="paused")
-    assert status["wave"] == 1
+    assert status.wave == 1
     await wait_until(lambda: plans(three) == {"local": "next", "local.2": "", "local.3": ""})
     await asyncio.gather(three.rollout.resume(), three.rollout.resume(), three.rollout.pause())
     await running(three, state="paused", wave=2)
     assert steps(three, "start") == ["local", "local.2"]
-    assert (await three.rollout.status())["state"] == "paused"
+    assert (await three.rollout.status()).state == "paused"
     await three.rollout.resume()
     report = await change
     assert steps(three, "start") == ["local", "local.2", "local.3"]
@@ -178,7 +178,7 @@ async def test_cancel_in_a_pause(two: AgentCluster, on_failure: Any) -> None:
     await two.rollout.pause()
     await running(two, state="paused")
     # In one turn of the loop: neither may be forgotten.
-    rolling = two.scheduler.extensions["agentcluster"].changes.rolling
+    rolling = two.scheduler.extensions["agentcluster"].controller.running
     rolling.resume()
     rolling.cancel("it was cancelled")
     with pytest.raises(SwapError, match="it was cancelled") as caught:
@@ -363,7 +363,7 @@ async def test_whoever_does_not_want_to_wait_is_told_for_what(one: AgentCluster,
             await one.reprovision("uniform", OTHER, wait=wait)
         assert caught.value.label == "auto-cpu"
         second = asyncio.ensure_future(one.reprovision("uniform", OTHER))
-        assert (await one.rollout_status())["mode"] == "auto-cpu"
+        assert (await one.rollout_status()).mode == "auto-cpu"
     assert (await change).nodes["local"].outcome == "changed"
     assert (await second).nodes["local"].outcome == "changed"
     assert plans(one) == {"local": "other"}
@@ -397,7 +397,7 @@ async def test_replace_alone_is_refused_with_what_would_help(one: AgentCluster) 
         with pytest.raises(
             PreflightError,
             match=r"its old workers must go before the new ones come \(asked for\), and no other worker could take the "
-            r"only copies of 10 keys; have a worker on another node, release those results, or give them up with "
+            r"only copies of 10 keys; start a worker on another node, release those results, or give them up with "
             r"drain='now'",
         ):
             await one.reprovision("auto-cpu", NEXT, strategy="replace")

@@ -93,7 +93,11 @@ EXAMPLES: list[tuple[AgentClusterError, dict[str, Any], str]] = [
         {"address": "tcp://s:8786", "reason": "it has no plugin"},
         "scheduler at tcp://s:8786 cannot hold nodes: it has no plugin",
     ),
-    (VersionMismatch("upgrade agentcluster on gpu-1"), {}, "upgrade agentcluster on gpu-1"),
+    (
+        VersionMismatch("the agent on a has agentcluster 1 with protocol 1, this cluster has 2; upgrade …"),
+        {"key": None},
+        "the agent on a has agentcluster 1 with protocol 1, this cluster has 2; upgrade …",
+    ),
 ]
 
 each_error = pytest.mark.parametrize(
@@ -192,7 +196,7 @@ def test_it_survives_a_pickle(error: AgentClusterError, facts: dict[str, Any], s
         (SwapError("r", "s"), RuntimeError),
         (RolloutBusy("uniform", 1), RuntimeError),
         (SchedulerUnfit("a", "r"), RuntimeError),
-        (VersionMismatch("m"), RuntimeError),
+        (VersionMismatch("m"), ValueError),
     ],
 )
 def test_it_is_caught_as_the_builtin_and_as_ours(error: AgentClusterError, builtin: type[Exception]) -> None:

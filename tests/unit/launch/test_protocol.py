@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcluster.errors import ConfigError
-from agentcluster.launch.protocol import MAX_LINE, PROTOCOL, LogTail, Ready, Settings, drain
+from agentcluster.launch.protocol import MAX_LINE, LogTail, Ready, Settings, drain
 from agentcluster.model import Gpu, Hardware
+from agentcluster.wire import PROTOCOL
 
 SECRET = "-----BEGIN PRIVATE KEY-----\nsecret\n-----END PRIVATE KEY-----\n"
 
@@ -34,7 +35,9 @@ def test_settings_travel_as_one_line() -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
+    max_leaves=8,
 )
 
 
@@ -54,8 +57,14 @@ def test_settings_keep_secrets_out_of_the_repr() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"protocol": 2}, r"speaks launch protocol 2, this one 1; install the same version"),
-        ({"protocol": None}, r"speaks launch protocol None, this one 1"),
+        (
+            {"protocol": 2},
+            r"the cluster has agentcluster \S+ with protocol 2, .*; upgrade .* where the launched process runs",
+        ),
+        (
+            {"protocol": None},
+            r"the cluster has agentcluster \S+ with protocol None, .*; upgrade agentcluster where the cluster runs",
+        ),
         ({"rôle": "agent"}, r"unknown key 'rôle'; did you mean 'role'\?"),
         ({"role": "worker"}, r"settings.role: 'worker' is not allowed; allowed: agent, scheduler"),
         ({"security": ["secret"]}, r"settings.security: expected a mapping$"),
@@ -82,7 +91,7 @@ def test_ready_is_found_behind_what_a_login_shell_prints() -> None:
     assert Ready.decode(line) == ready
     assert Ready.decode("Welcome! " + line + "\r") == ready
     assert Ready.decode("Welcome to agentcluster") is None
-    with pytest.raises(ConfigError, match="speaks launch protocol 7, this one 1"):
+    with pytest.raises(ConfigError, match=r"the launched process has .* with protocol 7, the cluster has"):
         Ready.decode(line.replace(f'"protocol":{PROTOCOL}', '"protocol":7'))
 
 

@@ -1,0 +1,55 @@
+"""Version of the wire protocol: checked at each meeting of two processes, before anything else is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from distributed import Scheduler
+from distributed.core import rpc
+
+from agentcluster import Agent, VersionMismatch, __version__
+from agentcluster.scheduler.plugin import dask_setup
+from agentcluster.wire import PROTOCOL, check_protocol, spoken
+
+NEWER = {"protocol": PROTOCOL + 98, "version": "9.9"}
+
+
+async def test_adopt_refuses_another_protocol() -> None:
+    async with Agent(host="127.0.0.1") as agent:
+        async with rpc(agent.address) as there:
+            with pytest.raises(VersionMismatch, match=r"agentcluster 9\.9 with protocol 99") as caught:
+                await there.adopt(scheduler="tcp://127.0.0.1:1", options={"x": "never read"}, newer_key=1, **NEWER)
+            assert f"the agent at {agent.address} has agentcluster {__version__}" in str(caught.value)
+            assert f"upgrade agentcluster where the agent at {agent.address} runs" in str(caught.value)
+        assert agent.scheduler_address is None
+
+
+@pytest.mark.parametrize("sent", [NEWER, {}, {"protocol": True}, {"protocol": "1"}])
+async def test_register_node_refuses_another_protocol(sent: dict[str, Any]) -> None:
+    async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler:
+        await dask_setup(scheduler)
+        async with rpc(scheduler.address) as there:
+            with pytest.raises(VersionMismatch, match="upgrade agentcluster where the"):
+                await there.register_node(registration={"no": "fields"}, **sent)
+            assert await there.get_nodes() == {}
+
+
+async def test_scheduler_answers_with_its_versions() -> None:
+    async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler:
+        await dask_setup(scheduler)
+        async with rpc(scheduler.address) as there:
+            answer = await there.get_provision_mode()
+    assert {key: answer[key] for key in spoken()} == spoken()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "older"), [(PROTOCOL - 1, "peer"), (PROTOCOL + 1, "here"), (None, "peer"), ("x" * 1000, "peer")]
+)
+def test_mismatch_names_versions_and_remedy(protocol: object, older: str) -> None:
+    with pytest.raises(VersionMismatch) as caught:
+        check_protocol("peer", protocol, "0.0.1", here="here")
+    assert "peer has agentcluster 0.0.1" in str(caught.value)
+    assert f"here has agentcluster {__version__} with protocol {PROTOCOL}" in str(caught.value)
+    assert f"upgrade agentcluster where {older} runs" in str(caught.value)
+    assert len(str(caught.value)) < 300
