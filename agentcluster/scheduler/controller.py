@@ -224,7 +224,7 @@ class Controller:
         """
         node = self.registry.get(name)
         if ends:
-            node.tracked = ()
+            node.external_names = ()
         here = {str(worker.name) for worker in self.scheduler.workers.values()}
         if node.state == "lost" or (ends and here.isdisjoint(node.workers)):
             return self._rollout("none", {}, policy).report()
