@@ -211,13 +211,14 @@ def warn_untested() -> None:
     """
     import distributed  # heavy, and only needed here
 
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", distributed.__version__)
+    installed = str(vars(distributed)["__version__"])
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", installed)
     version = tuple(map(int, found.groups())) if found else ()
     first, last = TESTED
     if not (first <= version and version[: len(last)] <= last):
         warnings.warn(
             f"agentcluster is tested with distributed {'.'.join(map(str, first))} to {'.'.join(map(str, last))}.*, and "
-            f"{distributed.__version__} is installed: some functions may not work",
+            f"{installed} is installed: some functions may not work",
             UserWarning,
             stacklevel=3,
         )
