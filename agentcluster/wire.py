@@ -11,13 +11,13 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NewType, TypeVar
 
 import cloudpickle
 
 import agentcluster
-from agentcluster.errors import AgentClusterError, ConfigError, VersionMismatch, suggest
+from agentcluster.errors import ConfigError, VersionMismatch, suggest
 
 #: Version of all that two processes of agentcluster send each other; both must have the same.
 PROTOCOL = 1
@@ -214,18 +214,3 @@ def check_protocol(peer: str, protocol: object, version: object = None, *, here:
         f"{peer} has {there} with protocol {str(protocol)[:40]}, {here} has agentcluster {agentcluster.__version__} "
         f"with protocol {PROTOCOL}; upgrade agentcluster where {older} runs (pip install --upgrade agentcluster)"
     )
-
-
-def answered(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T | Any]]:
-    """Send our own errors to the caller without a traceback in the scheduler's log: they are answers, not faults."""
-
-    @functools.wraps(method)
-    async def handler(self: Any, *args: Any, **kwargs: Any) -> T | Any:
-        try:
-            return await method(self, *args, **kwargs)
-        except (AgentClusterError, TimeoutError) as error:
-            from distributed.core import error_message  # heavy for a launched process that only reads its settings
-
-            return error_message(error, status="uncaught-error")
-
-    return handler

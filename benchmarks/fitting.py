@@ -12,14 +12,14 @@ import sys
 import time
 
 from agentcluster.model import WorkerSpec
-from agentcluster.scheduler.planning.binpacking import fitted
-from agentcluster.scheduler.planning.demand import Bounds, Need, Seat, Spot
+from agentcluster.scheduler.planning.binpacking import pack
+from agentcluster.scheduler.planning.demand import Bounds, NodeCapacity, ResourceRequest, RunningWorker
 from benchmarks.common import Floor, exit_code, median, titled
 
 GIB = 2**30
 CPU = WorkerSpec("cpu", "distributed.Nanny", nthreads=4, memory_limit=8 * GIB, resources={"CPU": 4.0})
 GPU = WorkerSpec("gpu", "dask_cuda.CUDAWorker", nthreads=1, memory_limit=8 * GIB, resources={"GPU": 1.0})
-ANY, TRAIN = Need({}, 16_000, 100_000), Need({"GPU": 1.0}, 500, 5_000)
+ANY, TRAIN = ResourceRequest({}, 16_000, 100_000), ResourceRequest({"GPU": 1.0}, 500, 5_000)
 
 #: Name -> needs, workers of each node that run a task, limits.
 CASES = {
@@ -31,13 +31,13 @@ CASES = {
 }
 
 
-def nodes(count: int, busy: int) -> list[Spot]:
+def nodes(count: int, busy: int) -> list[NodeCapacity]:
     """Return so many nodes with four workers each, of which some run tasks of the first need."""
     found = []
     for number in range(count):
-        seats = {f"n{number}-{i}": Seat(CPU, i, {0: 2} if i < busy else {}) for i in range(4)}
+        seats = {f"n{number}-{i}": RunningWorker(CPU, i, {0: 2} if i < busy else {}) for i in range(4)}
         offers = {"auto-cpu": (CPU,) * 4} | ({"auto-gpu": (GPU,) * 2} if number % 2 else {})
-        found.append(Spot(f"n{number}", "auto-cpu", seats, offers))
+        found.append(NodeCapacity(f"n{number}", "auto-cpu", seats, offers))
     return found
 
 
@@ -47,7 +47,7 @@ def milliseconds(count: int, case: str, turns: int) -> float:
     spots, taken = nodes(count, busy), []
     for _ in range(turns):
         began = time.process_time()
-        fitted(needs, spots, bounds)
+        pack(needs, spots, bounds)
         taken.append(1000 * (time.process_time() - began))
     return median(taken)
 

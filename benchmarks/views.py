@@ -69,7 +69,7 @@ async def measured(turns: int) -> list[tuple[str, float]]:
         settle(plugin.registry)
         tell(cluster.scheduler)
         panel = Panel(cluster)
-        plots: list[Any] = [NodesPlot(plugin.registry, plugin._held), Rollouts(cluster.scheduler)]
+        plots: list[Any] = [NodesPlot(plugin.registry, plugin._data_on), Rollouts(cluster.scheduler)]
         plots.append(Decisions(cluster.scheduler))
 
         async def draw() -> None:
@@ -92,7 +92,7 @@ async def measured(turns: int) -> list[tuple[str, float]]:
             taken = []
             for _ in range(turns):
                 stir(plugin.registry, chance)
-                await cluster._refresh()
+                await cluster.refresh()
                 began = time.thread_time()
                 await work()
                 taken.append(1000 * (time.thread_time() - began))

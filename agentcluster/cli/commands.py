@@ -19,14 +19,14 @@ from rich.text import Text
 
 from agentcluster import modes
 from agentcluster.cli.connection import AS_JSON, Connection, operates, print_json, selection
-from agentcluster.client.rollouts import reckon, watch
+from agentcluster.client.rollouts import parse_status, watch
 from agentcluster.errors import ConfigError
-from agentcluster.model import RolloutStatus
-from agentcluster.reports import Nodes, Report, shape_of
+from agentcluster.model import NodeProgress
+from agentcluster.reports import Nodes, RolloutReport, shape_of
 from agentcluster.requests import ScaleTarget
 from agentcluster.tables import count
 from agentcluster.units import parse_nbytes, parse_seconds
-from agentcluster.wire import from_wire, to_wire
+from agentcluster.wire import to_wire
 
 #: Seconds between two polls of ``--follow``.
 POLL = 0.5
@@ -121,7 +121,7 @@ async def reprovision(
     if as_json:
         print_json(answer)
     else:
-        click.echo(repr(Report.parse(answer)))
+        click.echo(repr(RolloutReport.parse(answer)))
 
 
 @click.command()
@@ -318,31 +318,15 @@ def picture(address: str, nodes: Mapping[str, Mapping[str, Any]], rollout: Mappi
     title = f"{address}: {count(len(nodes), 'node')}, {count(workers, 'worker')}"
     parts: list[RenderableType] = [Text(title, style="bold"), table]
     parts += [Text(f"{name}: {node['problem']}", style="red") for name, node in nodes.items() if node["problem"]]
-    if rollout:
-        parts.append(Text(_title(from_wire(RolloutStatus, {**rollout, "nodes": {}}, "rollout_status")), style="bold"))
-        parts += [_step(name, step) for name, step in rollout["nodes"].items()]
+    if status := parse_status(rollout):
+        parts.append(Text(status.summary(), style="bold"))
+        parts += [_step(name, progress) for name, progress in status.nodes.items()]
     return Group(*parts)
 
 
-def _title(rollout: RolloutStatus) -> str:
-    """Describe a rollout in one line."""
-    wave = f"wave {rollout.wave + 1} of {len(rollout.waves)}"
-    match rollout.state:
-        case "running":
-            state = f"pauses after {wave}" if rollout.pausing else f"running, {wave}"
-        case "paused":
-            state = f"paused before {wave}"
-        case "back":
-            state = "rolling back"
-        case other:
-            state = other
-    return f"rollout to {rollout.mode}: {state}, {rollout.seconds:.0f} s"
-
-
-def _step(name: str, step: Mapping[str, Any]) -> Text:
+def _step(name: str, progress: NodeProgress) -> Text:
     """Draw the progress of a node."""
-    percent, text = reckon(step)
-    return Text(f"  {name}  ").append_text(_bar(percent / 100, text))
+    return Text(f"  {name}  ").append_text(_bar(progress.percent / 100, str(progress)))
 
 
 def _of(used: int, whole: int) -> str:

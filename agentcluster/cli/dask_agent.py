@@ -25,7 +25,7 @@ from distributed.utils import import_term
 
 from agentcluster.agent.agent import Agent
 from agentcluster.agent.logs import log_to_stderr, quiet_ends
-from agentcluster.agent.options import LIKE_DASK_WORKER, PORT_OPTIONS, address_in, room
+from agentcluster.agent.options import LIKE_DASK_WORKER, PORT_OPTIONS, read_scheduler_file, slots
 from agentcluster.agent.systemd import Notifier
 from agentcluster.cli.dask_agent_options import (
     CUDA_ARGUMENT,
@@ -214,7 +214,7 @@ def _scheduler(options: Values) -> str | None:
     if scheduler is not None and file is not None:
         raise ConfigError(f"the scheduler is given twice, as {scheduler!r} and --scheduler-file {file!r}; give one")
     if file is not None:
-        return address_in(file, _death_timeout(options))
+        return read_scheduler_file(file, _death_timeout(options))
     scheduler = scheduler or dask_config("scheduler-address", None)
     if scheduler is None:
         raise ConfigError("no scheduler: give its address (dask-agent tcp://HOST:8786), --scheduler-file, or --standby")
@@ -300,7 +300,7 @@ def _check_ports(options: Values, mode: Mode | None) -> None:
     """Refuse ranges with fewer ports than workers before anything starts, as ``dask worker`` does."""
     count = mode.config.get("nworkers") if mode is not None and mode.name == LIKE_DASK_WORKER.name else None
     given = {key: options[key] for key in PORT_OPTIONS if options[key] is not None}
-    ports = room(given)
+    ports = slots(given)
     if ports is not None and isinstance(count, int) and ports < count:
         ranges = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in given.items())
         raise ConfigError(f"Not enough ports in range {ranges} for {count} workers: there are ports for {ports}")

@@ -11,7 +11,7 @@ import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from agentcluster.errors import ConfigError, suggest
+from agentcluster.errors import ConfigError, ModeRefused, suggest
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.modes import builtin
 from agentcluster.modes import options as checks
@@ -122,6 +122,27 @@ def plan(mode: Mode, hardware: Hardware, *, node: str) -> tuple[WorkerSpec, ...]
     workers = _plan_third_party(site, mode.config) if rule is None else rule.plan(site, mode.config)
     warn_of_overcommit(site, workers)
     return workers
+
+
+def try_plan(mode: Mode, hardware: Hardware, *, node: str) -> tuple[WorkerSpec, ...] | str:
+    """Plan the workers of a node, with the reason in place of an error.
+
+    Parameters
+    ----------
+    mode, hardware, node
+        As for :func:`plan`.
+
+    Returns
+    -------
+    tuple of WorkerSpec or str
+        The workers, or the reason why the node cannot have them.
+    """
+    try:
+        return plan(mode, hardware, node=node)
+    except ModeRefused as error:
+        return error.reason
+    except ConfigError as error:
+        return str(error)
 
 
 def named(mode: Mode, workers: Sequence[WorkerSpec]) -> tuple[tuple[str, WorkerSpec], ...]:

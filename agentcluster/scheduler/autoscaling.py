@@ -1,54 +1,64 @@
-"""What a scheduler's tasks need, and what its nodes have and could have, as the values that :mod:`fitting` takes."""
+"""Adaptive scaling: read demand and capacity from the scheduler, and let the planner pack one onto the other.
+
+:class:`Demand` reads the tasks; :class:`Autoscaler` adds what nodes have and could have, calls
+:mod:`agentcluster.scheduler.planning.binpacking`, and explains the result; :class:`DemandWatch` wakes an adaptive
+cluster when a task has no worker.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeGuard
 
+from dask.typing import Key
 from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.scheduler import TaskState
 
 from agentcluster import modes
 from agentcluster.errors import ConfigError, ModeRefused
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.requests import AdaptiveRequest
-from agentcluster.scheduler.planning.binpacking import Fit, called_up, fitted
-from agentcluster.scheduler.planning.demand import Bounds, Need, Seat, Spot
+from agentcluster.scheduler.planning.binpacking import Packing, pack, select_hosts
+from agentcluster.scheduler.planning.demand import Bounds, NodeCapacity, ResourceRequest, RunningWorker
 from agentcluster.scheduler.planning.nodes import Node
 from agentcluster.tables import count
 
-#: Of tasks that wait together, how many are looked at; the others are taken to be like them, as dask does.
+#: Greatest number of tasks of a group that are read; the others are assumed to be alike, as dask does.
 SAMPLE = 100
 
 Resources = frozenset[tuple[str, float]]
 
+#: Workers of a node in a mode, or the reason why it cannot have them.
+Offer = tuple[WorkerSpec, ...] | str
+
 
 class Demand:
-    """What the tasks of a scheduler need now.
+    """Demand of the tasks that wait or run in a scheduler now.
 
     Parameters
     ----------
     scheduler
         The scheduler.
     target_duration
-        Seconds within which all that is to do should be done.
+        Seconds within which all tasks should be done.
 
     Attributes
     ----------
-    needs
-        One for each set of resources that tasks ask for. Tasks that are bound to workers or hosts are left out: no
-        other worker could run them.
+    requests
+        One for each set of resources that tasks require. Waiting tasks that are bound to workers or hosts are left out:
+        no other worker could run them.
     runs
-        Worker name -> position in `needs` -> number of tasks that it has.
+        Worker name -> position in `requests` -> number of tasks that it has.
     """
 
     def __init__(self, scheduler: Scheduler, target_duration: float) -> None:
-        self._scheduler: Any = scheduler
+        self._scheduler = scheduler
         self._tasks: defaultdict[Resources, float] = defaultdict(float)
         self._seconds: defaultdict[Resources, float] = defaultdict(float)
         self._example: dict[Resources, tuple[str, str]] = {}
@@ -58,73 +68,95 @@ class Demand:
         self._add((ts for ts in self._scheduler.unrunnable if not _bound(ts)), None)
         self._add(self._scheduler.queued, len(self._scheduler.queued))
         order = list(self._tasks)
-        self.needs = [self._need(each, target_duration) for each in order]
+        self.requests = [self._request(each, target_duration) for each in order]
         self.runs = {
             name: {order.index(each): math.ceil(tasks) for each, tasks in groups.items()}
             for name, groups in has.items()
         }
 
-    def _add(self, tasks: Iterable[Any], count: int | None) -> dict[Resources, float]:
-        """Add tasks, or a sample of so many, to what is needed; return how many ask for what."""
+    def _add(self, tasks: Iterable[TaskState], count: int | None) -> dict[Resources, float]:
+        """Add tasks, or a sample that stands for `count`; return the number of tasks per set of resources."""
         sample = list(tasks if count is None else islice(tasks, SAMPLE))
         weight = count / len(sample) if count and sample else 1.0
         found: defaultdict[Resources, float] = defaultdict(float)
         for ts in sample:
-            asked = frozenset((ts.resource_restrictions or {}).items())
-            found[asked] += weight
-            self._tasks[asked] += weight
-            self._seconds[asked] += weight * self._scheduler._get_prefix_duration(ts.prefix)
-            self._example.setdefault(asked, (str(ts.key), str(ts.prefix.name)))
+            required = frozenset((ts.resource_restrictions or {}).items())
+            found[required] += weight
+            self._tasks[required] += weight
+            self._seconds[required] += weight * self._scheduler._get_prefix_duration(ts.prefix)
+            self._example.setdefault(required, (str(ts.key), str(ts.prefix.name)))
         return found
 
-    def _need(self, asked: Resources, target_duration: float) -> Need:
-        tasks = math.ceil(self._tasks[asked])
-        slots = min(tasks, max(1, math.ceil(self._seconds[asked] / target_duration)))
-        return Need(dict(asked), slots, tasks, *self._example[asked])
+    def _request(self, required: Resources, target_duration: float) -> ResourceRequest:
+        """Return the request of all tasks that require the same resources."""
+        tasks = math.ceil(self._tasks[required])
+        slots = min(tasks, max(1, math.ceil(self._seconds[required] / target_duration)))
+        return ResourceRequest(dict(required), slots, tasks, *self._example[required])
 
 
-def _bound(ts: Any) -> bool:
+def _bound(ts: TaskState) -> bool:
+    """Return whether a task can run on certain workers or hosts only."""
     return bool((ts.worker_restrictions or ts.host_restrictions) and not ts.loose_restrictions)
 
 
-class Watch(SchedulerPlugin):
-    """Hears of tasks that wait because there is no worker for them, for as long as somebody wants to know."""
+class DemandWatch(SchedulerPlugin):
+    """Wake calls that wait for tasks without a worker."""
 
     name = "agentcluster-watch"
 
     def __init__(self) -> None:
-        self._news = asyncio.Event()
-        self._listeners = 0
+        self._arrived = asyncio.Event()
+        self._waiting = 0
 
-    def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
-        """Hear of a task; called for each step of each one."""
-        if self._listeners and finish in ("no-worker", "queued"):
-            self._news.set()
+    def transition(self, key: Key, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
+        """Note a task without a worker; dask calls this for each step of each task.
 
-    async def news(self, timeout: float) -> bool:
-        """Return whether there was such a task within `timeout` seconds."""
-        self._listeners += 1
+        Parameters
+        ----------
+        key, start, finish, *args, **kwargs
+            As dask passes them.
+        """
+        if self._waiting and finish in ("no-worker", "queued"):
+            self._arrived.set()
+
+    async def wait(self, timeout: float) -> bool:
+        """Wait for a task that no worker can take now.
+
+        Parameters
+        ----------
+        timeout
+            Seconds to wait.
+
+        Returns
+        -------
+        bool
+            Whether there was one within `timeout`.
+        """
+        self._waiting += 1
         try:
             async with asyncio.timeout(timeout):
-                await self._news.wait()
+                await self._arrived.wait()
             return True
         except TimeoutError:
             return False
         finally:
-            self._listeners -= 1
-            self._news.clear()
+            self._waiting -= 1
+            self._arrived.clear()
 
 
-class Offers:
-    """What nodes could have in the modes that they may have; planned once for each."""
+class Autoscaler:
+    """Decide which workers present tasks need, and explain demand that cannot be met.
+
+    The workers of a node in a mode are planned once, and again when its hardware has changed.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str], tuple[Any, tuple[WorkerSpec, ...] | str]] = {}
+        self._offers: dict[tuple[str, str], tuple[Hardware, Offer]] = {}
 
-    def look(
+    def decide(
         self, scheduler: Scheduler, nodes: Sequence[Node], asked: AdaptiveRequest, nbytes: Mapping[str, int]
-    ) -> tuple[Fit, dict[str, Any]]:
-        """Return which workers tasks need, and what there is to say of it.
+    ) -> tuple[Packing, dict[str, Any]]:
+        """Pack the scheduler's demand onto nodes.
 
         Parameters
         ----------
@@ -133,121 +165,150 @@ class Offers:
         nodes
             The nodes.
         asked
-            The limits, and who may go.
+            Limits, resource requests, and the workers that may leave.
         nbytes
-            Worker -> bytes of data that it holds.
+            Worker name -> bytes of data that it holds.
+
+        Returns
+        -------
+        Packing
+            The workers that come and leave.
+        dict
+            Facts about the decision, see :meth:`agentcluster.scheduler.controller.Controller.adapt`.
         """
         demand = Demand(scheduler, asked.target_duration)
-        requests = {name: Need({name: 1}, count) for name, count in sorted(asked.requests.items())}
-        needs = [*demand.needs, *requests.values()]
-        spots = [self.spot(node, asked, demand, nbytes) for node in nodes]
-        bounds, may_go = Bounds.of(asked), set(asked.may_go)
-        fit = fitted(needs, spots, bounds, may_go.__contains__)
-        later = fitted(needs, spots, bounds)
-        launch = called_up(
+        requested = {name: ResourceRequest({name: 1}, number) for name, number in sorted(asked.requests.items())}
+        requests = [*demand.requests, *requested.values()]
+        capacities = [self._capacity(node, asked, demand, nbytes) for node in nodes]
+        bounds = Bounds.of(asked)
+        packing = pack(requests, capacities, bounds, frozenset(asked.may_go).__contains__)
+        if_all_may_leave = pack(requests, capacities, bounds)
+        launch = select_hosts(
             asked,
-            needs,
+            requests,
             next((node.hardware for node in reversed(nodes)), None),
-            lambda name, hardware: self._unseen(name, hardware, asked, nodes),
-            lambda more: fitted(needs, [*spots, *more], bounds) if more else fit,
+            lambda name, hardware: self._capacity_of_host(name, hardware, asked, nodes),
+            lambda more: pack(requests, [*capacities, *more], bounds) if more else packing,
         )
-        waits = bool(fit.come or fit.modes or launch) and not asked.may_come
-        unmet = {_resources(need): self.explain(need, nodes, asked) for need in fit.unmet if not launch}
-        held = {
-            name: unmet.get(_resources(need)) or (index not in fit.short and not waits)
-            for index, (name, need) in enumerate(requests.items(), len(demand.needs))
+        waits = bool(packing.add or packing.modes or launch) and not asked.may_come
+        unmet = {_key(each): self._explain(each, nodes, asked) for each in packing.unmet if not launch}
+        granted = {
+            name: unmet.get(_key(request)) or (index not in packing.missing and not waits)
+            for index, (name, request) in enumerate(requested.items(), len(demand.requests))
         }
-        come = {node.name: self._come(fit, node, asked.modes) for node in nodes if node.name in fit.come}
-        return replace(fit, come=come), {
-            "saw": "; ".join(map(wants, needs)) or "no tasks",
-            "could_go": sorted({*later.go, *later.modes} - {*fit.go, *fit.modes}),
+        add = {node.name: self._without_host_resources(packing, node, asked.modes) for node in nodes}
+        self._forget_all_but({*asked.reserve, *(node.name for node in nodes)})
+        idle = {*if_all_may_leave.remove, *if_all_may_leave.modes} - {*packing.remove, *packing.modes}
+        return replace(packing, add={name: specs for name, specs in add.items() if name in packing.add}), {
+            "saw": "; ".join(map(describe, requests)) or "no tasks",
+            "could_go": sorted(idle),
             "unmet": unmet,
-            "short": [wants(needs[index]) for index in fit.short if needs[index] not in fit.unmet],
-            "requests": held,
+            "short": [describe(requests[i]) for i in packing.missing if requests[i] not in packing.unmet],
+            "requests": granted,
             "waits": waits,
             "launch": launch if asked.may_come else (),
         }
 
-    def _unseen(self, name: str, hardware: Hardware, asked: AdaptiveRequest, nodes: Sequence[Node]) -> Spot:
-        """Return a host that may be launched as :mod:`fitting` takes it."""
-        allowed = asked.modes or [nodes[-1].plan.mode if nodes else Mode("auto-cpu")]
-        plans = {label(mode): self._planned(mode, hardware, name) for mode in allowed}
-        offers = {key: plan for key, plan in plans.items() if not isinstance(plan, str)}
-        return Spot(name, next(iter(offers), ""), {}, offers, extra=True)
+    # -- capacity ------------------------------------------------------------------------------------------------------
 
-    def plan(self, node: Node, mode: Mode) -> tuple[WorkerSpec, ...] | str:
-        """Return the workers of a node in a mode, or why it cannot have them."""
-        return self._planned(mode, node.hardware, node.name)
-
-    def _planned(self, mode: Mode, hardware: Hardware, name: str) -> tuple[WorkerSpec, ...] | str:
-        key = name, label(mode)
-        known = self._known.get(key)
-        if known is None or known[0] != hardware:
-            try:
-                found: tuple[WorkerSpec, ...] | str = modes.plan(mode, hardware, node=name)
-            except ConfigError as error:
-                found = error.reason if isinstance(error, ModeRefused) else str(error)
-            self._known[key] = known = (hardware, found)
-        return known[1]
-
-    def spot(self, node: Node, asked: AdaptiveRequest, demand: Demand, nbytes: Mapping[str, int]) -> Spot:
-        """Return a node as :mod:`fitting` takes it."""
-        plans = {label(mode): self.plan(node, mode) for mode in asked.modes or [node.plan.mode]}
-        seats = {
-            name: Seat(_offering(node, [spec])[0], nbytes.get(name, 0), demand.runs.get(name, {}))
+    def _capacity(self, node: Node, asked: AdaptiveRequest, demand: Demand, nbytes: Mapping[str, int]) -> NodeCapacity:
+        """Return the workers that a node has, and those that it could have."""
+        offers = {label(mode): self._offer(node, mode) for mode in asked.modes or [node.plan.mode]}
+        workers = {
+            name: RunningWorker(_with_host_resources(node, [spec])[0], nbytes.get(name, 0), demand.runs.get(name, {}))
             for name, spec in node.plan.workers.items()
         }
-        offers = {name: _offering(node, plan) for name, plan in plans.items() if not isinstance(plan, str)}
-        return Spot(node.name, label(node.plan.mode), seats, offers, node.name in asked.extra)
+        possible = {name: _with_host_resources(node, offer) for name, offer in offers.items() if _possible(offer)}
+        return NodeCapacity(node.name, label(node.plan.mode), workers, possible, node.name in asked.extra)
 
-    def _come(self, fit: Fit, node: Node, allowed: Sequence[Mode]) -> tuple[WorkerSpec, ...]:
-        """Return the workers that come as their mode has them: without what their host gives them anyway."""
-        wanted = fit.modes.get(node.name, label(node.plan.mode))
+    def _capacity_of_host(
+        self, name: str, hardware: Hardware, asked: AdaptiveRequest, nodes: Sequence[Node]
+    ) -> NodeCapacity:
+        """Return the workers that a standby host could have."""
+        allowed = asked.modes or [nodes[-1].plan.mode if nodes else Mode("auto-cpu")]
+        offers = {label(mode): self._offer_of_host(mode, hardware, name) for mode in allowed}
+        possible = {key: offer for key, offer in offers.items() if _possible(offer)}
+        return NodeCapacity(name, next(iter(possible), ""), {}, possible, extra=True)
+
+    def _offer(self, node: Node, mode: Mode) -> Offer:
+        """Return the workers of a node in a mode."""
+        return self._offer_of_host(mode, node.hardware, node.name)
+
+    def _offer_of_host(self, mode: Mode, hardware: Hardware, name: str) -> Offer:
+        """Return the workers of a host in a mode."""
+        key = name, label(mode)
+        known = self._offers.get(key)
+        if known is not None and known[0] == hardware:
+            return known[1]
+        try:
+            offer: Offer = modes.plan(mode, hardware, node=name)
+        except ConfigError as error:
+            offer = error.reason if isinstance(error, ModeRefused) else str(error)
+        self._offers[key] = hardware, offer
+        return offer
+
+    def _forget_all_but(self, names: Collection[str]) -> None:
+        """Drop the offers of hosts that left."""
+        self._offers = {key: offer for key, offer in self._offers.items() if key[0] in names}
+
+    def _without_host_resources(self, packing: Packing, node: Node, allowed: Sequence[Mode]) -> tuple[WorkerSpec, ...]:
+        """Return the workers that come to a node as their mode has them; their host adds its resources itself."""
+        wanted = packing.modes.get(node.name, label(node.plan.mode))
         mode = next((mode for mode in allowed if label(mode) == wanted), node.plan.mode)
-        plan = self.plan(node, mode)
-        assert not isinstance(plan, str)
-        offered = _offering(node, plan)
-        return tuple(plan[offered.index(spec)] for spec in fit.come[node.name])
+        offer = self._offer(node, mode)
+        if not _possible(offer):
+            return ()
+        offered = _with_host_resources(node, offer)
+        return tuple(offer[offered.index(spec)] for spec in packing.add.get(node.name, ()))
 
-    def explain(self, need: Need, nodes: Sequence[Node], asked: AdaptiveRequest) -> str:
-        """Say of tasks that nobody can run what they need, and why no node has it."""
-        why = [(node.name, self._why(need, node, asked.modes or [node.plan.mode])) for node in nodes]
-        why += [(name, "a host in standby that would not have it either") for name in asked.reserve]
-        example = f" ({need.example})" if need.example else ""
-        return f"{wants(need)}{example}, which no node has: {by_reason(why) or 'there is none'}"
+    # -- explanations --------------------------------------------------------------------------------------------------
 
-    def _why(self, need: Need, node: Node, allowed: Sequence[Mode]) -> str:
+    def _explain(self, request: ResourceRequest, nodes: Sequence[Node], asked: AdaptiveRequest) -> str:
+        """Explain why no node can ever satisfy a request."""
+        why = [(node.name, self._reason(request, node, asked.modes or [node.plan.mode])) for node in nodes]
+        why += [(name, "a standby host that would not have it either") for name in asked.reserve]
+        example = f" ({request.example})" if request.example else ""
+        return f"{describe(request)}{example}, which no node has: {_by_reason(why) or 'there is none'}"
+
+    def _reason(self, request: ResourceRequest, node: Node, allowed: Sequence[Mode]) -> str:
+        """Return the reason why a node cannot satisfy a request, if possible with a remedy."""
         named = [mode.name for mode in allowed]
         others = [Mode(name) for name in ("auto-cpu", "auto-gpu", "mixed") if name not in named]
         for mode in others:
-            plan = self.plan(node, mode)
-            if not isinstance(plan, str) and any(map(need.fits, _offering(node, plan))):
+            offer = self._offer(node, mode)
+            if _possible(offer) and any(map(request.slots_on, _with_host_resources(node, offer))):
                 return f"it could in mode {mode.name!r}: adapt(modes={[*named, mode.name]})"
-        gpu = self.plan(node, Mode("auto-gpu"))
-        if "GPU" in need.resources and isinstance(gpu, str):
+        gpu = self._offer(node, Mode("auto-gpu"))
+        if "GPU" in request.resources and isinstance(gpu, str):
             return gpu
-        plans = [_offering(node, plan) for mode in allowed if not isinstance(plan := self.plan(node, mode), str)]
+        offers = [_with_host_resources(node, offer) for mode in allowed if _possible(offer := self._offer(node, mode))]
         missing = [
-            name for name in need.resources if not any(name in spec.resources for plan in plans for spec in plan)
+            name for name in request.resources if not any(name in spec.resources for each in offers for spec in each)
         ]
         if missing:
             return f"no worker has {missing[0]}; a mode's option resources={{{missing[0]!r}: …}} gives it to them"
-        return "no worker has so much"
+        return "no worker has enough"
 
 
-def _offering(node: Node, plan: Sequence[WorkerSpec]) -> tuple[WorkerSpec, ...]:
-    """Return workers with the resources that their host gives them too."""
+def _possible(offer: Offer) -> TypeGuard[tuple[WorkerSpec, ...]]:
+    """Return whether an offer has workers, and is not a reason why there are none."""
+    return not isinstance(offer, str)
+
+
+def _with_host_resources(node: Node, specs: Sequence[WorkerSpec]) -> tuple[WorkerSpec, ...]:
+    """Return workers with the resources that their host adds to theirs."""
     if not node.resources:
-        return tuple(plan)
-    return tuple(replace(spec, resources=node.offers(spec)) for spec in plan)
+        return tuple(specs)
+    return tuple(replace(spec, resources=node.offers(spec)) for spec in specs)
 
 
-def _resources(need: Need) -> str:
-    return str(sorted(need.resources.items()))
+def _key(request: ResourceRequest) -> str:
+    """Return the resources of a request as a key of the answer."""
+    return str(sorted(request.resources.items()))
 
 
-def by_reason(why: Iterable[tuple[str, str]]) -> str:
-    """Say of each node why, nodes of one reason together."""
+def _by_reason(why: Iterable[tuple[str, str]]) -> str:
+    """Join the reasons of nodes; nodes with the same reason are named together."""
     groups: dict[str, list[str]] = {}
     for node, reason in why:
         groups.setdefault(reason, []).append(node)
@@ -257,14 +318,28 @@ def by_reason(why: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def wants(need: Need) -> str:
-    """Say what tasks need, as in "60 'train' tasks need GPU=1"."""
-    what = ", ".join(f"{name}={amount:g}" for name, amount in sorted(need.resources.items())) or "any worker"
-    if not need.tasks:
-        return f"a request for {count(need.slots, 'task')} with {what}"
-    return f"{need.tasks} {need.name!r} tasks need {what}" if need.tasks > 1 else f"a {need.name!r} task needs {what}"
+def describe(request: ResourceRequest) -> str:
+    """Describe the demand of tasks, as in "60 'train' tasks need GPU=1".
+
+    Parameters
+    ----------
+    request
+        Their request.
+    """
+    what = ", ".join(f"{name}={amount:g}" for name, amount in sorted(request.resources.items())) or "any worker"
+    if not request.tasks:
+        return f"a request for {count(request.slots, 'task')} with {what}"
+    if request.tasks > 1:
+        return f"{request.tasks} {request.name!r} tasks need {what}"
+    return f"a {request.name!r} task needs {what}"
 
 
 def label(mode: Mode) -> str:
-    """Return what a mode is called in a :class:`Spot`: other options make it another."""
+    """Return the name of a mode within a decision: a mode with other options is another one.
+
+    Parameters
+    ----------
+    mode
+        The mode.
+    """
     return f"{mode.name} {dict(mode.config)}" if mode.config else mode.name

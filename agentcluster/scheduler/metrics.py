@@ -1,12 +1,13 @@
-"""What the scheduler's Prometheus endpoint says of nodes, where ``prometheus_client`` is installed.
+"""Prometheus metrics of nodes, where ``prometheus_client`` is installed.
 
-Dask's own handler at ``/metrics`` prints what is in prometheus_client's registry of the process, and so this too.
+The handler of dask at ``/metrics`` prints all collectors in prometheus_client's registry of the process, and so this
+one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from agentcluster.scheduler.planning.nodes import Registry
 
 try:
     from prometheus_client import REGISTRY
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 
     INSTALLED = True
 except ImportError:
@@ -26,14 +27,20 @@ except ImportError:
 
 @dataclass(frozen=True)
 class _Source:
-    """What is told of: a scheduler's nodes."""
+    """Nodes of a scheduler and sums over its rollouts."""
 
     registry: Registry
-    tally: Tally
+    totals: RolloutTotals
 
 
 class NodesCollector(PrometheusCollector):
-    """Metrics of the nodes of this process's last scheduler; named ``dask_agentcluster_…``, as dask's own are."""
+    """Collect metrics of the nodes of the scheduler started last in this process; named ``dask_agentcluster_…``.
+
+    Parameters
+    ----------
+    server
+        The scheduler, whose options give the prefix of names.
+    """
 
     source: _Source | None = None
 
@@ -41,15 +48,21 @@ class NodesCollector(PrometheusCollector):
         super().__init__(server)  # type: ignore[no-untyped-call]
         self.subsystem = "agentcluster"
 
-    def collect(self) -> Iterator[Any]:
-        """Yield the metrics; what prometheus_client calls."""
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics; prometheus_client calls this for each request.
+
+        Yields
+        ------
+        Metric
+            None when no scheduler with nodes runs.
+        """
         if self.source is None:
             return
-        nodes, tally = self.source.registry.nodes.values(), self.source.tally
-        name_of: Any = self.build_name
+        nodes, totals = self.source.registry.nodes.values(), self.source.totals
+        name_of: Callable[[str], str] = self.build_name
 
-        def counter(name: str, what: str, label: str, values: Counter[str]) -> Any:
-            family = CounterMetricFamily(name_of(name), what, labels=[label])
+        def counter(name: str, text: str, label: str, values: Counter[str]) -> CounterMetricFamily:
+            family = CounterMetricFamily(name_of(name), text, labels=[label])
             for value, count in sorted(values.items()):
                 family.add_metric([value], count)
             return family
@@ -62,47 +75,66 @@ class NodesCollector(PrometheusCollector):
         for kind, count in sorted(Counter(spec.kind for node in nodes for spec in node.plan.workers.values()).items()):
             workers.add_metric([kind], count)
         yield workers
-        yield counter("swaps_total", "Nodes whose workers were to change, by what became of it", "result", tally.swaps)
-        yield SummaryMetricFamily(name_of("rollout_seconds"), "Rollouts, and their time", tally.rollouts, tally.seconds)
-        yield CounterMetricFamily(name_of("moved_keys_total"), "Keys moved by rollouts", tally.keys)
-        yield CounterMetricFamily(name_of("moved_bytes_total"), "Bytes moved by rollouts", tally.nbytes)
-        yield counter("worker_restarts_total", "Workers that crashed and were started again", "node", tally.restarts)
+        yield counter("swaps_total", "Nodes in rollouts, by outcome", "result", totals.swaps)
+        yield SummaryMetricFamily(
+            name_of("rollout_seconds"), "Rollouts and their duration", totals.rollouts, totals.seconds
+        )
+        yield CounterMetricFamily(name_of("moved_keys_total"), "Keys moved by rollouts", totals.keys)
+        yield CounterMetricFamily(name_of("moved_bytes_total"), "Bytes moved by rollouts", totals.nbytes)
+        yield counter("worker_restarts_total", "Restarts of workers that crashed", "node", totals.restarts)
 
 
 _collector: NodesCollector | None = None
 
 
-def publish(scheduler: Scheduler, registry: Registry, tally: Tally) -> None:
-    """Have the process's Prometheus endpoint tell of these nodes from now on."""
+def publish(scheduler: Scheduler, registry: Registry, totals: RolloutTotals) -> None:
+    """Register the collector with prometheus_client, or point it to these nodes.
+
+    Parameters
+    ----------
+    scheduler, registry
+        The scheduler and its nodes.
+    totals
+        Sums over its rollouts.
+    """
     global _collector
     if not INSTALLED:
         return
     if _collector is None:
         _collector = NodesCollector(scheduler)
         REGISTRY.register(_collector)
-    _collector.source = _Source(registry, tally)
+    _collector.source = _Source(registry, totals)
 
 
 def withdraw(registry: Registry) -> None:
-    """Tell of these nodes no more."""
+    """Unregister the nodes of a scheduler that closes.
+
+    The collector stays registered, without metrics, until the next scheduler of this process; it does nothing when
+    another scheduler has been published since.
+
+    Parameters
+    ----------
+    registry
+        The nodes.
+    """
     if _collector is not None and _collector.source is not None and _collector.source.registry is registry:
         _collector.source = None
 
 
 @dataclass
-class Tally:
-    """Sums over all rollouts; the first workers of a node that joins are none.
+class RolloutTotals:
+    """Sums over all rollouts; provisioning a node that joins is none.
 
     Attributes
     ----------
     swaps
         Outcome, such as ``changed`` or ``failed`` -> number of nodes.
     rollouts, seconds
-        Number of rollouts, and their time in sum.
+        Number of rollouts, and their total time.
     keys, nbytes
-        What was moved.
+        Data moved.
     restarts
-        Node -> how often a worker crashed and was started again.
+        Node -> number of restarts of workers that crashed.
     """
 
     swaps: Counter[str] = field(default_factory=Counter)
@@ -113,7 +145,13 @@ class Tally:
     restarts: Counter[str] = field(default_factory=Counter)
 
     def add(self, report: Mapping[str, Any]) -> None:
-        """Count a rollout that has ended, by its report as plain data."""
+        """Add a rollout that has ended.
+
+        Parameters
+        ----------
+        report
+            Its report as plain data.
+        """
         self.rollouts += 1
         self.seconds += report["seconds"]
         for node in report["nodes"].values():
@@ -122,6 +160,14 @@ class Tally:
             self.nbytes += node["nbytes"]
 
     def restarted(self, node: str, times: int) -> None:
-        """Count restarts; fewer than before are those of another worker."""
+        """Add restarts of a worker.
+
+        Parameters
+        ----------
+        node
+            Name of the node.
+        times
+            Number of restarts since the last message; negative for a new worker of the same name, which is ignored.
+        """
         if times > 0:
             self.restarts[node] += times

@@ -1,4 +1,4 @@
-"""Whether a change can be, asked before anything is touched, and in which order its old and new workers fit.
+"""Preflight: check whether changes are possible, and choose their strategy, before anything is touched.
 
 Reads the scheduler and asks the agents; changes nothing.
 """
@@ -12,47 +12,61 @@ from typing import Any
 
 from dask.utils import format_bytes, parse_bytes
 from distributed import Scheduler
+from distributed.core import PooledRPCCall
 
 from agentcluster.model import WorkerSpec
 from agentcluster.requests import RolloutPolicy
-from agentcluster.scheduler.evacuation import actors, only_copies, stranded
-from agentcluster.scheduler.planning.change import Proposal
+from agentcluster.scheduler.evacuation import actors, sole_replicas, stranded
+from agentcluster.scheduler.planning.change import NodeChange
 from agentcluster.scheduler.planning.nodes import Node
 from agentcluster.wire import to_wire
 
-#: Bytes that a worker takes before it holds anything.
+#: Bytes that a worker process takes without data.
 WORKER_MEMORY = 150 * 2**20
 
-#: Tasks that are named; of more it is only said how many.
+#: Greatest number of tasks that a message names; the others are counted.
 NAMED = 5
 
 
-def with_strategy(scheduler: Scheduler, proposal: Proposal, terms: RolloutPolicy) -> Proposal:
-    """Return the proposal with the strategy that it gets, and why, when that is not the one that was asked for.
+def with_strategy(scheduler: Scheduler, change: NodeChange, policy: RolloutPolicy) -> NodeChange:
+    """Choose the strategy of a change.
 
-    Cores may be used twice for a while; memory in use and GPU memory may not.
+    ``surge`` needs the memory for old and new workers at the same time; cores may be used twice for a while.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler that has the old workers.
+    change
+        The change, with the new workers named.
+    policy
+        Policy of the rollout.
+
+    Returns
+    -------
+    NodeChange
+        The change with its strategy, and the reason when it is not the one asked for.
     """
-    if not proposal.change.go or not proposal.named:
-        return replace(proposal, strategy="surge")
-    if terms.strategy == "replace":
-        return replace(proposal, strategy="replace", because="asked for")
-    why = _no_room(scheduler, proposal)
-    return replace(proposal, strategy="replace" if why else "surge", because=why)
+    if not change.remove or not change.names:
+        return replace(change, strategy="surge")
+    if policy.strategy == "replace":
+        return replace(change, strategy="replace", because="asked for")
+    why = _no_capacity(scheduler, change)
+    return replace(change, strategy="replace" if why else "surge", because=why)
 
 
-def _no_room(scheduler: Scheduler, proposal: Proposal) -> str:
-    """Say why old and new workers do not fit side by side on a node; "" when they do."""
-    hardware, metrics, room = proposal.node.hardware, proposal.node.metrics, proposal.node.room
-    change = proposal.change
-    if room is not None and len(change.keep) + len(change.go) + len(proposal.named) > room:
-        return f"its ports are for {room} workers at a time"
-    _, nbytes = only_copies(scheduler, proposal.change.go)
-    needed = len(proposal.named) * WORKER_MEMORY + sum(nbytes.values())
+def _no_capacity(scheduler: Scheduler, change: NodeChange) -> str:
+    """Return the reason why old and new workers do not fit side by side on a node; "" when they do."""
+    hardware, metrics, slots = change.node.hardware, change.node.metrics, change.node.room
+    if slots is not None and len(change.keep) + len(change.remove) + len(change.names) > slots:
+        return f"its ports are for {slots} workers at a time"
+    _, nbytes = sole_replicas(scheduler, change.old)
+    needed = len(change.names) * WORKER_MEMORY + sum(nbytes.values())
     free = hardware.memory - metrics.memory_used
     if metrics.memory_used and needed > free:
         return f"{format_bytes(needed)} more memory are needed, {format_bytes(max(free, 0))} are free"
     for gpu, used in zip(hardware.gpus, metrics.gpu_memory_used, strict=False):
-        pools = [_pool(spec, gpu.memory) for spec in proposal.named.values() if _device(spec) == gpu.visible_id]
+        pools = [_pool(spec, gpu.memory) for spec in change.new.values() if _device(spec) == gpu.visible_id]
         if gpu.memory and sum(pools) > gpu.memory - used:
             return (
                 f"GPU {gpu.visible_id} has {format_bytes(gpu.memory - used)} free, "
@@ -62,12 +76,12 @@ def _no_room(scheduler: Scheduler, proposal: Proposal) -> str:
 
 
 def _device(spec: WorkerSpec) -> str | None:
-    """Return the name of a GPU worker's own device; its number counts within those that its mode uses."""
+    """Return the GPU that a worker uses first; `spec.device` is a position in `spec.devices`."""
     return None if spec.device is None else spec.devices[spec.device]
 
 
 def _pool(spec: WorkerSpec, memory: int) -> int:
-    """Return the device memory that a GPU worker takes at its start, in bytes; 0 where its words mean none."""
+    """Return the bytes of device memory that a GPU worker allocates at its start; 0 where the option means none."""
     size = spec.options.get("rmm_pool_size")
     if not isinstance(size, int | float | str):
         return 0
@@ -80,33 +94,59 @@ def _pool(spec: WorkerSpec, memory: int) -> int:
     try:
         return int(parse_bytes(size))
     except ValueError:
-        return 0  # starting the worker will say so, in dask-cuda's words
+        return 0  # dask-cuda refuses it when the worker starts
 
 
-def crowded(proposal: Proposal) -> str:
-    """Say why a node has no room for the workers that it is to have; "" when it has."""
-    room, count = proposal.node.room, len(proposal.change.keep) + len(proposal.named)
-    if room is None or count <= room:
+def crowded(change: NodeChange) -> str:
+    """Return the reason why a node has too few slots for its workers.
+
+    Parameters
+    ----------
+    change
+        The change, with the new workers named.
+
+    Returns
+    -------
+    str
+        The reason; "" when there are enough.
+    """
+    slots, count = change.node.room, len(change.keep) + len(change.names)
+    if slots is None or count <= slots:
         return ""
-    return f"{count} workers need as many ports, and it has {room}; give it a range, as --worker-port 9000:9010"
+    return f"{count} workers need as many ports, and it has {slots}; give it a range, as --worker-port 9000:9010"
 
 
-def immovable(scheduler: Scheduler, proposals: Mapping[str, Proposal], terms: RolloutPolicy) -> dict[str, str]:
-    """Return node name -> why its data cannot be moved."""
-    if terms.drain == "now":
+def immovable(scheduler: Scheduler, changes: Mapping[str, NodeChange], policy: RolloutPolicy) -> dict[str, str]:
+    """Find nodes whose data cannot be moved.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler.
+    changes
+        Node name -> its change, with its strategy.
+    policy
+        Policy of the rollout.
+
+    Returns
+    -------
+    dict
+        Node name -> the reason.
+    """
+    if policy.drain == "now":
         return {}
     refusals = {}
-    going = {name: each.change.go for name, each in proposals.items()}
+    going = {name: each.old for name, each in changes.items()}
     everyone = [worker for go in going.values() for worker in go]
-    surging = any(each.named and each.strategy == "surge" for each in proposals.values())
+    surging = any(each.names and each.strategy == "surge" for each in changes.values())
     left = {} if surging else stranded(scheduler, everyone)
-    for name, proposal in proposals.items():
-        if proposal.strategy == "replace":
+    for name, change in changes.items():
+        if change.strategy == "replace":
             alone = stranded(scheduler, going[name])
             if keys := sum(alone.values()):
                 refusals[name] = (
-                    f"its old workers must go before the new ones come ({proposal.because}), and no other worker "
-                    f"could take the only copies of {keys} keys; have a worker on another node, release those "
+                    f"its old workers must go before the new ones come ({change.because}), and no other worker "
+                    f"could take the only copies of {keys} keys; start a worker on another node, release those "
                     f"results, or give them up with drain='now'"
                 )
         elif keys := sum(left.get(worker, 0) for worker in going[name]):
@@ -123,8 +163,25 @@ def immovable(scheduler: Scheduler, proposals: Mapping[str, Proposal], terms: Ro
 
 
 async def ask_agent(scheduler: Scheduler, node: Node, named: Mapping[str, WorkerSpec], timeout: float) -> str:
-    """Return why an agent could not start workers; "" when it could."""
-    agent: Any = scheduler.rpc(node.address)
+    """Ask an agent whether it could start workers.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler.
+    node
+        The agent's node.
+    named
+        Worker name -> settings.
+    timeout
+        Seconds that the agent has to answer.
+
+    Returns
+    -------
+    str
+        The reason why it could not; "" when it could.
+    """
+    agent: PooledRPCCall = scheduler.rpc(node.address)
     try:
         async with asyncio.timeout(timeout):
             answer = await agent.check_workers(specs=to_wire(named))
@@ -133,14 +190,27 @@ async def ask_agent(scheduler: Scheduler, node: Node, named: Mapping[str, Worker
     return next(iter(answer.values()), "")
 
 
-def bound_tasks(scheduler: Scheduler, proposals: Mapping[str, Proposal]) -> dict[str, list[str]]:
-    """Return node name -> tasks that no worker could run after the change, each with what it asks for."""
-    going = {worker for each in proposals.values() for worker in each.change.go}
+def bound_tasks(scheduler: Scheduler, changes: Mapping[str, NodeChange]) -> dict[str, list[str]]:
+    """Find tasks that no worker could run after the changes.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler.
+    changes
+        Node name -> its change.
+
+    Returns
+    -------
+    dict
+        Name of each node that loses workers -> descriptions of the tasks; {} when there are none.
+    """
+    going = {worker for each in changes.values() for worker in each.old}
     leaving = {ws for ws in scheduler.workers.values() if str(ws.name) in going}
     if not leaving:
         return {}
     offers = [dict(ws.resources) for ws in scheduler.workers.values() if ws not in leaving]
-    offers += [dict(spec.resources) for each in proposals.values() for spec in each.named.values()]
+    offers += [dict(spec.resources) for each in changes.values() for spec in each.add]
     addresses = {ws.address for ws in scheduler.workers.values() if ws not in leaving}
     found = []
     for ts in scheduler.tasks.values():
@@ -154,17 +224,26 @@ def bound_tasks(scheduler: Scheduler, proposals: Mapping[str, Proposal]) -> dict
     if not found:
         return {}
     listed = sorted(found)[:NAMED] + ([f"and {len(found) - NAMED} more"] if len(found) > NAMED else [])
-    return {name: listed for name, each in proposals.items() if each.change.go}
+    return {name: listed for name, each in changes.items() if each.remove}
 
 
-def described(scheduler: Scheduler, report: dict[str, Any], proposals: Mapping[str, Proposal]) -> dict[str, Any]:
-    """Return a report of what would be done, with what would be moved and what could not run any more."""
-    bound = bound_tasks(scheduler, proposals)
-    for name, each in proposals.items():
-        keys, nbytes = only_copies(scheduler, each.change.go)
+def describe(scheduler: Scheduler, report: dict[str, Any], changes: Mapping[str, NodeChange]) -> None:
+    """Add the data to move and the tasks without a worker to the report of a dry run.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler.
+    report
+        Report of a rollout that has not run.
+    changes
+        Node name -> its change.
+    """
+    bound = bound_tasks(scheduler, changes)
+    for name, each in changes.items():
+        keys, nbytes = sole_replicas(scheduler, each.old)
         report["nodes"][name] |= {
             "keys": sum(keys.values()),
             "nbytes": sum(nbytes.values()),
             "bound": bound.get(name, []),
         }
-    return report

@@ -1,8 +1,17 @@
-"""Execution of one wave: turn the commands of a pure wave into calls, and measure them.
+"""Execution of one wave: turn the commands of the pure wave into calls, and settle each node's plan afterwards.
 
-:class:`Swap` sits between :mod:`agentcluster.scheduler.planning.wave` and what can act: the agents, by RPC, and
-:mod:`agentcluster.scheduler.evacuation`, on the scheduler's own state. It settles each node's plan when it is over,
-whatever happened.
+:class:`Swap` sits between :mod:`agentcluster.scheduler.planning.wave`, which decides, and what acts: the agents, by
+RPC, and :mod:`agentcluster.scheduler.evacuation`, on the scheduler's own state. When it is over, whatever happened, the
+plan of each node says which workers the node has; :func:`outcome_of` and :data:`PLANS` are the table of that.
+
+Invariants:
+
+- Each command but the two ``GiveUp…`` is answered by exactly one event, also when carrying it out raises; a wave
+  without an answer would hang.
+- A node is ``swapping`` while its swap runs, and never afterwards, also when the swap is cancelled from outside.
+- Workers whose start was given up, or failed, are stopped before the failure is reported: none of them runs.
+- A change and its wave name workers as planned. External names may be passed from worker to worker meanwhile:
+  :class:`_Record` maps planned names to present ones, and all calls use the present ones.
 """
 
 from __future__ import annotations
@@ -10,25 +19,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Literal, assert_never
 
 from distributed import Scheduler
+from distributed.core import PooledRPCCall
 
 from agentcluster.errors import AgentClusterError, WorkerStartError
 from agentcluster.model import NodeReport, WorkerSpec, WorkerState
 from agentcluster.requests import Drain
 from agentcluster.scheduler.evacuation import Evacuation, Progress, evacuate
-from agentcluster.scheduler.managers import PassOn, keep_names
-from agentcluster.scheduler.planning.change import Proposal, planned
+from agentcluster.scheduler.events import RolloutEvents
+from agentcluster.scheduler.managers import ExternalNames
+from agentcluster.scheduler.planning.change import NodeChange
 from agentcluster.scheduler.planning.wave import (
     Cancelled,
     Command,
     Event,
     GiveUpRetiring,
     GiveUpStarting,
-    NodeChange,
     Retired,
     RetireNew,
     RetireOld,
@@ -46,7 +56,10 @@ from agentcluster.wire import from_wire, to_wire
 
 logger = logging.getLogger(__name__)
 
-GIVEN_UP = "the moving of data was given up"
+MOVING_GIVEN_UP = "the moving of data was given up"
+START_GIVEN_UP = "it was given up"
+
+TimedStep = Literal["start", "drain", "retire", "stop"]
 
 
 @dataclass(frozen=True)
@@ -71,111 +84,266 @@ class Limits:
     stop: float
 
 
-@dataclass
-class Swap:
-    """Carries out one wave.
+@dataclass(frozen=True)
+class RolloutContext:
+    """Objects that all swaps of a rollout share.
 
-    Parameters
+    Attributes
     ----------
     scheduler
         The scheduler, in this process.
-    proposals
-        Node name -> what is to change there; all of one strategy.
+    names
+        Keeps the external names of nodes that change.
+    events
+        Records the steps of nodes.
     limits
         Seconds for each step.
-    drain
-        What happens to running tasks, and to data.
-    tolerant
-        Whether a node whose workers do not start is left out.
-    tell
-        Called with a node's name, the step that it is in, and facts about it.
-    pass_on
-        Called before workers leave, and at the end.
     """
 
     scheduler: Scheduler
-    proposals: Mapping[str, Proposal]
+    names: ExternalNames
+    events: RolloutEvents
     limits: Limits
-    drain: Drain = "tasks"
-    tolerant: bool = False
-    tell: Callable[[str, str, Mapping[str, Any]], None] = lambda node, step, facts: None
-    pass_on: PassOn = keep_names
-    evacuation: Evacuation = field(default_factory=Evacuation)
-    wave: Wave = field(default_factory=lambda: Wave(()))
 
-    def __post_init__(self) -> None:
-        self.causes: list[AgentClusterError] = []
-        self._seconds: dict[tuple[str, str], float] = {}
-        self._started: dict[str, list[WorkerState]] = {}
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._starting: dict[str, asyncio.Future[Any]] = {}
-        self._moving: asyncio.Future[Evacuation] | None = None
-        self._given_up: set[type[Command]] = set()
-        self._emptied: set[str] = set()
-        self._renamed: dict[str, str] = {}
-        strategies = {proposal.strategy for proposal in self.proposals.values()}
-        changes = []
-        self._back: dict[str, dict[str, WorkerSpec]] = {}
-        for name, proposal in self.proposals.items():
-            back: tuple[str, ...] = ()
-            if proposal.strategy == "replace":
-                back = tuple(proposal.node.take_names(len(proposal.change.go)))
-                specs = [proposal.node.plan.workers[worker] for worker in proposal.change.go]
-                self._back[name] = dict(zip(back, specs, strict=True))
-            changes.append(NodeChange(name, proposal.change.go, tuple(proposal.named), back))
-        [strategy] = strategies or {"surge"}
-        self.wave = Wave(tuple(changes), strategy, self.tolerant)
+
+# -- outcomes ----------------------------------------------------------------------------------------------------------
+
+NodeOutcome = Literal["changed", "both", "restored", "emptied", "unchanged", "refused"]
+
+
+@dataclass(frozen=True)
+class PlanAfter:
+    """Workers in a node's plan after a swap, beside those that the change keeps.
+
+    Attributes
+    ----------
+    old, new, restored
+        Whether the plan has the workers that the change removes, those that it adds, and those started in place of the
+        removed ones.
+    new_mode
+        Whether the node has the mode of the change.
+    """
+
+    old: bool = False
+    new: bool = False
+    restored: bool = False
+    new_mode: bool = False
+
+
+#: Outcome -> the plan that a node gets; None where its plan stays as it is.
+PLANS: Mapping[NodeOutcome, PlanAfter | None] = {
+    "changed": PlanAfter(new=True, new_mode=True),
+    "both": PlanAfter(old=True, new=True, new_mode=True),
+    "restored": PlanAfter(restored=True),
+    "emptied": PlanAfter(),
+    "unchanged": None,
+    "refused": None,
+}
+
+
+def outcome_of(wave: Wave, node: str, *, stopping: bool, planned: bool = True) -> NodeOutcome:
+    """Return what a wave that has ended, or was interrupted, has made of a node.
+
+    ========  ===========================================  =========
+    strategy  the node                                     outcome
+    ========  ===========================================  =========
+    surge     is not failed in a wave that is over         changed
+    surge     its old workers were being stopped           changed
+    surge     its new workers run, and none could retire   both
+    replace   is not failed in a wave that is over         changed
+    replace   its new workers run                          changed
+    replace   its old workers were stopped, then restored  restored
+    replace   its old workers were stopped                 emptied
+    any       had a plan before                            unchanged
+    any       had none                                     refused
+    ========  ===========================================  =========
+
+    The first line that is true counts.
+
+    Parameters
+    ----------
+    wave
+        The wave.
+    node
+        Name of the node.
+    stopping
+        Whether the end of its old workers was ordered: with ``surge`` the new ones are then there for good, with
+        ``replace`` the old ones are gone.
+    planned
+        Whether the node had a plan before.
+    """
+    if wave.over and node not in wave.failed_nodes:
+        return "changed"
+    match wave.strategy:
+        case "surge":
+            if stopping:
+                return "changed"
+            if wave.both and node in wave.started:
+                return "both"
+        case "replace":
+            if node in wave.started:
+                return "changed"
+            if stopping:
+                return "restored" if node in wave.restored else "emptied"
+        case _:
+            assert_never(wave.strategy)
+    return "unchanged" if planned else "refused"
+
+
+# -- execution ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Record:
+    """Facts about a swap, collected while it runs and read when it is over.
+
+    Attributes
+    ----------
+    seconds
+        Step and node -> time that it took.
+    states
+        Node -> the workers that its agent started.
+    stopping
+        Nodes whose old workers were ordered to end.
+    causes
+        Errors of workers that did not start.
+    evacuation
+        Result of the evacuation of the old workers.
+    renamed
+        Planned name of a worker -> its present one.
+    """
+
+    seconds: dict[tuple[TimedStep, str], float] = field(default_factory=dict)
+    states: dict[str, list[WorkerState]] = field(default_factory=dict)
+    stopping: set[str] = field(default_factory=set)
+    causes: list[AgentClusterError] = field(default_factory=list)
+    evacuation: Evacuation = field(default_factory=Evacuation)
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    def present(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return the present names of workers."""
+        return tuple(self.renamed.get(name, name) for name in names)
+
+    def rename(self, renamed: Mapping[str, str]) -> None:
+        """Add a renaming of workers: present name -> next name."""
+        planned = {now: name for name, now in self.renamed.items()}
+        self.renamed |= {planned.get(before, before): now for before, now in renamed.items()}
+
+    def taken(self, step: TimedStep, node: str) -> float:
+        """Return the time of a step on a node; 0.0 when it was not taken."""
+        return max(0.0, self.seconds.get((step, node), 0.0))
+
+
+@dataclass
+class _Calls:
+    """Calls in flight that a wave may give up.
+
+    Attributes
+    ----------
+    starting
+        Node -> the call that starts its workers.
+    moving
+        The evacuation that runs.
+    given_up
+        Kinds of calls that were given up, and do not begin either.
+    """
+
+    starting: dict[str, asyncio.Future[Mapping[str, object]]] = field(default_factory=dict)
+    moving: asyncio.Future[Evacuation] | None = None
+    given_up: set[type[Command]] = field(default_factory=set)
+
+    def give_up(self, command: GiveUpStarting | GiveUpRetiring) -> None:
+        """Cancel the calls that a command is about."""
+        # They may have been ordered in the same turn of the loop, and not have begun.
+        self.given_up.add(type(command))
+        if isinstance(command, GiveUpStarting):
+            for call in self.starting.values():
+                call.cancel()
+        elif self.moving is not None:
+            self.moving.cancel()
+
+
+class Swap:
+    """Carry one wave out.
+
+    Parameters
+    ----------
+    context
+        Objects that all swaps of the rollout share.
+    changes
+        Node name -> its change; all of one strategy.
+    drain
+        Treatment of running tasks and of data.
+    tolerant
+        Whether a node whose workers do not start is left out, instead of failing the others.
+
+    Attributes
+    ----------
+    wave
+        State of the wave.
+    """
+
+    def __init__(
+        self,
+        context: RolloutContext,
+        changes: Mapping[str, NodeChange],
+        *,
+        drain: Drain = "tasks",
+        tolerant: bool = False,
+    ) -> None:
+        self.context = context
+        self.changes = {name: _restorable(change) for name, change in changes.items()}
+        self.drain = drain
+        [strategy] = {change.strategy for change in self.changes.values()} or {"surge"}
+        self.wave = Wave(tuple(self.changes.values()), strategy, tolerant)
+        self._record = _Record()
+        self._calls = _Calls()
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
 
     def cancel(self, why: str) -> None:
-        """End with the old workers, if that is still possible."""
+        """End with the old workers, if that is still possible.
+
+        Parameters
+        ----------
+        why
+            The reason, for the report.
+        """
         if self.wave.phase == "new":
             self.wave, _ = advance(self.wave, Cancelled(why))
         else:
-            self._events.put_nowait(Cancelled(why))
+            self._queue.put_nowait(Cancelled(why))
 
     async def run(self) -> Wave:
-        """Carry the wave out; return how it ended. Each node's plan says then what is true."""
+        """Carry the wave out and settle the plans of its nodes.
+
+        Returns
+        -------
+        Wave
+            Its last state.
+        """
         try:
-            for name, proposal in self.proposals.items():
-                proposal.node.to("swap")
-                self.tell(name, "swap", {"strategy": proposal.strategy})
+            for name, change in self.changes.items():
+                change.node.to("swap")
+                self.context.events.node_step(name, "swap", {"strategy": change.strategy})
             await self._drive()
         finally:
-            for name, proposal in self.proposals.items():
-                if proposal.node.state == "swapping":
-                    self._settle(name, proposal)
-        await asyncio.gather(*(self._pass_on(each, each.node.plan.workers) for each in self.proposals.values()))
+            for name, change in self.changes.items():
+                if change.node.state == "swapping":
+                    self._settle(name, change)
+        await asyncio.gather(*(self._keep_names(each, each.node.plan.workers) for each in self.changes.values()))
         return self.wave
 
-    async def _give_names(self, back: bool) -> None:
-        """Give the names of workers that are about to leave to those that stay: new ones, or when `back` the old."""
-
-        async def one(each: Proposal) -> None:
-            come, go = tuple(each.named) if each.strategy == "surge" else (), each.change.go
-            stay, leave = (go, come) if back else (come, go)
-            await self._pass_on(each, self._now([*each.change.keep, *stay]), self._now(leave))
-
-        await asyncio.gather(*map(one, self.proposals.values()))
-
-    async def _pass_on(self, proposal: Proposal, staying: Iterable[str], leaving: Collection[str] = ()) -> None:
-        renamed = await self.pass_on(proposal.node, staying, leaving)
-        planned = {now: name for name, now in self._renamed.items()}
-        self._renamed |= {planned.get(before, before): now for before, now in renamed.items()}
-
-    def _now(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Return the names that workers have by now."""
-        return tuple(self._renamed.get(name, name) for name in names)
-
     async def _drive(self) -> None:
+        """Feed the wave with events, and carry out its commands, until it is over."""
         running: set[asyncio.Task[None]] = set()
 
         def carry_out(commands: Iterable[Command]) -> None:
             for command in commands:
                 if isinstance(command, GiveUpStarting | GiveUpRetiring):
-                    self._give_up(command)
+                    self._calls.give_up(command)
                     continue
                 if isinstance(command, Stop) and self.wave.phase == "stopping":
-                    self._emptied.add(command.node)
+                    self._record.stopping.add(command.node)
                 task = asyncio.create_task(self._answer(command))
                 running.add(task)
                 task.add_done_callback(running.discard)
@@ -184,25 +352,18 @@ class Swap:
             self.wave, commands = begin(self.wave)
             carry_out(commands)
             while not self.wave.over:
-                self.wave, commands = advance(self.wave, await self._events.get())
+                self.wave, commands = advance(self.wave, await self._queue.get())
                 carry_out(commands)
         finally:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    def _give_up(self, command: GiveUpStarting | GiveUpRetiring) -> None:
-        # What it is about may have been ordered in the same turn of the loop, and not have begun.
-        self._given_up.add(type(command))
-        under_way = self._starting.values() if isinstance(command, GiveUpStarting) else [self._moving]
-        for each in filter(None, list(under_way)):
-            each.cancel()
-
     async def _answer(self, command: Command) -> None:
-        """Carry a command out; whatever goes wrong, it is answered: a wave without an answer would hang."""
+        """Carry a command out and put its answer into the queue, also when it raises."""
         try:
             event = await self._do(command)
-        except Exception as error:  # a fault of ours, or of the scheduler's
+        except Exception as error:  # a fault of agentcluster, or of the scheduler
             logger.exception("%s could not be carried out", command)
             match command:
                 case Start(node, workers):
@@ -212,162 +373,192 @@ class Swap:
                     event = Stopped(node)
                 case _:
                     event = RetireRefused(repr(error))
-        self._events.put_nowait(event)
+        self._queue.put_nowait(event)
 
     async def _do(self, command: Command) -> Event:
         began = time.perf_counter()
         match command:
             case Start(node, workers):
-                self.tell(node, "start", {"workers": workers})
+                self.context.events.node_step(node, "start", {"workers": workers})
                 event = await self._start(node, workers)
-                self._seconds["start", node] = time.perf_counter() - began
+                self._record.seconds["start", node] = time.perf_counter() - began
             case RetireOld(workers):
-                await self._give_names(back=False)
-                event = await self._retire(workers, self.drain)
-                for name, proposal in self.proposals.items():
-                    if proposal.change.go:
-                        self._seconds["retire", name] = time.perf_counter() - began - self.evacuation.drain
-                        self._seconds["drain", name] = self.evacuation.drain
+                await self._pass_names_to("new")
+                event = await self._retire_old(workers)
+                drain = self._record.evacuation.drain
+                for name in self._leaving_nodes():
+                    self._record.seconds["retire", name] = time.perf_counter() - began - drain
+                    self._record.seconds["drain", name] = drain
             case RetireNew(workers):
-                await self._give_names(back=True)
-                event = await self._retire(workers, "data", back=True)
+                await self._pass_names_to("old")
+                event, _ = await self._evacuate(workers, "data")
             case Stop(node, workers):
-                self.tell(node, "stop", {"workers": workers})
+                self.context.events.node_step(node, "stop", {"workers": workers})
                 await self._stop(node, workers)
-                self._seconds["stop", node] = time.perf_counter() - began
+                self._record.seconds["stop", node] = time.perf_counter() - began
                 event = Stopped(node)
             case _:
                 raise AssertionError(command)
         return event
 
     async def _start(self, node: str, workers: tuple[str, ...]) -> Event:
-        named = {**self.proposals[node].named, **self._back.get(node, {})}
+        limits, change = self.context.limits, self.changes[node]
+        named: dict[str, WorkerSpec] = {**change.new, **change.restored}
         specs = to_wire({worker: named[worker] for worker in workers})
-        if GiveUpStarting in self._given_up:
-            return StartFailed(node, "it was given up")
-        call = asyncio.ensure_future(self._agent(node).start_workers(specs=specs, timeout=self.limits.start))
-        self._starting[node] = call
+        if GiveUpStarting in self._calls.given_up:
+            return StartFailed(node, START_GIVEN_UP)
+        call = asyncio.ensure_future(self._agent(node).start_workers(specs=specs, timeout=limits.start))
+        self._calls.starting[node] = call
         try:
             # The agent ends a late start itself, within the timeout that it is given.
-            async with asyncio.timeout(self.limits.start + self.limits.stop):
+            async with asyncio.timeout(limits.start + limits.stop):
                 answer = await call
             if "failures" in answer:
                 cause = WorkerStartError(node, answer["failures"])
-                self.causes.append(cause)
+                self._record.causes.append(cause)
                 return StartFailed(node, str(cause))
-            self._started[node] = [from_wire(WorkerState, state) for state in answer["states"]]
+            self._record.states[node] = [from_wire(WorkerState, state) for state in answer["states"]]
         except asyncio.CancelledError:
             await asyncio.shield(self._stop(node, workers))
             if _ending():
                 raise
-            return StartFailed(node, "it was given up")
+            return StartFailed(node, START_GIVEN_UP)
         except Exception as error:  # whatever an agent raises or answers must end the change, not hang it
-            # It may be late only: what it still starts belongs to no plan.
+            # It may only be late: what it still starts is in no plan.
             await self._stop(node, workers)
             return StartFailed(node, f"the agent on {node} failed: {error or type(error).__name__}")
         return Started(node)
 
-    async def _retire(self, workers: tuple[str, ...], drain: Drain, back: bool = False) -> Event:
-        def progress(now: Progress) -> None:
-            for name, proposal in self.proposals.items():
-                if proposal.change.go:
-                    self.tell(name, "retire", vars(now))
+    async def _retire_old(self, workers: tuple[str, ...]) -> Event:
+        if GiveUpRetiring in self._calls.given_up:
+            return RetireRefused(MOVING_GIVEN_UP)
+        event, evacuation = await self._evacuate(workers, self.drain)
+        self._record.evacuation = evacuation or self._record.evacuation
+        return event
 
-        workers = self._now(workers)
-        if not back and GiveUpRetiring in self._given_up:
-            return RetireRefused(GIVEN_UP)
-        self._moving = asyncio.ensure_future(
+    async def _evacuate(self, planned: tuple[str, ...], drain: Drain) -> tuple[Event, Evacuation | None]:
+        """Move data off workers and remove them from the scheduler; there is no result when it was given up."""
+        scheduler, limits = self.context.scheduler, self.context.limits
+        workers = self._record.present(planned)
+        self._calls.moving = asyncio.ensure_future(
             evacuate(
-                self.scheduler,
-                workers,
-                self.limits.retire,
-                drain=drain,
-                drain_timeout=self.limits.drain,
-                progress=progress,
+                scheduler, workers, limits.retire, drain=drain, drain_timeout=limits.drain, progress=self._data_moved
             )
         )
         try:
-            evacuation = await self._moving
+            evacuation = await self._calls.moving
         except asyncio.CancelledError:
             if _ending():
                 raise
-            if not self._present(workers):
-                return Retired()
-            return RetireRefused(GIVEN_UP)
+            gone = not any(str(ws.name) in workers for ws in scheduler.workers.values())
+            return Retired() if gone else RetireRefused(MOVING_GIVEN_UP), None
         except Exception as error:  # a fault in the scheduler must end the change, not hang it
             logger.exception("Moving data off %s failed", ", ".join(workers))
-            return RetireRefused(f"moving data failed: {error!r}")
-        if not back:
-            self.evacuation = evacuation
-        return RetireRefused(evacuation.problem) if evacuation.problem else Retired()
+            return RetireRefused(f"moving data failed: {error!r}"), None
+        return RetireRefused(evacuation.problem) if evacuation.problem else Retired(), evacuation
 
-    def _present(self, workers: tuple[str, ...]) -> list[Any]:
-        return [ws for ws in self.scheduler.workers.values() if str(ws.name) in workers]
+    def _data_moved(self, progress: Progress) -> None:
+        """Record the progress of an evacuation on the nodes whose workers leave."""
+        for name in self._leaving_nodes():
+            self.context.events.node_step(name, "retire", vars(progress))
+
+    def _leaving_nodes(self) -> list[str]:
+        """Return the nodes that have workers that leave."""
+        return [name for name, change in self.changes.items() if change.remove]
 
     async def _stop(self, node: str, workers: tuple[str, ...]) -> None:
+        limit = self.context.limits.stop
         try:
-            async with asyncio.timeout(2 * self.limits.stop):
-                await self._agent(node).stop_workers(names=self._now(workers), timeout=self.limits.stop)
+            async with asyncio.timeout(2 * limit):
+                await self._agent(node).stop_workers(names=self._record.present(workers), timeout=limit)
         except Exception as error:  # the scheduler turns whatever the agent raised into a plain Exception
             # The workers hold nothing and are out of the scheduler; if the agent is gone they ended with it.
             logger.warning("Node %s did not confirm the end of %s: %s", node, ", ".join(workers), error)
 
-    def _agent(self, node: str) -> Any:
-        return self.scheduler.rpc(self.proposals[node].node.address)
+    def _agent(self, node: str) -> PooledRPCCall:
+        return self.context.scheduler.rpc(self.changes[node].node.address)
 
-    # -- what is true afterwards ---------------------------------------------------------------------------------------
+    async def _pass_names_to(self, staying: Literal["new", "old"]) -> None:
+        """Pass the external names of workers that are about to leave to those that stay."""
 
-    def _settle(self, name: str, proposal: Proposal) -> None:
-        node, wave = proposal.node, self.wave
-        gone = self._now(proposal.change.go)
-        named = dict(zip(self._now(proposal.named), proposal.named.values(), strict=True))
-        old = {worker: spec for worker, spec in node.plan.workers.items() if worker not in gone}
-        changed = wave.started if wave.strategy == "replace" else self._emptied
-        if name in changed or (wave.over and name not in wave.failed_nodes):
-            node.adopt(proposal.mode, {**old, **named})
-        elif name in self._emptied:
-            restored = self._back[name] if name in wave.restored else {}
-            node.adopt(node.plan.mode, {**old, **restored})
-        elif wave.both and name in wave.started:
-            node.adopt(proposal.mode, {**node.plan.workers, **named})
-        elif not node.plan.revision:
+        async def one(change: NodeChange) -> None:
+            new, old = change.names if change.strategy == "surge" else (), change.old
+            stay, leave = (new, old) if staying == "new" else (old, new)
+            present = self._record.present
+            await self._keep_names(change, present([*change.keep, *stay]), present(leave))
+
+        await asyncio.gather(*map(one, self.changes.values()))
+
+    async def _keep_names(self, change: NodeChange, staying: Iterable[str], leaving: Collection[str] = ()) -> None:
+        self._record.rename(await self.context.names.keep(change.node, staying, leaving))
+
+    # -- the state afterwards ------------------------------------------------------------------------------------------
+
+    def _settle(self, name: str, change: NodeChange) -> None:
+        """Set the plan of a node to that of its outcome, and end its swap."""
+        node, record = change.node, self._record
+        outcome = outcome_of(self.wave, name, stopping=name in record.stopping, planned=bool(node.plan.revision))
+        if outcome == "refused":
             node.to("refused")
             node.problem = self.why() or "it was not given its workers"
             return
-        else:
+        if (after := PLANS[outcome]) is None:
             node.settle()
-        for state in self._started.get(name, ()):
-            [worker] = self._now([state.name])
+        else:
+            gone = () if after.old else record.present(change.old)
+            workers = {worker: spec for worker, spec in node.plan.workers.items() if worker not in gone}
+            if after.new:
+                workers |= dict(zip(record.present(change.names), change.add, strict=True))
+            if after.restored:
+                workers |= change.restored
+            node.adopt(change.mode if after.new_mode else node.plan.mode, workers)
+        for state in record.states.get(name, ()):
+            [worker] = record.present([state.name])
             if worker in node.plan.workers:
                 node.workers[worker] = replace(state, name=worker)
-        self.tell(name, node.state, {"workers": tuple(node.plan.workers)})
+        self.context.events.node_step(name, node.state, {"workers": tuple(node.plan.workers)})
         logger.info("Node %s runs %d workers in mode %s", name, len(node.plan.workers), node.plan.mode.name)
 
+    @property
+    def causes(self) -> list[AgentClusterError]:
+        """Errors of workers that did not start."""
+        return self._record.causes
+
     def why(self) -> str:
-        """Return what went wrong, in one sentence; "" when nothing did."""
+        """Return the reasons of failure in one sentence; "" when nothing failed."""
         return "; ".join(dict.fromkeys(why for _, why in self.wave.failures))
 
     def report(self, name: str) -> NodeReport:
-        """Return what was done on one node."""
-        proposal = self.proposals[name]
-        go = self._now(proposal.change.go)
+        """Return the report of one node.
+
+        Parameters
+        ----------
+        name
+            Name of the node.
+        """
+        change, record = self.changes[name], self._record
+        left = record.present(change.old)
         return replace(
-            planned(name, proposal),
-            new=self._now(proposal.named),
-            keys=sum(self.evacuation.keys.get(worker, 0) for worker in go),
-            nbytes=sum(self.evacuation.nbytes.get(worker, 0) for worker in go),
-            rerun=sum(self.evacuation.rerun.get(worker, 0) for worker in go),
-            start=self._step("start", name),
-            drain=self._step("drain", name),
-            retire=self._step("retire", name),
-            stop=self._step("stop", name),
+            change.report(),
+            new=record.present(change.names),
+            keys=sum(record.evacuation.keys.get(worker, 0) for worker in left),
+            nbytes=sum(record.evacuation.nbytes.get(worker, 0) for worker in left),
+            rerun=sum(record.evacuation.rerun.get(worker, 0) for worker in left),
+            start=record.taken("start", name),
+            drain=record.taken("drain", name),
+            retire=record.taken("retire", name),
+            stop=record.taken("stop", name),
         )
 
-    def _step(self, step: str, name: str) -> float:
-        return max(0.0, self._seconds.get((step, name), 0.0))
+
+def _restorable(change: NodeChange) -> NodeChange:
+    """Return a change with names for its old workers, where they may have to be started again."""
+    if change.strategy == "surge":
+        return change
+    return replace(change, restore_names=tuple(change.node.take_names(len(change.remove))))
 
 
 def _ending() -> bool:
-    """Whether it is the task itself that was cancelled, and not what it waits for."""
+    """Return whether the current task itself was cancelled, and not what it waits for."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 from distributed import Client, Event, Scheduler, Status, Worker, wait
 
-from agentcluster.scheduler.evacuation import Evacuation, actors, evacuate, held, stranded
+from agentcluster.scheduler.evacuation import Evacuation, actors, evacuate, stored_bytes, stranded
 from tests.support.waiting import wait_until
 
 LONG = 20.0
@@ -424,7 +424,7 @@ async def test_actors_are_named_and_cannot_leave(world: World) -> None:
 async def test_held_are_the_bytes_of_each(world: World) -> None:
     key = await world.put("a", b"x" * 1000, "b")
     nbytes = world.scheduler.tasks[key].nbytes
-    assert held(world.scheduler, ["a", "b", "c", "x"]) == {"a": nbytes, "b": nbytes, "c": 0}
+    assert stored_bytes(world.scheduler, ["a", "b", "c", "x"]) == {"a": nbytes, "b": nbytes, "c": 0}
 
 
 async def test_stranded_are_keys_that_nobody_could_take(world: World) -> None:

@@ -1,10 +1,9 @@
-"""Changes of nodes: which workers stay, go and come. Decided by the controller, carried out by a swap."""
+"""Changes of nodes: the workers that stay, leave and come; planned by the controller, carried out by a swap."""
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from agentcluster.model import Mode, NodeReport, WorkerSpec
 from agentcluster.reports import shape_of
@@ -14,70 +13,122 @@ from agentcluster.wire import to_wire
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """What is to change on one node.
+class NodeChange:
+    """Change of one node's workers, planned once and refined with :func:`dataclasses.replace`.
+
+    The planner says which workers stay, leave and come; the controller names those that come; the preflight chooses the
+    strategy; a swap adds names for workers that it may have to start again.
 
     Attributes
     ----------
     node
         The node.
-    change
-        Which workers stay, go and come.
-    named
-        The workers that come, by name.
     mode
-        The mode that the node has afterwards.
+        Mode of the node after the change.
+    keep
+        Workers that stay as they are: name -> settings.
+    remove
+        Workers that leave: name -> settings.
+    add
+        Settings of the workers that come.
+    names
+        Names of the workers that come, in the order of `add`; () until they are named.
+    restore_names
+        Names for workers like those that leave, in the order of `remove`, in case those must be started again
+        (``replace`` only).
     strategy, because
-        Whether the new workers come before the old go, and why not, when they do not.
+        Order in which new workers come and old ones leave, and the reason where it is not the order asked for.
     """
 
     node: Node
-    change: Change
-    named: Mapping[str, WorkerSpec]
     mode: Mode
+    keep: Mapping[str, WorkerSpec] = field(default_factory=dict)
+    remove: Mapping[str, WorkerSpec] = field(default_factory=dict)
+    add: tuple[WorkerSpec, ...] = ()
+    names: tuple[str, ...] = ()
+    restore_names: tuple[str, ...] = ()
     strategy: Strategy = "surge"
     because: str = ""
 
+    @property
+    def name(self) -> str:
+        """Name of the node."""
+        return self.node.name
 
-def planned(name: str, proposal: Proposal) -> NodeReport:
-    """Return what is to be done on one node."""
-    return NodeReport(
-        node=name,
-        mode=proposal.mode.name,
-        strategy=proposal.strategy,
-        because=proposal.because,
-        old=proposal.change.go,
-        new=tuple(proposal.named),
-        shape=shape_of(to_wire(proposal.named)) if proposal.named else "",
-        kept=tuple(proposal.change.keep),
-    )
+    @property
+    def old(self) -> tuple[str, ...]:
+        """Names of the workers that leave."""
+        return tuple(self.remove)
+
+    @property
+    def new(self) -> dict[str, WorkerSpec]:
+        """Workers that come, once they are named: name -> settings."""
+        return dict(zip(self.names, self.add, strict=True)) if self.names else {}
+
+    @property
+    def restored(self) -> dict[str, WorkerSpec]:
+        """Workers that take the place of those that left, if they are started again: name -> settings."""
+        return dict(zip(self.restore_names, self.remove.values(), strict=True)) if self.restore_names else {}
+
+    def report(self) -> NodeReport:
+        """Return the report of this change before it is carried out."""
+        return NodeReport(
+            node=self.name,
+            mode=self.mode.name,
+            strategy=self.strategy,
+            because=self.because,
+            old=self.old,
+            new=self.names,
+            shape=shape_of(to_wire(self.new)) if self.names else "",
+            kept=tuple(self.keep),
+        )
 
 
-#: How much of each unit, such as workers, threads and bytes of memory.
-Amount = tuple[float, ...]
+def change_to(node: Node, mode: Mode, specs: Sequence[WorkerSpec]) -> NodeChange:
+    """Plan the least change that gives a node the workers of `specs`.
 
-
-@dataclass(frozen=True)
-class Change:
-    """What turns one node's plan into the next.
-
-    Attributes
+    Parameters
     ----------
-    keep
-        Workers that stay as they are: name -> settings.
-    go
-        Names of workers that go.
-    come
-        Settings of workers that come, not named yet.
+    node
+        The node.
+    mode
+        Mode of the node after the change.
+    specs
+        Settings, one for each worker wanted.
+
+    Returns
+    -------
+    NodeChange
+        Keeps each worker whose settings are wanted.
     """
+    keep, missing = match_workers(node.plan.workers, specs)
+    remove = {name: spec for name, spec in node.plan.workers.items() if name not in keep}
+    return NodeChange(node, mode, keep, remove, missing)
 
-    keep: Mapping[str, WorkerSpec]
-    go: tuple[str, ...]
-    come: tuple[WorkerSpec, ...]
+
+def change_without(node: Node, mode: Mode, leaving: Container[str], add: Sequence[WorkerSpec] = ()) -> NodeChange:
+    """Plan a change that removes the workers named in `leaving`.
+
+    Parameters
+    ----------
+    node
+        The node.
+    mode
+        Mode of the node after the change.
+    leaving
+        Names of workers; those that the node does not have are ignored.
+    add
+        Settings of workers that come.
+    """
+    workers = node.plan.workers
+    keep = {name: spec for name, spec in workers.items() if name not in leaving}
+    return NodeChange(node, mode, keep, {name: workers[name] for name in workers if name in leaving}, tuple(add))
 
 
-def difference(current: Mapping[str, WorkerSpec], wanted: Sequence[WorkerSpec]) -> Change:
-    """Return the least change from `current` to `wanted`: a worker whose settings are still wanted is kept.
+def match_workers(
+    current: Mapping[str, WorkerSpec], wanted: Sequence[WorkerSpec]
+) -> tuple[dict[str, WorkerSpec], tuple[WorkerSpec, ...]]:
+    """Match running workers with wanted settings, each worker with one of them.
 
     Parameters
     ----------
@@ -85,6 +136,12 @@ def difference(current: Mapping[str, WorkerSpec], wanted: Sequence[WorkerSpec]) 
         Worker name -> settings, as they run.
     wanted
         The settings wanted, one per worker.
+
+    Returns
+    -------
+    dict, tuple
+        The workers whose settings are wanted, in the order of `current`; the settings that no worker has, in the order
+        of `wanted`.
     """
     missing = list(wanted)
     keep = {}
@@ -92,107 +149,4 @@ def difference(current: Mapping[str, WorkerSpec], wanted: Sequence[WorkerSpec]) 
         if spec in missing:
             missing.remove(spec)
             keep[name] = spec
-    return Change(keep, tuple(name for name in current if name not in keep), tuple(missing))
-
-
-@dataclass(frozen=True)
-class Held:
-    """A worker that runs.
-
-    Attributes
-    ----------
-    nbytes
-        What it holds in memory.
-    amount
-        What it counts for, in each unit that is asked for.
-    """
-
-    nbytes: int
-    amount: Amount
-
-
-def scaled(
-    current: Mapping[str, Mapping[str, Held]],
-    room: Mapping[str, Sequence[Amount]],
-    wanted: Amount,
-    extra: Container[str] = (),
-) -> tuple[set[str], dict[str, list[int]]]:
-    """Return which workers go, and which come on each node, so that what is wanted is there in every unit.
-
-    Parameters
-    ----------
-    current
-        Node -> worker -> what it holds and counts for.
-    room
-        Node -> what the workers count for that could come there, in the order in which they would.
-    wanted
-        Amount in each unit, such as workers, threads and bytes of memory; 0 where that does not matter.
-    extra
-        Nodes on which workers come last, and from which they go first among those that hold as much.
-
-    Returns
-    -------
-    set of str
-        Workers that go: those that hold least, on the nodes that have most; none without which something is missing.
-    dict
-        Node -> positions in `room` of the workers that come: first where fewest run, none that brings nothing. They are
-        less than wanted when there is no room for more.
-    """
-    count = {node: len(workers) for node, workers in current.items()}
-    there = [sum(held.amount[unit] for each in current.values() for held in each.values()) for unit in _units(wanted)]
-    go: set[str] = set()
-    least = [
-        (held.nbytes, node not in extra, -count[node], node, name)
-        for node, workers in current.items()
-        for name, held in workers.items()
-    ]
-    heapq.heapify(least)
-    while least:
-        nbytes, stays, negated, node, worker = heapq.heappop(least)
-        if -negated != count[node]:  # one went from there since
-            heapq.heappush(least, (nbytes, stays, -count[node], node, worker))
-            continue
-        left = [have - part for have, part in zip(there, current[node][worker].amount, strict=True)]
-        if all(have >= want for have, want in zip(left, wanted, strict=True)):
-            go.add(worker)
-            count[node] -= 1
-            there = left
-    come: dict[str, list[int]] = {node: [] for node in current}
-    order = {node: number for number, node in enumerate(current)}
-    fewest = [(node in extra, count[node], order[node], 0) for node in current if room[node]]
-    heapq.heapify(fewest)
-    nodes = list(current)
-    while fewest and (missing := [unit for unit in _units(wanted) if there[unit] < wanted[unit]]):
-        last, number, position, index = heapq.heappop(fewest)
-        offered = room[nodes[position]]
-        if any(offered[index][unit] for unit in missing):
-            come[nodes[position]].append(index)
-            there = [have + part for have, part in zip(there, offered[index], strict=True)]
-            number += 1
-        if index + 1 < len(offered):
-            heapq.heappush(fewest, (last, number, position, index + 1))
-    return go, come
-
-
-def _units(amount: Amount) -> range:
-    return range(len(amount))
-
-
-def filled(nbytes: Mapping[str, int | None], wanted: int) -> tuple[list[str], list[str]]:
-    """Return which nodes are emptied and which are filled, so that `wanted` have workers.
-
-    Parameters
-    ----------
-    nbytes
-        Node -> what its workers hold; None for a node that has none.
-    wanted
-        How many nodes are to have workers.
-
-    Returns
-    -------
-    list of str, list of str
-        Nodes to empty, those that hold least; nodes to fill, the first that have none.
-    """
-    used = sorted((held, node) for node, held in nbytes.items() if held is not None)
-    free = [node for node, held in nbytes.items() if held is None]
-    return [node for _, node in used[: max(0, len(used) - wanted)]], free[: max(0, wanted - len(used))]
+    return keep, tuple(missing)

@@ -1,32 +1,34 @@
-"""What tasks need, what nodes have and could have, and how much of it there may be: the values of adaptive scaling."""
+"""Values of adaptive scaling: the resource requests of tasks, the capacity of nodes, and the limits of both."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agentcluster.model import WorkerSpec
 from agentcluster.requests import AdaptiveRequest
-from agentcluster.scheduler.planning.change import Amount
+
+#: Amount in each unit: workers, threads, and bytes of memory.
+Amount = tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Need:
-    """Tasks that ask for the same resources.
+class ResourceRequest:
+    """Demand of the tasks that ask for the same resources.
 
     Attributes
     ----------
     resources
-        What each takes of a worker; {} for nothing in particular.
+        Amount of each resource that one task takes from its worker; {} for tasks that any worker can run.
     slots
-        How many of them should run at once.
+        Number of these tasks that should run at once.
     tasks
-        How many there are, waiting or running; 0 for room that was requested before they come.
+        Number of these tasks that wait or run; 0 for capacity that was requested before its tasks come.
     example
-        The key of one.
+        Key of one of the tasks.
     name
-        What tasks of that key are called.
+        Prefix of that key.
     """
 
     resources: Mapping[str, float]
@@ -35,70 +37,100 @@ class Need:
     example: str = ""
     name: str = ""
 
-    def fits(self, spec: WorkerSpec) -> int:
-        """Return how many of them a worker can run at once."""
-        return self.at_once(spec.nthreads or 1, spec.resources)
+    def slots_on(self, spec: WorkerSpec) -> int:
+        """Count the tasks that an idle worker can run at once.
 
-    def at_once(self, threads: int, offered: Mapping[str, float]) -> int:
-        """Return for how many of them so many threads and resources are enough."""
+        Parameters
+        ----------
+        spec
+            Settings of the worker.
+
+        Returns
+        -------
+        int
+            0 where the worker can run none.
+        """
+        return self.slots_within(spec.nthreads or 1, spec.resources)
+
+    def slots_within(self, threads: int, resources: Mapping[str, float]) -> int:
+        """Count the tasks that can run at once with some threads and resources.
+
+        Parameters
+        ----------
+        threads
+            Number of free threads.
+        resources
+            Free amount of each resource.
+
+        Returns
+        -------
+        int
+            0 where not even one can run.
+        """
         for name, each in self.resources.items():
             if each > 0:
-                threads = min(threads, int(offered.get(name, 0) // each))
+                threads = min(threads, int(resources.get(name, 0) // each))
         return threads
 
 
 @dataclass(frozen=True)
-class Seat:
-    """A worker that runs.
+class RunningWorker:
+    """Worker that runs.
 
     Attributes
     ----------
     spec
         Its settings.
     nbytes
-        What it holds.
-    runs
-        Number of its tasks, by position of their need.
+        Bytes of data that it holds.
+    tasks
+        Position of a resource request -> number of its tasks that the worker has.
     """
 
     spec: WorkerSpec
     nbytes: int = 0
-    runs: Mapping[int, int] = field(default_factory=dict)
+    tasks: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Spot:
-    """A node.
+class NodeCapacity:
+    """Workers that a node has, and those that it could have.
 
     Attributes
     ----------
     name
-        Its name.
+        Name of the node.
     mode
-        The name of its mode.
-    seats
-        Its workers by name.
+        Name of its mode.
+    workers
+        Worker name -> worker, of those that run.
     offers
-        What it would have in each mode that it can and may have; the first is the one that it goes back to.
+        Mode -> the workers that it puts on the node, for each mode that the node can and may have. The first is the
+        mode to which the node returns.
     extra
-        Whether it is there only for what the others have no room for.
+        Whether the node is used only for demand that the other nodes have no capacity for.
     """
 
     name: str
     mode: str
-    seats: Mapping[str, Seat]
+    workers: Mapping[str, RunningWorker]
     offers: Mapping[str, Sequence[WorkerSpec]]
     extra: bool = False
+
+    @property
+    def first_mode(self) -> str:
+        """Mode to which the node returns."""
+        return next(iter(self.offers), self.mode)
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How few and how many there may be.
+    """Lower and upper limits of the workers on all nodes together.
 
     Attributes
     ----------
     least, most
-        Workers, threads, and bytes of their memory limits, together.
+        Workers, threads, and bytes of their memory limits.
     kinds
         Resource or kind of worker, in lower case -> the least and the greatest number of workers.
     """
@@ -109,7 +141,18 @@ class Bounds:
 
     @classmethod
     def of(cls, request: AdaptiveRequest) -> Bounds:
-        """Return the limits that a request sets."""
+        """Read the limits of an adaptive request.
+
+        Parameters
+        ----------
+        request
+            The request; None is no limit there.
+
+        Returns
+        -------
+        Bounds
+            With infinity in place of None.
+        """
         kinds = {kind: (least or 0, _limit(most)) for kind, (least, most) in request.kinds.items()}
         return cls(request.least, tuple(map(_limit, request.most)), kinds)
 
@@ -119,10 +162,50 @@ def _limit(most: float | None) -> float:
 
 
 def kinds(spec: WorkerSpec) -> set[str]:
-    """Return what a worker is called in bounds."""
+    """Return the kinds of a worker, as the keys of `Bounds.kinds` name them.
+
+    Parameters
+    ----------
+    spec
+        Settings of the worker.
+
+    Returns
+    -------
+    set of str
+        Its kind, and its resources in lower case.
+    """
     return {spec.kind, *(name.lower() for name in spec.resources)}
 
 
 def amount(spec: WorkerSpec) -> Amount:
-    """Return workers, threads and bytes that one worker counts for."""
+    """Return the workers, threads and bytes of memory of one worker.
+
+    Parameters
+    ----------
+    spec
+        Settings of the worker.
+
+    Returns
+    -------
+    tuple of float
+        One worker, its threads, and its memory limit; 0 bytes where it has no limit.
+    """
     return 1, spec.nthreads or 1, spec.memory_limit or 0
+
+
+def total(amounts: Iterable[Amount], units: int) -> Amount:
+    """Add amounts up, unit by unit.
+
+    Parameters
+    ----------
+    amounts
+        Amounts in the same units.
+    units
+        Number of these units.
+
+    Returns
+    -------
+    tuple of float
+        Zeros where there are no amounts.
+    """
+    return tuple(sum(column) for column in zip((0,) * units, *amounts, strict=True))

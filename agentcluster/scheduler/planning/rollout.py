@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, assert_never
 
 from agentcluster.requests import OnFailure, Strategy
+from agentcluster.scheduler.planning.change import NodeChange
 from agentcluster.scheduler.planning.wave import (
     Cancelled,
     Command,
     Event,
     GiveUpRetiring,
     GiveUpStarting,
-    NodeChange,
     Retired,
     RetireNew,
     RetireOld,

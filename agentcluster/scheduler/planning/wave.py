@@ -23,28 +23,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
 from agentcluster.requests import Strategy
+from agentcluster.scheduler.planning.change import NodeChange
 
 Phase = Literal["new", "starting", "retiring", "stopping", "returning", "undoing", "restoring", "done", "failed"]
-
-
-@dataclass(frozen=True)
-class NodeChange:
-    """The named workers that go from and come to one node.
-
-    Attributes
-    ----------
-    node
-        The node.
-    go, come
-        Names of the workers that go, and that come.
-    back
-        Names for workers like those that go, in case they must be started again (``replace`` only).
-    """
-
-    node: str
-    go: tuple[str, ...] = ()
-    come: tuple[str, ...] = ()
-    back: tuple[str, ...] = ()
 
 
 # -- what became true --------------------------------------------------------------------------------------------------
@@ -99,7 +80,7 @@ Event = Started | StartFailed | Retired | RetireRefused | Stopped | Cancelled
 
 @dataclass(frozen=True)
 class Start:
-    """Start workers on a node; the named ones are `come` or `back` of its change."""
+    """Start workers on a node; those that come, or those that are restored."""
 
     node: str
     workers: tuple[str, ...]
@@ -189,13 +170,8 @@ class Wave:
         if self.phase == "failed":
             # Where the old went first, the new that did come are all that there is.
             changed = self.started if self.strategy == "replace" else frozenset()
-            return frozenset(change.node for change in self.changes) - changed
+            return frozenset(change.name for change in self.changes) - changed
         return frozenset(node for node, _ in self.failures if node)
-
-    def workers(self, what: Literal["go", "come"], nodes: frozenset[str] | None = None) -> tuple[str, ...]:
-        """Return names over all, or the given, nodes."""
-        chosen = [change for change in self.changes if nodes is None or change.node in nodes]
-        return tuple(worker for change in chosen for worker in getattr(change, what))
 
 
 def begin(wave: Wave) -> Step:
@@ -223,9 +199,9 @@ def advance(wave: Wave, event: Event) -> Step:
         case StartFailed(node, why) if wave.phase == "restoring" and node in wave.waiting:
             return _restore_settled(replace(wave, failures=(*wave.failures, (node, f"not restored: {why}"))), node)
         case Retired() if wave.phase == "retiring":
-            return _stop(wave, "stopping", {c.node: c.go for c in _going_on(wave)})
+            return _stop(wave, "stopping", {c.name: c.old for c in _going_on(wave)})
         case Retired() if wave.phase == "returning":
-            return _stop(wave, "undoing", {c.node: c.come for c in wave.changes if c.node in wave.started})
+            return _stop(wave, "undoing", {c.name: c.names for c in wave.changes if c.name in wave.started})
         case RetireRefused(why) if wave.phase == "retiring":
             refused = replace(wave, failures=(*wave.failures, ("", wave.cancelled or why)))
             return _return(refused)
@@ -244,14 +220,14 @@ def advance(wave: Wave, event: Event) -> Step:
 def _going_on(wave: Wave) -> list[NodeChange]:
     """Return the changes of the nodes that did not fail to start."""
     failed = {node for node, _ in wave.failures}
-    return [change for change in wave.changes if change.node not in failed]
+    return [change for change in wave.changes if change.name not in failed]
 
 
 def _start(wave: Wave) -> Step:
-    coming = [change for change in wave.changes if change.come]
-    wave = replace(wave, phase="starting", waiting=frozenset(change.node for change in coming))
+    coming = [change for change in wave.changes if change.names]
+    wave = replace(wave, phase="starting", waiting=frozenset(change.name for change in coming))
     if coming:
-        return wave, [Start(change.node, change.come) for change in coming]
+        return wave, [Start(change.name, change.names) for change in coming]
     return _retire(wave) if wave.strategy == "surge" else (replace(wave, phase="done"), [])
 
 
@@ -269,7 +245,7 @@ def _start_settled(wave: Wave, node: str) -> Step:
 
 
 def _retire(wave: Wave) -> Step:
-    old = tuple(worker for change in _going_on(wave) for worker in change.go)
+    old = tuple(worker for change in _going_on(wave) for worker in change.old)
     wave = replace(wave, phase="retiring")
     if old:
         return wave, [RetireOld(old)]
@@ -277,7 +253,7 @@ def _retire(wave: Wave) -> Step:
 
 
 def _return(wave: Wave) -> Step:
-    new = wave.workers("come", wave.started)
+    new = tuple(worker for change in wave.changes if change.name in wave.started for worker in change.names)
     if not new:
         return replace(wave, phase="failed"), []
     return replace(wave, phase="returning"), [RetireNew(new)]
@@ -303,11 +279,11 @@ def _stop_settled(wave: Wave) -> Step:
 
 def _restore(wave: Wave) -> Step:
     """Start the old plan of nodes that are empty now; those whose new workers came keep them."""
-    empty = [change for change in wave.changes if change.node not in wave.started and change.back]
-    wave = replace(wave, phase="restoring", waiting=frozenset(change.node for change in empty))
+    empty = [change for change in wave.changes if change.name not in wave.started and change.restore_names]
+    wave = replace(wave, phase="restoring", waiting=frozenset(change.name for change in empty))
     if not empty:
         return replace(wave, phase="failed"), []
-    return wave, [Start(change.node, change.back) for change in empty]
+    return wave, [Start(change.name, change.restore_names) for change in empty]
 
 
 def _restore_settled(wave: Wave, node: str) -> Step:

@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentcluster.model import WorkerSpec
-from agentcluster.scheduler.planning.binpacking import Fit, fitted
-from agentcluster.scheduler.planning.change import difference
-from agentcluster.scheduler.planning.demand import Bounds, Need, Seat, Spot, amount, kinds
+from agentcluster.scheduler.planning.binpacking import Packing, pack
+from agentcluster.scheduler.planning.demand import Bounds, NodeCapacity, ResourceRequest, RunningWorker, amount, kinds
 
 GIB = 2**30
 
@@ -40,47 +39,47 @@ def gpu(device: int = 0) -> WorkerSpec:
 
 CPU = {"cpu": (cpu(), cpu())}
 BOTH = {**CPU, "gpu": (gpu(0), gpu(1))}
-TASK = Need({}, 1, 1, "x")
-TRAIN = Need({"GPU": 1.0}, 1, 1, "train")
+TASK = ResourceRequest({}, 1, 1, "x")
+TRAIN = ResourceRequest({"GPU": 1.0}, 1, 1, "train")
 
 
 def spot(
     name: str, offers: Any, mode: str = "cpu", running: int = 0, runs: Sequence[Any] = (), nbytes: int = 0
-) -> Spot:
+) -> NodeCapacity:
     """Return a node that has the first so many workers of its mode; those have tasks and data."""
     seats = {
-        f"{name}-{i}": Seat(spec, nbytes, runs[i] if i < len(runs) else {})
+        f"{name}-{i}": RunningWorker(spec, nbytes, runs[i] if i < len(runs) else {})
         for i, spec in enumerate(offers[mode][:running])
     }
-    return Spot(name, mode, seats, offers)
+    return NodeCapacity(name, mode, seats, offers)
 
 
-def after(fit: Fit, spots: Iterable[Spot]) -> dict[str, list[WorkerSpec]]:
+def after(fit: Packing, spots: Iterable[NodeCapacity]) -> dict[str, list[WorkerSpec]]:
     """Return what each node has then."""
     return {
         s.name: [
-            *([] if s.name in fit.modes else [seat.spec for name, seat in s.seats.items() if name not in fit.go]),
-            *fit.come.get(s.name, ()),
+            *([] if s.name in fit.modes else [seat.spec for name, seat in s.workers.items() if name not in fit.remove]),
+            *fit.add.get(s.name, ()),
         ]
         for s in spots
     }
 
 
-def applied(fit: Fit, spots: Sequence[Spot]) -> list[Spot]:
+def applied(fit: Packing, spots: Sequence[NodeCapacity]) -> list[NodeCapacity]:
     """Return the nodes as they are when it was carried out, with the data where it was or moved on."""
     found = []
     for s, specs in zip(spots, after(fit, spots).values(), strict=True):
-        kept = {} if s.name in fit.modes else {name: seat for name, seat in s.seats.items() if name not in fit.go}
-        new = {f"{s.name}-new{i}-{len(kept)}": Seat(spec) for i, spec in enumerate(specs[len(kept) :])}
-        found.append(Spot(s.name, fit.modes.get(s.name, s.mode), kept | new, s.offers))
+        kept = {} if s.name in fit.modes else {name: seat for name, seat in s.workers.items() if name not in fit.remove}
+        new = {f"{s.name}-new{i}-{len(kept)}": RunningWorker(spec) for i, spec in enumerate(specs[len(kept) :])}
+        found.append(NodeCapacity(s.name, fit.modes.get(s.name, s.mode), kept | new, s.offers))
     return found
 
 
 @st.composite
-def worlds(draw: st.DrawFn) -> tuple[list[Need], list[Spot], Bounds]:
+def worlds(draw: st.DrawFn) -> tuple[list[ResourceRequest], list[NodeCapacity], Bounds]:
     resources = [{}, {"GPU": 1.0}, {"CPU": 1.0}, {"GPU": 2.0}, {"BIG": 1.0}]
     needs = [
-        Need(each, slots, slots, str(i))
+        ResourceRequest(each, slots, slots, str(i))
         for i, each in enumerate(resources[: draw(st.integers(0, 5))])
         if (slots := draw(st.integers(0, 12)))
     ]
@@ -90,7 +89,7 @@ def worlds(draw: st.DrawFn) -> tuple[list[Need], list[Spot], Bounds]:
         mode = draw(st.sampled_from(sorted(offers)))
         running = draw(st.integers(0, 2))
         runs = [
-            {n: draw(st.integers(0, 3)) for n in range(len(needs)) if needs[n].fits(spec)}
+            {n: draw(st.integers(0, 3)) for n in range(len(needs)) if needs[n].slots_on(spec)}
             for spec in offers[mode][:running]
         ]
         spots.append(spot(f"n{i}", offers, mode, running, runs, draw(st.sampled_from([0, GIB // 4]))))
@@ -99,13 +98,13 @@ def worlds(draw: st.DrawFn) -> tuple[list[Need], list[Spot], Bounds]:
     return needs, spots, Bounds((draw(st.integers(0, 3)), 0, 0), most, limits)
 
 
-World = tuple[list[Need], list[Spot], Bounds]
+World = tuple[list[ResourceRequest], list[NodeCapacity], Bounds]
 
 
 @given(worlds())
 def test_never_more_than_a_mode_puts_there(world: World) -> None:
     needs, spots, bounds = world
-    fit = fitted(needs, spots, bounds)
+    fit = pack(needs, spots, bounds)
     for s, specs in zip(spots, after(fit, spots).values(), strict=True):
         mode = fit.modes.get(s.name, s.mode)
         assert Counter(map(repr, specs)) <= Counter(map(repr, s.offers[mode]))
@@ -115,10 +114,10 @@ def test_never_more_than_a_mode_puts_there(world: World) -> None:
 @given(worlds())
 def test_what_comes_keeps_the_upper_bounds(world: World) -> None:
     needs, spots, bounds = world
-    fit = fitted(needs, spots, bounds)
-    before = [seat.spec for s in spots for seat in s.seats.values()]
+    fit = pack(needs, spots, bounds)
+    before = [seat.spec for s in spots for seat in s.workers.values()]
     there = [spec for specs in after(fit, spots).values() for spec in specs]
-    if any(fit.come.values()):
+    if any(fit.add.values()):
         assert len(there) <= max(bounds.most[0], len(before))
         for kind, (_, most) in bounds.kinds.items():
             assert sum(kind in kinds(spec) for spec in there) <= max(most, sum(kind in kinds(spec) for spec in before))
@@ -128,7 +127,7 @@ def test_what_comes_keeps_the_upper_bounds(world: World) -> None:
 def test_the_lower_bound_is_kept_as_far_as_there_is_room(world: World) -> None:
     needs, spots, bounds = world
     bounds = Bounds(bounds.least, bounds.most)
-    there = after(fitted(needs, spots, bounds), spots)
+    there = after(pack(needs, spots, bounds), spots)
     room = sum(len(s.offers[s.mode]) for s in spots)
     assert sum(map(len, there.values())) >= min(bounds.least[0], bounds.most[0], room) or any(
         s.mode != next(iter(s.offers)) for s in spots
@@ -140,18 +139,21 @@ def test_the_same_again_once_it_is_done(world: World) -> None:
     """No flapping: it comes to rest, where an upper bound was in the way once those in its way have gone."""
     needs, spots, bounds = world
     for _ in range(3):
-        spots = applied(fitted(needs, spots, bounds), spots)
-    assert not fitted(needs, spots, bounds).changes
+        spots = applied(pack(needs, spots, bounds), spots)
+    assert not pack(needs, spots, bounds).changes
 
 
 @given(worlds(), st.integers(1, 6))
 def test_more_demand_never_means_fewer_slots(world: World, more: int) -> None:
     needs, spots, _ = world
     needs = [need for need in needs if not need.resources][:1] or [TASK]
-    spots = [Spot(s.name, s.mode, {n: Seat(seat.spec) for n, seat in s.seats.items()}, s.offers) for s in spots]
-    larger = [Need({}, needs[0].slots + more)]
+    spots = [
+        NodeCapacity(s.name, s.mode, {n: RunningWorker(seat.spec) for n, seat in s.workers.items()}, s.offers)
+        for s in spots
+    ]
+    larger = [ResourceRequest({}, needs[0].slots + more)]
     count = [
-        sum(amount(spec)[1] for specs in after(fitted(n, spots, Bounds()), spots).values() for spec in specs)
+        sum(amount(spec)[1] for specs in after(pack(n, spots, Bounds()), spots).values() for spec in specs)
         for n in (needs, larger)
     ]
     assert count[0] <= count[1]
@@ -160,116 +162,123 @@ def test_more_demand_never_means_fewer_slots(world: World, more: int) -> None:
 @given(worlds())
 def test_nothing_that_holds_data_goes_without_room_for_it(world: World) -> None:
     needs, spots, bounds = world
-    fit = fitted(needs, spots, bounds)
-    held = sum(seat.nbytes for s in spots for seat in s.seats.values())
+    fit = pack(needs, spots, bounds)
+    held = sum(seat.nbytes for s in spots for seat in s.workers.values())
     there = [spec for specs in after(fit, spots).values() for spec in specs]
-    if fit.go and held:
+    if fit.remove and held:
         assert sum(spec.memory_limit or math.inf for spec in there) >= 2 * held
 
 
 @given(worlds())
 def test_who_has_tasks_stays_unless_its_node_changes(world: World) -> None:
     needs, spots, bounds = world
-    fit = fitted(needs, spots, bounds)
-    assert not fit.go & {name for s in spots for name, seat in s.seats.items() if any(seat.runs.values())}
+    fit = pack(needs, spots, bounds)
+    assert not fit.remove & {name for s in spots for name, seat in s.workers.items() if any(seat.tasks.values())}
 
 
 @given(worlds())
 def test_nothing_happens_to_who_may_not_go(world: World) -> None:
     needs, spots, bounds = world
-    fit = fitted(needs, spots, bounds, lambda name: False)
-    assert not fit.go
+    fit = pack(needs, spots, bounds, lambda name: False)
+    assert not fit.remove
     for s in spots:
         if s.name in fit.modes:  # some tasks have no other place
-            assert any(any(need.fits(spec) for need in needs if need.slots) for spec in fit.come[s.name])
+            assert any(any(need.slots_on(spec) for need in needs if need.slots) for spec in fit.add[s.name])
 
 
 def test_tasks_bring_workers_up_spread_over_nodes() -> None:
     spots = [spot("a", CPU), spot("b", CPU)]
-    assert {n: len(specs) for n, specs in fitted([Need({}, 3)], spots, Bounds()).come.items()} == {"a": 1, "b": 1}
-    assert not fitted([], spots, Bounds()).changes
-    fit = fitted([Need({}, 99)], spots, Bounds())
-    assert (sum(map(len, fit.come.values())), fit.short) == (4, {0: 91})
+    assert {n: len(specs) for n, specs in pack([ResourceRequest({}, 3)], spots, Bounds()).add.items()} == {
+        "a": 1,
+        "b": 1,
+    }
+    assert not pack([], spots, Bounds()).changes
+    fit = pack([ResourceRequest({}, 99)], spots, Bounds())
+    assert (sum(map(len, fit.add.values())), fit.missing) == (4, {0: 91})
 
 
 def test_idle_workers_go_those_first_that_hold_least() -> None:
     spots = [spot("a", CPU, running=2, nbytes=10), spot("b", CPU, running=2)]
-    assert fitted([], spots, Bounds()).go == {"b-0", "b-1", "a-0"}, "one stays with the data"
-    assert fitted([], spots, Bounds((2, 0, 0))).go == {"b-0", "b-1"}
-    assert fitted([], [spot("b", CPU, running=2)], Bounds()).go == {"b-0", "b-1"}
+    assert pack([], spots, Bounds()).remove == {"b-0", "b-1", "a-0"}, "one stays with the data"
+    assert pack([], spots, Bounds((2, 0, 0))).remove == {"b-0", "b-1"}
+    assert pack([], [spot("b", CPU, running=2)], Bounds()).remove == {"b-0", "b-1"}
 
 
 def test_gpu_tasks_change_the_mode_of_the_node_that_gives_up_least() -> None:
     spots = [spot("a", CPU, running=2), spot("b", BOTH, running=2, runs=[{1: 1}]), spot("c", BOTH, running=2)]
-    fit = fitted([Need({"GPU": 1.0}, 2), Need({}, 1)], spots, Bounds(), lambda name: False)
-    assert (fit.modes, {n: len(specs) for n, specs in fit.come.items()}) == ({"c": "gpu"}, {"c": 2})
-    more = fitted([Need({"GPU": 1.0}, 3), Need({}, 1)], spots, Bounds(), lambda name: False)
+    fit = pack([ResourceRequest({"GPU": 1.0}, 2), ResourceRequest({}, 1)], spots, Bounds(), lambda name: False)
+    assert (fit.modes, {n: len(specs) for n, specs in fit.add.items()}) == ({"c": "gpu"}, {"c": 2})
+    more = pack([ResourceRequest({"GPU": 1.0}, 3), ResourceRequest({}, 1)], spots, Bounds(), lambda name: False)
     assert more.modes == {"b": "gpu", "c": "gpu"}
-    limited = fitted([Need({"GPU": 1.0}, 3), Need({}, 1)], spots, Bounds(kinds={"gpu": (0, 1)}), lambda name: False)
-    assert {n: len(specs) for n, specs in limited.come.items()} == {"c": 1}
-    assert limited.short == {0: 2}
+    limited = pack(
+        [ResourceRequest({"GPU": 1.0}, 3), ResourceRequest({}, 1)],
+        spots,
+        Bounds(kinds={"gpu": (0, 1)}),
+        lambda name: False,
+    )
+    assert {n: len(specs) for n, specs in limited.add.items()} == {"c": 1}
+    assert limited.missing == {0: 2}
 
 
 def test_a_node_goes_back_when_its_tasks_are_done() -> None:
     busy = spot("a", BOTH, "gpu", running=2, runs=[{0: 1}])
-    fit = fitted([TRAIN, Need({}, 4)], [busy], Bounds())
+    fit = pack([TRAIN, ResourceRequest({}, 4)], [busy], Bounds())
     assert not fit.modes
-    assert fit.go == frozenset(), "tasks without a wish run on GPU workers too"
+    assert fit.remove == frozenset(), "tasks without a wish run on GPU workers too"
     idle = spot("a", BOTH, "gpu", running=2)
-    fit = fitted([Need({}, 4)], [idle], Bounds())
-    assert (fit.modes, len(fit.come["a"])) == ({"a": "cpu"}, 2)
-    assert fitted([Need({}, 1)], [idle], Bounds(), lambda name: False).modes == {}, "not yet"
-    assert fitted([], [idle], Bounds()).modes == {"a": "cpu"}
+    fit = pack([ResourceRequest({}, 4)], [idle], Bounds())
+    assert (fit.modes, len(fit.add["a"])) == ({"a": "cpu"}, 2)
+    assert pack([ResourceRequest({}, 1)], [idle], Bounds(), lambda name: False).modes == {}, "not yet"
+    assert pack([], [idle], Bounds()).modes == {"a": "cpu"}
 
 
 def test_what_no_node_can_run_is_said_and_brings_nothing() -> None:
     spots = [spot("a", CPU), spot("b", BOTH)]
     for resources in ({"BIG": 1.0}, {"GPU": 2.0}, {"CPU": 3.0}):
-        need = Need(resources, 60)
-        fit = fitted([need], spots, Bounds())
+        need = ResourceRequest(resources, 60)
+        fit = pack([need], spots, Bounds())
         assert (fit.unmet, fit.changes) == ((need,), False)
 
 
 def test_a_worker_runs_as_many_as_its_resources_allow() -> None:
     big = WorkerSpec("custom", "distributed.Nanny", nthreads=8, resources={"MEMORY": 100e9})
-    assert Need({"MEMORY": 70e9}, 2).fits(big) == 1
-    assert Need({"MEMORY": 30e9}, 9).fits(big) == 3
-    assert Need({}, 9).fits(big) == 8
-    fit = fitted([Need({"MEMORY": 70e9}, 2)], [spot("a", {"cpu": (big, big, big)})], Bounds())
-    assert len(fit.come["a"]) == 2
+    assert ResourceRequest({"MEMORY": 70e9}, 2).slots_on(big) == 1
+    assert ResourceRequest({"MEMORY": 30e9}, 9).slots_on(big) == 3
+    assert ResourceRequest({}, 9).slots_on(big) == 8
+    fit = pack([ResourceRequest({"MEMORY": 70e9}, 2)], [spot("a", {"cpu": (big, big, big)})], Bounds())
+    assert len(fit.add["a"]) == 2
 
 
 def test_memory_in_use_brings_twice_as_many() -> None:
     spots = [spot("a", CPU, running=1, nbytes=int(0.7 * GIB)), spot("b", CPU)]
-    assert sum(map(len, fitted([], spots, Bounds()).come.values())) == 1
+    assert sum(map(len, pack([], spots, Bounds()).add.values())) == 1
 
 
 @pytest.mark.parametrize("least", [(3, 0, 0), (0, 5, 0), (0, 0, 2 * GIB + 1)])
 def test_lower_bounds_in_every_unit(least: Any) -> None:
     spots = [spot("a", CPU, running=1), spot("b", CPU)]
-    assert sum(map(len, fitted([], spots, Bounds(least)).come.values())) == 2
+    assert sum(map(len, pack([], spots, Bounds(least)).add.values())) == 2
 
 
 def test_the_change_is_the_least() -> None:
     """Equal nodes: those that run something are used, in the order in which they were given."""
     spots = [spot(name, CPU, running=1) for name in "abc"]
-    fit = fitted([Need({}, 5)], spots, Bounds())
-    assert not any(fit.come.values())
-    assert not fit.go
-    fit = fitted([Need({}, 1)], spots, Bounds())
-    assert len(fit.go) == 2
-    assert difference({}, ()).come == ()
+    fit = pack([ResourceRequest({}, 5)], spots, Bounds())
+    assert not any(fit.add.values())
+    assert not fit.remove
+    fit = pack([ResourceRequest({}, 1)], spots, Bounds())
+    assert len(fit.remove) == 2
 
 
 def test_what_there_must_be_is_on_ordinary_nodes() -> None:
     """A worker in standby that is busy does not count for the minimum: its host could never be let go."""
     home, extra = spot("home", CPU), replace(spot("extra", CPU, running=1, runs=[{0: 1}]), extra=True)
-    fit = fitted([Need({}, 1, 1)], [home, extra], Bounds(least=(1, 0, 0)))
-    assert (set(fit.come), fit.go) == ({"home"}, frozenset())
+    fit = pack([ResourceRequest({}, 1, 1)], [home, extra], Bounds(least=(1, 0, 0)))
+    assert (set(fit.add), fit.remove) == ({"home"}, frozenset())
     home, extra = spot("home", CPU, running=1), replace(spot("extra", CPU, running=1), extra=True)
-    fit = fitted([], [extra, home], Bounds(least=(1, 0, 0)))
-    assert (fit.come, fit.go) == ({}, {"extra-0"})
+    fit = pack([], [extra, home], Bounds(least=(1, 0, 0)))
+    assert (fit.add, fit.remove) == ({}, {"extra-0"})
     # Where they have no room it does.
     home, extra = spot("home", {"cpu": ()}), replace(spot("extra", CPU, running=1, runs=[{0: 1}]), extra=True)
-    fit = fitted([Need({}, 1, 1)], [home, extra], Bounds(least=(1, 0, 0)))
-    assert (fit.come, fit.go, fit.lacking) == ({}, frozenset(), 0)
+    fit = pack([ResourceRequest({}, 1, 1)], [home, extra], Bounds(least=(1, 0, 0)))
+    assert (fit.add, fit.remove, fit.shortfall) == ({}, frozenset(), 0)

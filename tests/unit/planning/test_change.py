@@ -8,8 +8,11 @@ from collections.abc import Iterable, Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentcluster.model import WorkerSpec
-from agentcluster.scheduler.planning.change import Amount, Change, Held, difference, filled, scaled
+from agentcluster.model import Hardware, Mode, NodePlan, WorkerSpec
+from agentcluster.scheduler.planning.change import NodeChange, change_to, change_without
+from agentcluster.scheduler.planning.demand import Amount
+from agentcluster.scheduler.planning.nodes import Node
+from agentcluster.scheduler.planning.scaling import Load, choose_nodes, choose_workers
 
 SPECS = st.builds(
     WorkerSpec,
@@ -30,28 +33,57 @@ def counted(specs: Iterable[WorkerSpec]) -> Counter[str]:
     return Counter(map(repr, specs))
 
 
+MODE = Mode("auto-cpu")
+
+
+def running(*specs: WorkerSpec) -> Node:
+    """Return a node whose workers have these settings."""
+    plan = NodePlan(1, MODE, {f"n-{i}": spec for i, spec in enumerate(specs)})
+    return Node("n", "tcp://n:1", Hardware("host", 8, 2**30), plan=plan)
+
+
 @given(st.lists(SPECS, max_size=8), st.lists(SPECS, max_size=8))
 def test_what_stays_and_comes_is_what_is_wanted(now: list[WorkerSpec], wanted: list[WorkerSpec]) -> None:
-    current = {f"n-{i}": spec for i, spec in enumerate(now)}
-    change = difference(current, wanted)
-    assert counted([*change.keep.values(), *change.come]) == counted(wanted)
-    assert {**change.keep, **{name: current[name] for name in change.go}} == current
-    assert not set(change.keep) & set(change.go)
-    assert len(change.go) == len(set(change.go))
+    node = running(*now)
+    change = change_to(node, MODE, wanted)
+    assert counted([*change.keep.values(), *change.add]) == counted(wanted)
+    assert {**change.keep, **change.remove} == node.plan.workers
+    assert not set(change.keep) & set(change.remove)
 
 
 @given(st.lists(SPECS, max_size=8), st.lists(SPECS, max_size=8))
 def test_as_many_stay_as_can(now: list[WorkerSpec], wanted: list[WorkerSpec]) -> None:
-    change = difference({f"n-{i}": spec for i, spec in enumerate(now)}, wanted)
+    change = change_to(running(*now), MODE, wanted)
     assert len(change.keep) == (counted(now) & counted(wanted)).total()
-    assert not counted(change.come) & (counted(now) - counted(change.keep.values()))
+    assert not counted(change.add) & (counted(now) - counted(change.keep.values()))
 
 
 def test_the_first_of_equal_workers_stay() -> None:
-    current = {"n-0": cpu(1), "n-1": cpu(2), "n-2": cpu(1), "n-3": cpu(1)}
-    assert difference(current, [cpu(1), cpu(4), cpu(1)]) == Change(
-        {"n-0": cpu(1), "n-2": cpu(1)}, ("n-1", "n-3"), (cpu(4),)
+    node = running(cpu(1), cpu(2), cpu(1), cpu(1))
+    keep, remove = {"n-0": cpu(1), "n-2": cpu(1)}, {"n-1": cpu(2), "n-3": cpu(1)}
+    assert change_to(node, MODE, [cpu(1), cpu(4), cpu(1)]) == NodeChange(node, MODE, keep, remove, (cpu(4),))
+
+
+def test_a_change_without_workers_keeps_the_others() -> None:
+    node = running(cpu(1), cpu(2))
+    change = change_without(node, MODE, {"n-0", "of another node"}, [cpu(3)])
+    assert change == NodeChange(node, MODE, {"n-1": cpu(2)}, {"n-0": cpu(1)}, (cpu(3),))
+    assert (change.old, change.new) == (("n-0",), {})
+
+
+def test_the_workers_that_come_and_those_that_are_restored_by_name() -> None:
+    change = NodeChange(running(cpu(1)), MODE, {}, {"n-0": cpu(1)}, (cpu(2), cpu(3)), ("n-1", "n-2"), ("n-3",))
+    assert change.new == {"n-1": cpu(2), "n-2": cpu(3)}
+    assert change.restored == {"n-3": cpu(1)}
+    report = change.report()
+    assert (report.node, report.mode, report.old, report.new, report.kept) == (
+        "n",
+        "auto-cpu",
+        ("n-0",),
+        ("n-1", "n-2"),
+        (),
     )
+    assert "1 x 2 threads" in report.shape
 
 
 @st.composite
@@ -69,9 +101,9 @@ def workers(
     current: Mapping[str, Mapping[str, int]], capacity: Mapping[str, int], total: int
 ) -> tuple[set[str], dict[str, int]]:
     """Scale by number of workers; a node has room for as many as its capacity is."""
-    held = {n: {name: Held(nbytes, (1,)) for name, nbytes in group.items()} for n, group in current.items()}
+    held = {n: {name: Load(nbytes, (1,)) for name, nbytes in group.items()} for n, group in current.items()}
     room = {n: [(1,)] * max(0, capacity[n] - len(group)) for n, group in current.items()}
-    go, come = scaled(held, room, (total,))
+    go, come = choose_workers(held, room, (total,))
     return go, {n: len(indexes) for n, indexes in come.items()}
 
 
@@ -156,9 +188,9 @@ UNITS = st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4))
 def test_nothing_goes_or_comes_in_vain(
     now: list[list[tuple[int, Amount]]], offers: list[list[Amount]], wanted: Amount
 ) -> None:
-    current = {f"n{i}": {f"n{i}-{j}": Held(*each) for j, each in enumerate(group)} for i, group in enumerate(now)}
+    current = {f"n{i}": {f"n{i}-{j}": Load(*each) for j, each in enumerate(group)} for i, group in enumerate(now)}
     room = {node: offers[i] for i, node in enumerate(current)}
-    go, come = scaled(current, room, wanted)
+    go, come = choose_workers(current, room, wanted)
 
     def total(amounts: Iterable[Amount]) -> list[float]:
         return [sum(column) for column in zip((0, 0, 0), *amounts, strict=True)]
@@ -186,18 +218,18 @@ def test_nothing_goes_or_comes_in_vain(
 
 
 def test_threads_and_memory_by_example() -> None:
-    current = {"a": {"a-0": Held(9, (1, 2, 10)), "a-1": Held(0, (1, 2, 10))}, "b": {}}
+    current = {"a": {"a-0": Load(9, (1, 2, 10)), "a-1": Load(0, (1, 2, 10))}, "b": {}}
     room: dict[str, list[Amount]] = {"a": [(1, 2, 10)], "b": [(1, 16, 0), (1, 4, 100)]}
-    assert scaled(current, room, (0, 2, 0)) == ({"a-1"}, {"a": [], "b": []})
-    assert scaled(current, room, (0, 3, 0)) == (set(), {"a": [], "b": []})
-    assert scaled(current, room, (0, 5, 0)) == (set(), {"a": [], "b": [0]})
-    assert scaled(current, room, (0, 0, 40)) == (set(), {"a": [], "b": [1]})
+    assert choose_workers(current, room, (0, 2, 0)) == ({"a-1"}, {"a": [], "b": []})
+    assert choose_workers(current, room, (0, 3, 0)) == (set(), {"a": [], "b": []})
+    assert choose_workers(current, room, (0, 5, 0)) == (set(), {"a": [], "b": [0]})
+    assert choose_workers(current, room, (0, 0, 40)) == (set(), {"a": [], "b": [1]})
 
 
-def test_which_nodes_are_filled() -> None:
+def test_which_nodes_are_choose_nodes() -> None:
     nbytes = {"a": 5, "b": None, "c": 0, "d": None}
-    assert filled(nbytes, 0) == (["c", "a"], [])
-    assert filled(nbytes, 1) == (["c"], [])
-    assert filled(nbytes, 2) == ([], [])
-    assert filled(nbytes, 3) == ([], ["b"])
-    assert filled(nbytes, 9) == ([], ["b", "d"])
+    assert choose_nodes(nbytes, 0) == (["c", "a"], [])
+    assert choose_nodes(nbytes, 1) == (["c"], [])
+    assert choose_nodes(nbytes, 2) == ([], [])
+    assert choose_nodes(nbytes, 3) == ([], ["b"])
+    assert choose_nodes(nbytes, 9) == ([], ["b", "d"])

@@ -11,7 +11,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.requests import OnFailure, Strategy
+from agentcluster.scheduler.planning.change import NodeChange
+from agentcluster.scheduler.planning.nodes import Node
 from agentcluster.scheduler.planning.rollout import (
     BackEnded,
     Cancel,
@@ -32,7 +35,6 @@ from agentcluster.scheduler.planning.wave import (
     Event,
     GiveUpRetiring,
     GiveUpStarting,
-    NodeChange,
     Retired,
     RetireNew,
     RetireOld,
@@ -56,6 +58,14 @@ EVERY_EVENT: tuple[Event, ...] = (
     *(kind(node) for node in NODES for kind in (Started, Stopped)),
     *(StartFailed(node, "broken") for node in NODES),
 )
+
+
+def node_change(name: str, old: Sequence[str], new: tuple[str, ...], restored: tuple[str, ...] = ()) -> NodeChange:
+    """Return a change of the named workers; their settings do not matter here."""
+    spec = WorkerSpec("cpu", "distributed.Nanny")
+    node = Node(name, f"tcp://{name}:1", Hardware(name, 8, 2**30))
+    remove, add = dict.fromkeys(old, spec), (spec,) * len(new)
+    return NodeChange(node, Mode("none"), remove=remove, add=add, names=new, restore_names=restored)
 
 
 def answers(command: Command) -> list[Event]:
@@ -137,7 +147,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.obey(command)
 
     def obey(self, command: RolloutCommand | None) -> None:
-        """Carry a rollout's command out as `Rolling` does."""
+        """Carry a rollout's command out as `RolloutRun` does."""
         match command:
             case RunWave(nodes):
                 assert nodes not in self.waves_run, f"{nodes} ran twice"
@@ -166,7 +176,7 @@ class AnyOrder(RuleBasedStateMachine):
             for node in alive:
                 go = tuple(sorted(self.running[node]))
                 back = self.names(node, len(go) if strategy == "replace" else 0, "back")
-                changes.append(NodeChange(node, go, self.names(node, sizes[node], "new"), back))
+                changes.append(node_change(node, go, self.names(node, sizes[node], "new"), back))
             self.wave = Wave(tuple(changes), strategy, self.rollout.on_failure == "continue")
             if self.rollout.cancelled is not None and self.rollout.state == "running":
                 self.wave, _ = advance(self.wave, Cancelled(self.rollout.cancelled))
@@ -185,7 +195,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def change(self, node: str) -> NodeChange:
         assert self.wave is not None
-        [found] = [each for each in self.wave.changes if each.node == node]
+        [found] = [each for each in self.wave.changes if each.name == node]
         return found
 
     def take(self, commands: Sequence[Command]) -> None:
@@ -202,25 +212,25 @@ class AnyOrder(RuleBasedStateMachine):
         changes = self.wave.changes
         match command:
             case Start(node, workers):
-                assert workers in (self.change(node).come, self.change(node).back)
+                assert workers in (self.change(node).names, self.change(node).restore_names)
                 assert workers
                 if self.wave.strategy == "replace":
                     assert not self.running[node], "new workers came before the old had gone"
             case RetireOld(workers):
                 for each in changes:
-                    if each.go and each.go[0] in workers:
-                        assert set(each.go) <= set(workers)
+                    if each.old and each.old[0] in workers:
+                        assert set(each.old) <= set(workers)
                         if self.wave.strategy == "surge":
                             self.all_new_are_there(each)
             case RetireNew(workers):
                 assert self.wave.strategy == "surge"
-                new = {worker for each in changes for worker in each.come}
+                new = {worker for each in changes for worker in each.names}
                 assert set(workers) == new & set().union(*self.running.values()) | self.gone(workers)
             case Stop(node, workers):
                 assert workers
                 assert set(workers) <= self.running[node] | self.gone(workers), "what did not run was stopped"
                 assert not set(workers) & self.holding, "a worker was stopped that held the only copy of something"
-                if self.wave.strategy == "surge" and set(workers) & set(self.change(node).go):
+                if self.wave.strategy == "surge" and set(workers) & set(self.change(node).old):
                     self.all_new_are_there(self.change(node))
             case GiveUpRetiring():
                 assert any(isinstance(each, RetireOld) for each in self.due)
@@ -231,8 +241,8 @@ class AnyOrder(RuleBasedStateMachine):
         return {worker for worker in workers if worker.split("-")[0] in self.lost}
 
     def all_new_are_there(self, change: NodeChange) -> None:
-        if change.node not in self.lost:
-            assert set(change.come) <= self.running[change.node], "the old were to go before the new were there"
+        if change.name not in self.lost:
+            assert set(change.names) <= self.running[change.name], "the old were to go before the new were there"
 
     # -- events --------------------------------------------------------------------------------------------------------
 
@@ -258,22 +268,22 @@ class AnyOrder(RuleBasedStateMachine):
         assert not self.due
         wave, self.wave = self.wave, None
         for each in wave.changes:
-            if each.node in self.lost:
+            if each.name in self.lost:
                 continue
-            runs = self.running[each.node]
-            failed = each.node in wave.failed_nodes
-            may_be = {frozenset(each.go), frozenset(each.back)} if failed else {frozenset(each.come)}
-            if wave.both and each.node in wave.started:
-                may_be = {frozenset((*each.go, *each.come))}
+            runs = self.running[each.name]
+            failed = each.name in wave.failed_nodes
+            may_be = {frozenset(each.old), frozenset(each.restore_names)} if failed else {frozenset(each.names)}
+            if wave.both and each.name in wave.started:
+                may_be = {frozenset((*each.old, *each.names))}
             if failed and (
                 wave.strategy == "replace"
-                and f"not restored: {each.node} is broken" in dict((why, node) for node, why in wave.failures)
+                and f"not restored: {each.name} is broken" in dict((why, node) for node, why in wave.failures)
             ):
                 may_be.add(frozenset())
             assert frozenset(runs) in may_be, f"{each} ended as {sorted(runs)}"
             assert runs <= self.holding, "a worker that runs is out of the scheduler"
         assert wave.phase == "done" or wave.failures
-        self.ended |= wave.failed_nodes | {each.node for each in wave.changes if each.node in self.lost}
+        self.ended |= wave.failed_nodes | {each.name for each in wave.changes if each.name in self.lost}
         self.next_wave()
 
     @precondition(lambda self: self.due)
@@ -382,13 +392,13 @@ TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=40, deadl
 
 def change(node: str, go: int, come: int, back: int = 0) -> NodeChange:
     names = ((f"{node}-{what}-{i}" for i in range(n)) for what, n in (("old", go), ("new", come), ("back", back)))
-    return NodeChange(node, *map(tuple, names))
+    return node_change(node, *map(tuple, names))
 
 
 A, B = change("n0", 1, 1), change("n1", 2, 1)
 OLD = ("n0-old-0", "n1-old-0", "n1-old-1")
 NEW = ("n0-new-0", "n1-new-0")
-STARTS = [Start("n0", A.come), Start("n1", B.come)]
+STARTS = [Start("n0", A.names), Start("n1", B.names)]
 C, D = change("n0", 1, 1, back=1), change("n1", 2, 1, back=2)
 
 
@@ -405,7 +415,7 @@ def play(wave: Wave, *events: Event) -> tuple[Wave, list[list[Command]]]:
 def test_surge_starts_then_retires_then_stops() -> None:
     events = (Started("n1"), Started("n0"), Retired(), Stopped("n0"), Stopped("n1"))
     wave, given = play(Wave((A, B)), *events)
-    assert given == [STARTS, [], [RetireOld(OLD)], [Stop("n0", A.go), Stop("n1", B.go)], [], []]
+    assert given == [STARTS, [], [RetireOld(OLD)], [Stop("n0", A.old), Stop("n1", B.old)], [], []]
     assert wave == Wave((A, B), phase="done", started=frozenset({"n0", "n1"}))
     assert not wave.failed_nodes
 
@@ -413,7 +423,7 @@ def test_surge_starts_then_retires_then_stops() -> None:
 def test_surge_a_failed_start_is_settled_once_the_others_have() -> None:
     events = (StartFailed("n0", "no CUDA"), Started("n1"), Retired(), Stopped("n1"))
     wave, given = play(Wave((A, B)), *events)
-    assert given == [STARTS, [], [RetireNew(B.come)], [Stop("n1", B.come)], []]
+    assert given == [STARTS, [], [RetireNew(B.names)], [Stop("n1", B.names)], []]
     assert wave.phase == "failed"
     assert not wave.both
     assert wave.failures == (("n0", "no CUDA"),)
@@ -430,7 +440,7 @@ def test_surge_when_no_start_succeeds_there_is_nothing_to_undo() -> None:
 def test_surge_tolerant_leaves_out_whoever_does_not_start() -> None:
     events = (StartFailed("n0", "no CUDA"), Started("n1"), Retired(), Stopped("n1"))
     wave, given = play(Wave((A, B), tolerant=True), *events)
-    assert given == [STARTS, [], [RetireOld(B.go)], [Stop("n1", B.go)], []]
+    assert given == [STARTS, [], [RetireOld(B.old)], [Stop("n1", B.old)], []]
     assert wave.phase == "done"
     assert wave.failed_nodes == {"n0"}
 
@@ -444,7 +454,7 @@ def test_surge_tolerant_fails_when_nobody_starts() -> None:
 def test_surge_a_refused_retirement_takes_the_new_away_again() -> None:
     events = (Started("n0"), Started("n1"), RetireRefused("no room"), Retired(), Stopped("n1"), Stopped("n0"))
     wave, given = play(Wave((A, B)), *events)
-    assert given[3:] == [[RetireNew(NEW)], [Stop("n0", A.come), Stop("n1", B.come)], [], []]
+    assert given[3:] == [[RetireNew(NEW)], [Stop("n0", A.names), Stop("n1", B.names)], [], []]
     assert wave.phase == "failed"
     assert not wave.both
     assert wave.failures == (("", "no room"),)
@@ -462,7 +472,7 @@ def test_surge_when_neither_can_be_retired_both_run() -> None:
 def test_surge_cancelled_while_workers_start_waits_for_the_answers_and_takes_them_away() -> None:
     events = (Started("n0"), Cancelled("enough"), StartFailed("n1", "given up"), Retired(), Stopped("n0"))
     wave, given = play(Wave((A, B)), *events)
-    assert given == [STARTS, [], [GiveUpStarting()], [RetireNew(A.come)], [Stop("n0", A.come)], []]
+    assert given == [STARTS, [], [GiveUpStarting()], [RetireNew(A.names)], [Stop("n0", A.names)], []]
     assert wave.phase == "failed"
     assert ("", "enough") in wave.failures
 
@@ -470,11 +480,11 @@ def test_surge_cancelled_while_workers_start_waits_for_the_answers_and_takes_the
 def test_surge_cancelled_while_data_moves() -> None:
     started = (Started("n0"), Started("n1"), Cancelled("enough"))
     wave, given = play(Wave((A, B)), *started, RetireRefused("given up"), Retired())
-    assert given[3:] == [[GiveUpRetiring()], [RetireNew(NEW)], [Stop("n0", A.come), Stop("n1", B.come)]]
+    assert given[3:] == [[GiveUpRetiring()], [RetireNew(NEW)], [Stop("n0", A.names), Stop("n1", B.names)]]
     assert wave.failures == (("", "enough"),)
     # The data was quicker.
     wave, given = play(Wave((A, B)), *started, Retired())
-    assert given[-1] == [Stop("n0", A.go), Stop("n1", B.go)]
+    assert given[-1] == [Stop("n0", A.old), Stop("n1", B.old)]
     assert wave.phase == "stopping"
 
 
@@ -530,15 +540,15 @@ def test_no_change_is_done_at_once(strategy: Strategy, changes: tuple[NodeChange
 def test_a_node_that_only_loses_workers_waits_for_the_others() -> None:
     less, more = change("n0", 1, 0), change("n1", 0, 1)
     wave, given = play(Wave((less, more)), Started("n1"), Retired(), Stopped("n0"))
-    assert given == [[Start("n1", more.come)], [RetireOld(less.go)], [Stop("n0", less.go)], []]
+    assert given == [[Start("n1", more.names)], [RetireOld(less.old)], [Stop("n0", less.old)], []]
     assert wave.phase == "done"
 
 
 def test_replace_retires_then_stops_then_starts() -> None:
     events = (Retired(), Stopped("n1"), Stopped("n0"), Started("n0"), Started("n1"))
     wave, given = play(Wave((C, D), "replace"), *events)
-    stops = [Stop("n0", C.go), Stop("n1", D.go)]
-    assert given == [[RetireOld(OLD)], stops, [], [Start("n0", C.come), Start("n1", D.come)], [], []]
+    stops = [Stop("n0", C.old), Stop("n1", D.old)]
+    assert given == [[RetireOld(OLD)], stops, [], [Start("n0", C.names), Start("n1", D.names)], [], []]
     assert wave.phase == "done"
     assert not wave.failed_nodes
 
@@ -553,7 +563,7 @@ def test_replace_a_refused_retirement_leaves_the_old() -> None:
 def test_replace_restores_the_old_plan_where_the_new_does_not_start() -> None:
     gone = (Retired(), Stopped("n0"), Stopped("n1"))
     wave, given = play(Wave((C, D), "replace"), *gone, StartFailed("n0", "no CUDA"), Started("n1"), Started("n0"))
-    assert given[5:] == [[Start("n0", C.back)], []]
+    assert given[5:] == [[Start("n0", C.restore_names)], []]
     assert wave.phase == "failed"
     assert wave.restored == {"n0"}
     assert wave.failed_nodes == {"n0"}, "n1 has its new workers"

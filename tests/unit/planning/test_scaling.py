@@ -12,7 +12,7 @@ from agentcluster.errors import ConfigError
 from agentcluster.model import Gpu, Hardware, Mode, WorkerSpec
 from agentcluster.requests import ScaleTarget
 from agentcluster.scheduler.planning.nodes import Node, Registry
-from agentcluster.scheduler.planning.scaling import Answer, answered
+from agentcluster.scheduler.planning.scaling import ScalePlan, plan_scale
 
 GIB = 2**30
 SPEC = modes.parse(
@@ -36,20 +36,20 @@ def node(name: str, mode: Mode | str, *, cpus: int = 4, gpus: int = 0, running: 
     return found
 
 
-def ask(target: ScaleTarget, *nodes: Node, nbytes: dict[str, int] | None = None) -> Answer:
-    return answered(target, nodes, {each.name: each.plan.mode for each in nodes}, nbytes or {})
+def ask(target: ScaleTarget, *nodes: Node, nbytes: dict[str, int] | None = None) -> ScalePlan:
+    return plan_scale(target, nodes, {each.name: each.plan.mode for each in nodes}, nbytes or {})
 
 
-def after(answer: Answer) -> dict[str, list[WorkerSpec]]:
-    return {name: [*change.keep.values(), *change.come] for name, (_, change) in answer.wishes.items()}
+def after(answer: ScalePlan) -> dict[str, list[WorkerSpec]]:
+    return {name: [*change.keep.values(), *change.add] for name, change in answer.changes.items()}
 
 
-def counts(answer: Answer) -> dict[str, Counter[str]]:
+def counts(answer: ScalePlan) -> dict[str, Counter[str]]:
     return {name: Counter(spec.kind for spec in specs) for name, specs in after(answer).items()}
 
 
-def gone(answer: Answer) -> set[str]:
-    return {worker for _, change in answer.wishes.values() for worker in change.go}
+def gone(answer: ScalePlan) -> set[str]:
+    return {worker for change in answer.changes.values() for worker in change.remove}
 
 
 FOUR = Mode("auto-cpu", {"nworkers": 4})
@@ -102,12 +102,12 @@ def test_a_node_gets_both_where_a_kind_is_missing() -> None:
     """The one that holds least; whoever is not named stays as it is elsewhere."""
     nodes = node("a", FOUR, gpus=1), node("b", FOUR, gpus=1), node("c", FOUR)
     answer = ask(ScaleTarget(kinds={"gpu": 1}), *nodes, nbytes={"a-0": 5})
-    assert {name: mode.name for name, (mode, _) in answer.wishes.items()} == {
+    assert {name: change.mode.name for name, change in answer.changes.items()} == {
         "a": "auto-cpu",
         "b": "mixed",
         "c": "auto-cpu",
     }
-    assert answer.wishes["b"][0].config == {"cpu": {"nworkers": 4}}
+    assert answer.changes["b"].mode.config == {"cpu": {"nworkers": 4}}
     assert counts(answer) == {"a": {"cpu": 4}, "b": {"gpu": 1, "cpu": 4}, "c": {"cpu": 4}}
     assert gone(answer) == {"b-0", "b-1", "b-2", "b-3"}  # smaller ones come beside the GPU's
     both = ask(ScaleTarget(kinds={"gpu": 2, "cpu": 3}), *nodes)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from agentcluster.client.hosts import LONGEST_RETRY, RETRY, Reserve
 from agentcluster.model import Gpu, Hardware, WorkerSpec
 from agentcluster.requests import AdaptiveRequest
-from agentcluster.scheduler.planning.binpacking import Fit, called_up, fitted
-from agentcluster.scheduler.planning.demand import Bounds, Need, Seat, Spot
+from agentcluster.scheduler.planning.binpacking import Packing, pack, select_hosts
+from agentcluster.scheduler.planning.demand import Bounds, NodeCapacity, ResourceRequest, RunningWorker
 
 GIB = 2**30
 SLOTS = st.integers(0, 8)
@@ -32,32 +32,36 @@ def machine(cpus: int = 2, gpus: int = 0) -> Hardware:
     return Hardware(hostname="machine", cpus=cpus, memory=8 * GIB, gpus=(GPU,) * gpus)
 
 
-def unseen(name: str, hardware: Hardware) -> Spot:
+def unseen(name: str, hardware: Hardware) -> NodeCapacity:
     offers = {"cpu": (cpu(),) * hardware.cpus}
-    return Spot(name, "cpu", {}, offers | ({"gpu": (gpu(),) * len(hardware.gpus)} if hardware.gpus else {}), extra=True)
+    return NodeCapacity(
+        name, "cpu", {}, offers | ({"gpu": (gpu(),) * len(hardware.gpus)} if hardware.gpus else {}), extra=True
+    )
 
 
-def there(cpus: int, running: int = 0) -> Spot:
+def there(cpus: int, running: int = 0) -> NodeCapacity:
     offer = (cpu(),) * cpus
-    return Spot("there", "cpu", {f"w{i}": Seat(spec) for i, spec in enumerate(offer[:running])}, {"cpu": offer})
+    return NodeCapacity(
+        "there", "cpu", {f"w{i}": RunningWorker(spec) for i, spec in enumerate(offer[:running])}, {"cpu": offer}
+    )
 
 
-def tasks(slots: int, **resources: float) -> Need:
-    return Need(resources, slots, slots, "key", "task")
+def tasks(slots: int, **resources: float) -> ResourceRequest:
+    return ResourceRequest(resources, slots, slots, "key", "task")
 
 
 def call(
-    needs: Sequence[Need],
-    spots: Sequence[Spot],
+    needs: Sequence[ResourceRequest],
+    spots: Sequence[NodeCapacity],
     reserve: dict[str, Hardware | None],
     like: Hardware | None = None,
     bounds: Bounds = Bounds(),  # noqa: B008
     kinds: Any = None,
 ) -> tuple[str, ...]:
-    def fit(more: Sequence[Spot]) -> Fit:
-        return fitted(needs, [*spots, *more], bounds)
+    def fit(more: Sequence[NodeCapacity]) -> Packing:
+        return pack(needs, [*spots, *more], bounds)
 
-    return called_up(AdaptiveRequest(reserve=reserve, kinds=kinds or {}), needs, like, unseen, fit)
+    return select_hosts(AdaptiveRequest(reserve=reserve, kinds=kinds or {}), needs, like, unseen, fit)
 
 
 def test_as_few_as_it_takes() -> None:
@@ -112,7 +116,7 @@ def test_within_bounds() -> None:
     most=st.integers(0, 20),
 )
 def test_all_that_can_be_brought_and_nobody_for_nothing(
-    needs: list[Need], cpus: int, hosts: list[Hardware], most: int
+    needs: list[ResourceRequest], cpus: int, hosts: list[Hardware], most: int
 ) -> None:
     bounds = Bounds(most=(most, math.inf, math.inf))
     reserve: dict[str, Hardware | None] = {f"h{i}": host for i, host in enumerate(hosts)}
@@ -120,7 +124,7 @@ def test_all_that_can_be_brought_and_nobody_for_nothing(
     assert list(chosen) == [name for name in reserve if name in chosen]
 
     def lacking(names: Sequence[str]) -> float:
-        return fitted(needs, [there(cpus), *(unseen(n, reserve[n] or machine()) for n in names)], bounds).lacking
+        return pack(needs, [there(cpus), *(unseen(n, reserve[n] or machine()) for n in names)], bounds).shortfall
 
     assert lacking(chosen) <= lacking(())
     if chosen:
