@@ -81,15 +81,18 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    """Return the version of the installed package, or of the checkout that this file is in."""
+    """Return the version of the installed package, or of the checkout or unpacked sdist that this file is in."""
     from importlib import metadata
 
     try:
         return metadata.version("agentcluster")
     except metadata.PackageNotFoundError:
-        import configparser
+        unknown = "0+unknown"
+        try:
+            from setuptools_scm import get_version
+        except ImportError:
+            return unknown
         from pathlib import Path
 
-        setup = configparser.ConfigParser()
-        setup.read(Path(__file__).parents[1] / "setup.cfg")
-        return setup.get("metadata", "version", fallback="0+unknown")
+        version: str = get_version(str(Path(__file__).parents[1]), fallback_version=unknown)
+        return version

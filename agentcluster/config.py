@@ -1,4 +1,4 @@
-"""The package's configuration: its defaults in dask's config system, and the checked values that code reads.
+"""Configuration of the package: its defaults in dask's config system, the checked values, and the tested versions.
 
 Importing this module adds ``agentcluster.yaml`` to :mod:`dask.config` as defaults. :meth:`Config.load` reads the key
 ``agentcluster`` once; nothing else in the package asks :mod:`dask.config` for one of its options.
@@ -6,20 +6,21 @@ Importing this module adds ``agentcluster.yaml`` to :mod:`dask.config` as defaul
 
 from __future__ import annotations
 
-import math
+import functools
 import pkgutil
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import dask.config
 import yaml
-from dask.utils import parse_timedelta
 
 from agentcluster.errors import ConfigError, suggest
+from agentcluster.units import parse_seconds
 
-__all__ = ["Config", "overrides"]
+__all__ = ["Config", "overrides", "warn_untested"]
 
 ROOT = "agentcluster"
 
@@ -149,18 +150,6 @@ def _wrong(key: str, value: Any, allowed: str) -> ConfigError:
     return ConfigError(f"{key} is {value!r}, but must be {allowed}", key=key)
 
 
-def _seconds(key: str, value: Any) -> float:
-    try:
-        if isinstance(value, bool) or not isinstance(value, str | int | float | timedelta):
-            raise TypeError(value)
-        seconds = float(parse_timedelta(value))
-    except (ValueError, KeyError, TypeError, IndexError):
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise _wrong(key, value, "a time of more than 0, such as '500ms', '30s', '5 minutes' or a number of seconds")
-    return seconds
-
-
 def _integer(least: int) -> Callable[[str, Any], int]:
     def read(key: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -186,23 +175,53 @@ def _modules(key: str, value: Any) -> tuple[str, ...]:
 
 #: Full name of an option -> what checks and converts its value.
 _READERS: Mapping[str, Callable[[str, Any], Any]] = {
-    f"{ROOT}.launch-timeout": _seconds,
-    f"{ROOT}.start-timeout": _seconds,
-    f"{ROOT}.stop-timeout": _seconds,
-    f"{ROOT}.retire-timeout": _seconds,
-    f"{ROOT}.drain-timeout": _seconds,
+    f"{ROOT}.launch-timeout": parse_seconds,
+    f"{ROOT}.start-timeout": parse_seconds,
+    f"{ROOT}.stop-timeout": parse_seconds,
+    f"{ROOT}.retire-timeout": parse_seconds,
+    f"{ROOT}.drain-timeout": parse_seconds,
     f"{ROOT}.node.name": _name,
-    f"{ROOT}.node.heartbeat-interval": _seconds,
-    f"{ROOT}.node.ttl": _seconds,
+    f"{ROOT}.node.heartbeat-interval": parse_seconds,
+    f"{ROOT}.node.ttl": parse_seconds,
     f"{ROOT}.worker.restart.limit": _integer(0),
-    f"{ROOT}.worker.restart.window": _seconds,
-    f"{ROOT}.worker.restart.backoff": _seconds,
-    f"{ROOT}.worker.restart.backoff-max": _seconds,
+    f"{ROOT}.worker.restart.window": parse_seconds,
+    f"{ROOT}.worker.restart.backoff": parse_seconds,
+    f"{ROOT}.worker.restart.backoff-max": parse_seconds,
     f"{ROOT}.forkserver.preload": _modules,
     f"{ROOT}.log.lines": _integer(1),
-    f"{ROOT}.ssh.keepalive-interval": _seconds,
+    f"{ROOT}.ssh.keepalive-interval": parse_seconds,
     f"{ROOT}.ssh.keepalive-count": _integer(1),
 }
+
+
+#: First and last versions of distributed that the tests have run with; of the last, any patch.
+TESTED = ((2026, 7, 1), (2026, 8))
+
+
+@functools.cache
+def warn_untested() -> None:
+    """Warn, once per process, about a version of distributed that the package is not tested with.
+
+    The package uses private API of dask (``docs/develop/private-api.rst``), which another version may lack.
+
+    Warns
+    -----
+    UserWarning
+        When the installed version is outside :data:`TESTED`.
+    """
+    import distributed  # heavy, and only needed here
+
+    installed: str = vars(distributed)["__version__"]
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", installed)
+    version = tuple(map(int, found.groups())) if found else ()
+    first, last = TESTED
+    if not (first <= version and version[: len(last)] <= last):
+        warnings.warn(
+            f"agentcluster is tested with distributed {'.'.join(map(str, first))} to {'.'.join(map(str, last))}.*, and "
+            f"{installed} is installed: some functions may not work",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def overrides() -> dict[str, Any]:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NewType
 
+from agentcluster.tables import text_table
+
 NodeName = NewType("NodeName", str)
 WorkerName = NewType("WorkerName", str)
 Address = NewType("Address", str)
@@ -240,6 +242,18 @@ class NodeReport:
     stop: float = 0.0
 
 
+#: Step of a node -> percentage at which it begins; moving data covers what lies between its own and the next.
+STEPS: Mapping[str, int] = {
+    "waiting": 0,
+    "swap": 5,
+    "start": 10,
+    "retire": 40,
+    "stop": 90,
+    "ready": 100,
+    "standby": 100,
+}
+
+
 @dataclass(frozen=True)
 class NodeProgress:
     """Progress of one node in a rollout.
@@ -254,6 +268,12 @@ class NodeProgress:
         Their bytes.
     tasks
         Tasks that still run on workers that leave.
+
+    Examples
+    --------
+    >>> progress = NodeProgress("retire", keys=50, all_keys=100)
+    >>> print(progress, progress.percent)
+    50 of 100 keys moved 65.0
     """
 
     step: str = "waiting"
@@ -263,10 +283,22 @@ class NodeProgress:
     all_nbytes: int = 0
     tasks: int = 0
 
+    @property
+    def percent(self) -> float:
+        """Length of the node's progress bar, from 0 to 100."""
+        begin = float(STEPS.get(self.step, 0))
+        return begin + self.keys / self.all_keys * (STEPS["stop"] - begin) if self._moves() else begin
 
-@dataclass(frozen=True)
+    def _moves(self) -> bool:
+        return self.step == "retire" and self.all_keys > 0
+
+    def __str__(self) -> str:
+        return f"{self.keys} of {self.all_keys} keys moved" if self._moves() else self.step
+
+
+@dataclass(frozen=True, repr=False)
 class RolloutStatus:
-    """Progress of the rollout that runs.
+    """Progress of the rollout that runs; a table as its repr.
 
     Attributes
     ----------
@@ -284,6 +316,16 @@ class RolloutStatus:
         Names of the nodes of each wave, in their order.
     nodes
         Node name -> progress.
+
+    Examples
+    --------
+    >>> waves = (("gpu-1",), ("gpu-2",))
+    >>> nodes = {"gpu-1": NodeProgress("retire", keys=50, all_keys=100), "gpu-2": NodeProgress()}
+    >>> RolloutStatus("auto-gpu", "running", seconds=3.2, waves=waves, nodes=nodes)
+    rollout to auto-gpu: running, wave 1 of 2, 3 s
+    node   progress
+    gpu-1  65%  50 of 100 keys moved
+    gpu-2  0%   waiting
     """
 
     mode: str
@@ -293,6 +335,35 @@ class RolloutStatus:
     wave: int = 0
     waves: tuple[tuple[str, ...], ...] = ()
     nodes: Mapping[str, NodeProgress] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """Return the state in one line.
+
+        Returns
+        -------
+        str
+            Such as ``rollout to auto-gpu: running, wave 1 of 2, 3 s``.
+        """
+        wave = f"wave {self.wave + 1} of {len(self.waves)}"
+        match self.state:
+            case "running":
+                state = f"pauses after {wave}" if self.pausing else f"running, {wave}"
+            case "paused":
+                state = f"paused before {wave}"
+            case "back":
+                state = "rolling back"
+            case other:
+                state = other
+        return f"rollout to {self.mode}: {state}, {self.seconds:.0f} s"
+
+    def __repr__(self) -> str:
+        percents = [f"{each.percent:.0f}%" for each in self.nodes.values()]
+        width = max(map(len, percents), default=0)
+        rows = [
+            (name, f"{percent:{width}}  {each}")
+            for (name, each), percent in zip(self.nodes.items(), percents, strict=True)
+        ]
+        return "\n".join([self.summary(), text_table(("node", "progress"), rows)])
 
 
 def like_dask(name: str, count: int) -> list[str]:

@@ -1,31 +1,32 @@
-"""Which credentials a cluster uses, and the part of them that a launched process is told.
+"""Credentials of a cluster, the part of them that a launched process gets, and arguments of TLS connections.
 
 Temporary credentials live in memory as PEM text; those of a user's :class:`distributed.Security` may be files here, and
-are read here: what goes to a launched process is always text, over its stdin.
+are read here: a launched process always gets text, over its stdin.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from distributed.comm.addressing import parse_address
 from distributed.security import Security
 
 from agentcluster.errors import ConfigError
 
+#: Keyword arguments of :class:`distributed.Security`, or of its connections.
+Arguments: TypeAlias = dict[str, Any]
+
 _COMMON = ("require_encryption", "tls_ciphers", "tls_min_version", "tls_max_version", "tls_ca_file")
 
 
-def resolve_credentials(
-    security: Security | bool | dict[str, Any] | None, *, remote: bool, attached: list[str]
-) -> Security:
+def resolve_credentials(security: Security | bool | Arguments | None, *, remote: bool, attached: list[str]) -> Security:
     """Return the credentials of a cluster.
 
     Parameters
     ----------
     security
-        What the user gave. None means temporary credentials as soon as a node is on another machine; True always;
+        The user's argument. None means temporary credentials as soon as a node is on another machine; True always;
         False never.
     remote
         Whether a process is launched on another machine.
@@ -59,27 +60,45 @@ def resolve_credentials(
     return security
 
 
-def credentials_for_role(security: Security, role: Literal["worker", "scheduler"]) -> dict[str, Any]:
-    """Return keyword arguments of a Security with only what a process in `role` needs, as text.
+def credentials_for_role(security: Security, role: Literal["worker", "scheduler"]) -> Arguments:
+    """Reduce credentials to those that a process in one role needs, as text.
+
+    Parameters
+    ----------
+    security
+        Credentials of the cluster.
+    role
+        Role of the process.
+
+    Returns
+    -------
+    dict
+        Keyword arguments of a :class:`distributed.Security`.
 
     Raises
     ------
     ConfigError
         When a file that `security` names cannot be read.
     """
-    told: dict[str, Any] = {}
+    arguments: Arguments = {}
     for field in (*_COMMON, f"tls_{role}_cert", f"tls_{role}_key"):
         value = getattr(security, field, None)
         if value is None or value is False:
             continue
         if field.endswith(("_file", "_cert", "_key")) and "\n" not in value:
             value = _read(field, value)
-        told[field] = value if isinstance(value, str | bool) else int(value)
-    return told
+        arguments[field] = value if isinstance(value, str | bool) else int(value)
+    return arguments
 
 
 def has_credentials(security: Security) -> bool:
-    """Whether `security` holds credentials at all."""
+    """Return whether there are credentials, or encryption is required.
+
+    Parameters
+    ----------
+    security
+        Credentials, perhaps empty.
+    """
     return bool(getattr(security, "tls_ca_file", None) or security.require_encryption)
 
 
@@ -90,10 +109,23 @@ def _read(field: str, path: str) -> str:
         raise ConfigError(f"security: {field} {path!r} cannot be read: {error.strerror or error}", key=field) from error
 
 
-def connection_args(security: Security, address: str | None) -> dict[str, Any]:
-    """Return the connection arguments of an agent, or raise :class:`ConfigError` where `address` needs others."""
+def connection_args(security: Security, address: str | None) -> Arguments:
+    """Return the connection arguments of an agent, checked against an address.
+
+    Parameters
+    ----------
+    security
+        Credentials of the agent.
+    address
+        Address to connect to or to listen at; None to check the credentials alone.
+
+    Raises
+    ------
+    ConfigError
+        When the credentials cannot be loaded, or the address needs others.
+    """
     try:
-        arguments: dict[str, Any] = security.get_connection_args("worker")
+        arguments: Arguments = security.get_connection_args("worker")
     except OSError as error:
         fields = ("tls_ca_file", "tls_worker_cert", "tls_worker_key")
         files = ", ".join(str(value) for field in fields if _is_path(value := getattr(security, field, None)))
@@ -112,5 +144,5 @@ def connection_args(security: Security, address: str | None) -> dict[str, Any]:
     return arguments
 
 
-def _is_path(value: Any) -> bool:
+def _is_path(value: object) -> bool:
     return isinstance(value, str) and "\n" not in value

@@ -1,6 +1,6 @@
 """Tables and bars, as text and as HTML that fits a light page and a dark one.
 
-Pure rendering: what is in them comes from the callers. A cell that is plain text is escaped.
+Pure rendering: callers pass the content. Cells that are plain text are escaped.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
-#: What a bar or a word says by its colour; each can be told from light and from dark ground.
+#: Tone of a bar or a word -> its colour, legible on a light and on a dark page.
 COLOURS = {"good": "#2e9e5b", "busy": "#d08a00", "bad": "#d64541", "calm": "#3b82c4", "still": "#8a8f98"}
 
 Tone = Literal["good", "busy", "bad", "calm", "still"]
 
-#: Part of a bar from which it is shown as busy, and as bad.
+#: Fractions from which a bar is shown as busy, and as bad.
 BUSY, FULL = 0.7, 0.9
 
 _STYLE = """<style>
@@ -36,18 +36,18 @@ _STYLE = """<style>
 
 
 class Markup(str):
-    """HTML, as it is to stand on the page."""
+    """HTML that is put on the page unescaped."""
 
     __slots__ = ()
 
 
 def escaped(text: str) -> Markup:
-    """Return HTML that shows a text; what is HTML already stays as it is."""
+    """Escape a text; :class:`Markup` stays as it is."""
     return text if isinstance(text, Markup) else Markup(html.escape(text))
 
 
 def page(*parts: str) -> Markup:
-    """Return parts, one below the other, with the style that they need."""
+    """Return parts below each other, with the style sheet that they need."""
     return Markup(f"<div class='agentcluster'>{_STYLE}{''.join(map(escaped, parts))}</div>")
 
 
@@ -57,31 +57,36 @@ def paragraph(text: str) -> Markup:
 
 
 def scrolled(content: str) -> Markup:
-    """Return what can be scrolled where it is long."""
+    """Wrap content so that it scrolls where it is long."""
     return Markup(f"<div class='scroll'>{escaped(content)}</div>")
 
 
 def preformatted(text: str) -> Markup:
-    """Return lines as they are."""
+    """Return text with its line breaks and spaces kept."""
     return Markup(f"<pre>{escaped(text)}</pre>")
 
 
 def toned(text: str, tone: Tone) -> Markup:
-    """Return a text with a dot of a colour before it."""
+    """Return a text after a dot in a tone's colour."""
     return Markup(f"<span style='color:{COLOURS[tone]}'>&#9679;</span>&nbsp;{escaped(text)}")
 
 
 def bar(part: float, says: str, tone: Tone | None = None) -> Markup:
-    """Return a bar with words in it.
+    """Return a bar with a text in it.
 
     Parameters
     ----------
     part
-        How full it is, of 1.
+        Filled fraction, from 0 to 1.
     says
-        The words.
+        The text.
     tone
-        Its colour; None for one that says how full it is.
+        Its colour; None to choose the colour by the filled fraction.
+
+    Returns
+    -------
+    Markup
+        The bar.
     """
     part = min(max(part, 0.0), 1.0)
     if tone is None:
@@ -93,12 +98,12 @@ def bar(part: float, says: str, tone: Tone | None = None) -> Markup:
 
 
 def stacked(parts: Iterable[str]) -> Markup:
-    """Return parts of one cell, one below the other."""
+    """Concatenate parts, of one cell or one paragraph."""
     return Markup("".join(map(escaped, parts)))
 
 
 def grid(parts: Sequence[str], columns: int) -> Markup:
-    """Return parts of one cell in so many columns."""
+    """Arrange parts of one cell in columns."""
     return Markup(f"<div class='grid' style='grid-template-columns:repeat({columns},auto)'>{stacked(parts)}</div>")
 
 
@@ -112,7 +117,7 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an aligned table."""
+    """Return a table of text with aligned columns."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
@@ -121,10 +126,10 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def amounts(numbers: Mapping[str, int]) -> str:
-    """Say numbers of kinds of things: ``2 cpu, 1 gpu``, or ``none``."""
+    """Format the number of each kind: ``2 cpu, 1 gpu``, or ``none``."""
     return ", ".join(f"{number} {kind}" for kind, number in numbers.items()) or "none"
 
 
 def count(number: int, what: str) -> str:
-    """Say a number of things: ``1 node``, ``2 nodes``."""
+    """Format a number with its noun: ``1 node``, ``2 nodes``."""
     return f"{number} {what}{'' if number == 1 else 's'}"

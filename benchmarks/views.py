@@ -92,7 +92,7 @@ async def measured(turns: int) -> list[tuple[str, float]]:
             taken = []
             for _ in range(turns):
                 stir(plugin.registry, chance)
-                await cluster._refresh()
+                await cluster.refresh()
                 began = time.thread_time()
                 await work()
                 taken.append(1000 * (time.thread_time() - began))

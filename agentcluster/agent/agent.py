@@ -1,7 +1,7 @@
-"""Server on a host: one node of the cluster, with the calls that the scheduler, a cluster and an operator make.
+"""Server on a host: it owns the host's workers and answers the calls of the scheduler, of a cluster and of an operator.
 
-The agent is plain. It reports what the host is, starts the workers that it is told to start, restarts those that
-crash, stops those that it is told to stop, and sends heartbeats. The scheduler decides what should run
+The agent decides nothing. It detects the host's hardware, starts the workers that it is asked to start, restarts those
+that crash, stops those that it is asked to stop, and sends heartbeats. The scheduler decides what runs
 (:mod:`agentcluster.scheduler`); :mod:`agentcluster.agent.registration` joins a node to a scheduler.
 """
 
@@ -12,12 +12,12 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from distributed.comm.core import Comm, CommClosedError
-from distributed.core import Server, Status, error_message
+from distributed.core import ErrorMessage, Server, Status, error_message
 from distributed.security import Security
 
 from agentcluster import modes
@@ -26,27 +26,91 @@ from agentcluster.agent.logs import LastLines
 from agentcluster.agent.nanny import StartMethod
 from agentcluster.agent.options import (
     LIKE_DASK_WORKER,
+    WorkerOptions,
+    add_resources,
     listen_address,
-    room,
     scheduler_address,
+    slots,
     take_mode,
     take_scheduler,
-    with_resources,
 )
-from agentcluster.agent.registration import IS_IT_THERE, Alone, Membership
+from agentcluster.agent.registration import IS_IT_THERE, Registration, StandaloneRegistration, Terms
 from agentcluster.agent.supervisor import Supervisor
-from agentcluster.config import Config
-from agentcluster.errors import AgentClusterError, ConfigError, SchedulerUnfit, VersionMismatch, WorkerStartError
+from agentcluster.config import Config, warn_untested
+from agentcluster.errors import AgentClusterError, ConfigError, SchedulerUnfit, WorkerStartError
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.requests import NodeRegistration
 from agentcluster.security import connection_args
-from agentcluster.units import positive_seconds
+from agentcluster.units import parse_seconds
 from agentcluster.wire import check_protocol, from_wire, spoken, to_wire, unpickled
 
 logger = logging.getLogger(__name__)
 
 #: Seconds that a call waits for this agent's registration to be complete.
 JOIN_GRACE = 2.0
+
+
+@dataclass(frozen=True)
+class _Membership:
+    """Settings of the node in one cluster: those of the agent itself, or those of a cluster that adopts it.
+
+    Attributes
+    ----------
+    name
+        The node's name, if it was given one.
+    options
+        Keyword arguments for every worker, and ``labels``.
+    lasting
+        Whether the node stays when its last worker was retired.
+    mode, fallback
+        First mode of the node, and the one where neither this nor the scheduler's was set.
+    """
+
+    name: str | int | None
+    options: WorkerOptions
+    lasting: bool
+    mode: Mode | None = None
+    fallback: Mode | None = None
+
+    @property
+    def external_name(self) -> str | int | None:
+        """The name by which a cluster manager knows the node's workers; a cluster of agents knows the node itself."""
+        return None if self.lasting else self.name
+
+    def adopted(self, name: str | None, options: WorkerOptions) -> _Membership:
+        """Return the settings in a cluster that adopts the agent: it decides the mode, and adds options."""
+        merged = {**self.options, **options}
+        return replace(self, name=name or self.name, options=merged, lasting=True, mode=None, fallback=None)
+
+    def request(self, name: str, address: str, hardware: Hardware) -> NodeRegistration:
+        """Return the request that registers the node."""
+        options = add_resources(self.options)
+        return NodeRegistration(
+            name=name,
+            address=address,
+            hardware=hardware,
+            mode=self.mode,
+            fallback=self.fallback,
+            exact=self.name is not None,
+            external_name=self.external_name,
+            slots=slots(options),
+            resources=options.get("resources") or {},
+            labels={str(key): str(value) for key, value in (options.get("labels") or {}).items()},
+        )
+
+    def terms(self, scheduler: str, security: Security, settings: Config, listen: WorkerOptions) -> Terms:
+        """Return the terms on which the node takes part."""
+        options = {**listen, **add_resources(self.options)}
+        options.pop("labels", None)
+        external = self.external_name
+        return Terms(
+            scheduler=scheduler,
+            security=security,
+            settings=settings,
+            worker_options={key: value for key, value in options.items() if value is not None},
+            lasting=self.lasting,
+            external_names={} if external is None else {str(external): external},
+        )
 
 
 class Agent(Server):
@@ -64,11 +128,11 @@ class Agent(Server):
         The node's name; default is the host's own name, made unique by the scheduler. Given to an agent that is not
         `lasting` it is also the name of its first worker, as for ``dask worker``, and stays one of its workers'.
     mode : str or Mode, optional
-        First mode of this node; default is what the scheduler has for its nodes.
+        First mode of this node; default is the mode that the scheduler has for its nodes.
     config : mapping or str, optional
         Options of `mode`.
     fallback : str or Mode, optional
-        First mode of this node when neither `mode` is given nor anybody has set one for the scheduler's nodes.
+        First mode of this node where neither `mode` is given nor a mode was set for the scheduler's nodes.
     security : Security or dict, optional
         Credentials of the agent and its workers.
     host, interface, protocol : str, optional
@@ -76,7 +140,7 @@ class Agent(Server):
     port : int, optional
         Port of the agent; default is any free one.
     listen_host : str, optional
-        Where the agent itself listens, when that is not where its workers do.
+        Where the agent itself listens, if elsewhere than its workers.
     death_timeout : str or float, optional
         Seconds for reaching the scheduler; default is ``distributed.comm.timeouts.connect``.
     lasting : bool, optional
@@ -85,15 +149,17 @@ class Agent(Server):
     **worker_options
         Keyword arguments for every worker on this host, whatever its mode (``local_directory``, ``resources``, …), and
         ``labels``, words about the host such as ``{"rack": "a"}`` by which its node can be chosen. An agent that is not
-        `lasting` may stand where a worker stood: ``scheduler_ip``, ``scheduler_port`` and ``scheduler_file`` name its
-        scheduler then, and ``nthreads`` and ``memory_limit`` are its first worker's.
+        `lasting` can take the place of a worker: ``scheduler_ip``, ``scheduler_port`` and ``scheduler_file`` name its
+        scheduler then, and ``nthreads`` and ``memory_limit`` are for its first worker.
 
     Attributes
     ----------
     node_name : str
         The name that the scheduler gave the node.
+    scheduler_address : str or None
+        The scheduler that the node belongs to; None in standby.
     hardware : Hardware
-        What was detected here.
+        The hardware of the host.
     """
 
     def __init__(
@@ -114,38 +180,45 @@ class Agent(Server):
         lasting: bool = False,
         **worker_options: Any,
     ) -> None:
-        if not lasting:
-            scheduler = take_scheduler(worker_options) if scheduler is None else scheduler
-        self.settings = Config.load()
-        self.security = security if isinstance(security, Security) else Security(**(security or {}))
-        self.scheduler_address = None if scheduler is None else scheduler_address(scheduler)
-        self.death_timeout = None if death_timeout is None else positive_seconds("death_timeout", death_timeout)
+        # Options, checked here once.
+        if not lasting and scheduler is None:
+            scheduler = take_scheduler(worker_options)
         if not lasting and scheduler is not None and mode is None:
             mode = take_mode(worker_options)
             fallback = fallback or LIKE_DASK_WORKER
-        self.own_mode = None if mode is None else modes.parse(mode, config)
-        self.fallback = None if fallback is None else modes.parse(fallback)
-        self.given_name = name if name is not None else self.settings.node_name
-        self.node_name = str(self.given_name if self.given_name is not None else socket.gethostname())
+        warn_untested()
+        self.settings = Config.load()
+        self.security = security if isinstance(security, Security) else Security(**(security or {}))
+        self.scheduler_address = None if scheduler is None else scheduler_address(scheduler)
+        self.death_timeout = None
+        if death_timeout is not None:
+            self.death_timeout = parse_seconds("death_timeout", death_timeout, call="Agent")
+        self._own = _Membership(
+            name=name if name is not None else self.settings.node_name,
+            options=worker_options,
+            lasting=lasting,
+            mode=None if mode is None else modes.parse(mode, config),
+            fallback=None if fallback is None else modes.parse(fallback),
+        )
+        self._wanted_port, self._listen_host = port or 0, listen_host
+        self._listen_options: WorkerOptions = {"host": host, "interface": interface, "protocol": protocol}
+        # The host.
+        self.node_name = str(self._own.name if self._own.name is not None else socket.gethostname())
         self.hardware = Hardware(self.node_name, 0, 0)
-        self.lasting = lasting
-        self._where: dict[str, Any] = {"host": host, "interface": interface, "protocol": protocol}
-        self._own_place: dict[str, Any] = {"port": port or 0, "listen_host": listen_host}
-        self._worker_options = worker_options
-        self._membership: Membership | None = None
+        # The cluster that the node belongs to.
+        self._registration: Registration | None = None
         self._joined = asyncio.Event()
-        self._adopted: asyncio.Event | None = None
-        self._callers: list[Comm] = []
-        self._held = False
+        # The agent's end.
         self._closing: asyncio.Task[str] | None = None
+        self._terminating: list[Comm] = []
+        self._exit_stack = contextlib.ExitStack()
         self._lines = LastLines(self.settings.log_lines)
+        calls: list[Callable[..., object]] = [
+            *(self.check_workers, self.start_workers, self.stop_workers, self.rename_workers),
+            *(self.agent_logs, self.adopt, self.terminate),
+        ]
         super().__init__(
-            handlers={
-                **Orders(self._serving).handlers(),
-                "agent_logs": self.agent_logs,
-                "adopt": self.adopt,
-                "terminate": self.terminate,
-            },
+            handlers={call.__name__: call for call in calls},
             connection_args=connection_args(self.security, self.scheduler_address),
             # Otherwise a lock file stays open for as long as dask remembers the agent's handlers.
             needs_workdir=False,
@@ -156,12 +229,12 @@ class Agent(Server):
 
     @property
     def worker_address(self) -> str | None:
-        """The agent's own address: what dask asks of anything that it starts as a worker."""
+        """The agent's own address: dask asks whatever it starts as a worker for it."""
         return self.address_safe
 
-    # -- life ----------------------------------------------------------------------------------------------------------
+    # -- start and registration ----------------------------------------------------------------------------------------
 
-    def __await__(self) -> Generator[Any, Any, Self]:
+    def __await__(self) -> Generator[object, None, Self]:
         return self._started().__await__()
 
     async def _started(self) -> Self:
@@ -177,27 +250,42 @@ class Agent(Server):
         except RuntimeError as error:
             # A server hides the reason in "Agent failed to start".
             cause = error.__cause__ or error
-            if isinstance(cause, MemoryError):  # what it says is read as the length of what it will say
+            if isinstance(cause, MemoryError):  # of a peer with another protocol: its first bytes are read as a length
                 raise SchedulerUnfit(str(self.scheduler_address), "what answers there is no scheduler") from None
             raise cause from None
         return self
 
     async def start_unsafe(self) -> Agent:
-        """Listen, detect the hardware, and join the scheduler if there is one to join."""
+        """Listen, detect the hardware, and join the scheduler if the agent was given one; called by dask.
+
+        Raises
+        ------
+        ConfigError
+            When the agent cannot listen at the address that it was given.
+        AgentClusterError, OSError
+            When the scheduler does not take the node.
+        """
+        self._exit_stack.callback(self._lines.end)
         self._lines.begin()
+        self._exit_stack.callback(StartMethod.release)
         StartMethod.acquire()
-        self._held = True
         await super().start_unsafe()
         self.hardware = await asyncio.to_thread(hardware.detect)
         await self._listen()
         if self.scheduler_address is not None:
-            await self._join(self.scheduler_address)
+            await self._join(self.scheduler_address, self._own, on_end=self._end)
         return self
 
     async def _listen(self) -> None:
         where = "any address"
         try:
-            where = listen_address(self.scheduler_address, self.security, **self._where, **self._own_place)
+            where = listen_address(
+                self.scheduler_address,
+                self.security,
+                **self._listen_options,
+                port=self._wanted_port,
+                listen_host=self._listen_host,
+            )
             connection_args(self.security, where)
             await self.listen(where, **self.security.get_listen_args("worker"))
         except ConfigError:
@@ -208,172 +296,34 @@ class Agent(Server):
                 f"cannot listen at {where}: {why}; check host, interface, protocol and port (--listen-address)"
             ) from error
 
-    async def _join(self, scheduler: str) -> None:
-        """Register this node with a scheduler, and take orders from it."""
-        adopted, options = self._adopted, with_resources(self._worker_options)
-        labels = options.pop("labels", None) or {}
-        terms: dict[str, Any] = {
-            "security": self.security,
-            "settings": self.settings,
-            "host_options": {k: v for k, v in {**self._where, **options}.items() if v is not None},
-            "lasting": self.lasting or adopted is not None,
-            "on_end": lambda why: self._after(why, adopted),
-        }
-        # Who gave the node its name, and did not stay to look after it, knows its workers by it.
-        tracked = self.given_name is not None and not terms["lasting"]
-        terms["spelling"] = {str(self.given_name): self.given_name} if tracked else {}
-        own = adopted is None
-        node = NodeRegistration(
-            name=self.node_name,
-            address=self.address,
-            hardware=self.hardware,
-            mode=self.own_mode if own else None,
-            fallback=self.fallback if own else None,
-            exact=self.given_name is not None,
-            external_name=self.given_name if tracked else None,
-            slots=room(options),
-            resources=options.get("resources") or {},
-            labels={str(key): str(value) for key, value in labels.items()},
-        )
-        membership = Membership(scheduler, **terms)
+    async def _join(self, scheduler: str, membership: _Membership, *, on_end: Callable[[str], None]) -> None:
+        """Register the node; without the plugin at the scheduler, run the mode that the agent itself was given."""
+        node = membership.request(self.node_name, self.address, self.hardware)
+        terms = membership.terms(scheduler, self.security, self.settings, self._listen_options)
+        registration = Registration(terms, on_end)
         try:
-            await membership.join(node, self.death_timeout)
+            await registration.join(node, self.death_timeout)
         except SchedulerUnfit as unfit:
-            mode = self.own_mode or self.fallback
-            if mode is None or adopted is not None:
+            mode = membership.mode or membership.fallback
+            if mode is None:
                 raise
             logger.warning("Node %s cannot be reprovisioned: %s", self.node_name, unfit)
-            self._membership = membership = Alone(scheduler, **terms, mode=mode)
-            await membership.join(node, self.death_timeout)
-        self.node_name = membership.name
-        self._membership = membership
+            # Known before it has joined, so that its workers are stopped when the agent is closed meanwhile.
+            self._registration = registration = StandaloneRegistration(terms, on_end, mode=mode)
+            await registration.join(node, self.death_timeout)
+        self.node_name = registration.name
+        self._registration = registration
         self._joined.set()
 
-    def _after(self, why: str, adopted: asyncio.Event | None) -> None:
-        """End too, or return to standby."""
-        if adopted is not None:
-            adopted.set()
-        elif self._closing is None:
-            self._closing = asyncio.create_task(self._close(why))
+    def introduction(self) -> dict[str, object]:
+        """Return the facts that a launcher needs of an agent that is ready.
 
-    async def provisioned(self) -> str | None:
-        """Wait until this node has the workers that it is meant to have; return the name of their mode.
-
-        Raises
-        ------
-        ModeRefused, WorkerStartError
-            Why it has none.
-        TimeoutError
-            When that took longer than twice ``agentcluster.start-timeout``.
+        Returns
+        -------
+        dict
+            ``address``, ``pid``, ``name``, ``hardware`` as plain data, and the versions of the protocol and of
+            agentcluster.
         """
-        return await self._membership.provisioned(2 * self.settings.start_timeout) if self._membership else None
-
-    async def retire(self, hurry: asyncio.Event) -> None:
-        """Have the scheduler move the data of this node's workers to others, before the agent is closed.
-
-        Returns without having moved all when nobody can take it, when the scheduler does not answer within twice
-        ``agentcluster.stop-timeout``, and as soon as `hurry` is set; the log says which.
-        """
-        if self._membership is not None and not hurry.is_set():
-            await _either(self._membership.retire(), hurry.wait())
-
-    async def leave(self) -> None:
-        """Stop the workers and take this node from the scheduler; the agent stays."""
-        self._joined.clear()
-        membership, self._membership = self._membership, None
-        if membership is not None:
-            await membership.leave()
-
-    async def close(self, timeout: float | None = None, reason: str = "agent-close") -> str:  # type: ignore[override]
-        """Stop the workers, leave the scheduler, and end; every caller waits for the same end."""
-        if self._closing is None:
-            self._closing = asyncio.create_task(self._close(reason))
-        return await asyncio.shield(self._closing)
-
-    async def _close(self, reason: str) -> str:
-        if self.status == Status.closed:
-            return "OK"
-        self.status = Status.closing
-        if not reason.startswith("failure-to-start"):  # that error is the caller's to show
-            logger.info("Closing agent of node %s. Reason: %s", self.node_name, reason)
-        await self.leave()
-        for comm in self._callers:
-            with contextlib.suppress(CommClosedError, OSError):
-                await comm.write("OK")
-        self.status = Status.closed
-        await super().close()
-        if self._held:
-            self._held = False
-            StartMethod.release()
-        self._lines.end()
-        return "OK"
-
-    # -- calls ---------------------------------------------------------------------------------------------------------
-
-    async def terminate(self, comm: Comm, reason: str = "terminate") -> Any:
-        """Close; the answer comes when the workers have ended."""
-        self._callers.append(comm)
-        await self.close(reason=reason)
-        return Status.dont_reply
-
-    async def agent_logs(self) -> list[str]:
-        """Return the last lines that this agent logged."""
-        return self._lines.lines()
-
-    async def adopt(
-        self,
-        comm: Comm,
-        scheduler: str = "",
-        name: str | None = None,
-        options: Mapping[str, Any] | None = None,
-        protocol: object = None,
-        version: object = None,
-        **newer: object,
-    ) -> Any:
-        """Join a cluster for as long as the caller keeps this connection open; one cluster at a time.
-
-        The versions are the cluster's (:func:`agentcluster.wire.spoken`); another protocol is refused before anything
-        else of the message is read. The answer is ``{"address", "pid", "hardware", "name"}`` with the agent's versions.
-        Any message, the end of the connection or the end of the scheduler stops the workers and returns the agent to
-        standby; the connection is closed after that.
-        """
-        try:
-            check_protocol(
-                f"the cluster at {comm.peer_address}", protocol, version, here=f"the agent at {self.address}"
-            )
-        except VersionMismatch as mismatch:
-            return error_message(mismatch, status="uncaught-error")
-        if self._adopted is not None or self.scheduler_address is not None:
-            error = ConfigError(
-                f"agent at {self.address} already belongs to the cluster at {self.scheduler_address}; "
-                f"close that cluster first"
-            )
-            return error_message(error, status="uncaught-error")
-        self._adopted = released = asyncio.Event()
-        self.scheduler_address = scheduler
-        before = self.given_name, self._worker_options
-        self.given_name = name or self.given_name
-        self._worker_options = {**self._worker_options, **unpickled(options or {})}
-        self.node_name = str(self.given_name or self.hardware.hostname)
-        try:
-            await self._join(scheduler)
-            await comm.write({"status": "OK", **self.introduction()})
-            await _either(comm.read(), released.wait())
-        except AgentClusterError as error:
-            await comm.write(error_message(error, status="uncaught-error"))
-        except (OSError, CommClosedError) as error:
-            with contextlib.suppress(OSError, CommClosedError):
-                await comm.write(error_message(SchedulerUnfit(scheduler, str(error)), status="uncaught-error"))
-        finally:
-            await self.leave()
-            logger.info("Agent of node %s was released by %s", self.node_name, scheduler)
-            self._adopted = self.scheduler_address = None
-            self.given_name, self._worker_options = before
-            await comm.close()
-        return Status.dont_reply
-
-    def introduction(self) -> dict[str, Any]:
-        """Return what a launcher wants to know of an agent that is ready."""
         return {
             "address": self.address,
             "pid": os.getpid(),
@@ -382,19 +332,245 @@ class Agent(Server):
             **spoken(),
         }
 
-    async def _serving(self) -> Supervisor:
+    async def provisioned(self) -> str | None:
+        """Wait until this node has all workers of its plan.
+
+        Returns
+        -------
+        str or None
+            Name of the workers' mode; None in standby.
+
+        Raises
+        ------
+        ModeRefused, WorkerStartError
+            The reason why the node has no workers.
+        TimeoutError
+            When that took longer than twice ``agentcluster.start-timeout``.
+        """
+        return await self._registration.provisioned(2 * self.settings.start_timeout) if self._registration else None
+
+    # -- end -----------------------------------------------------------------------------------------------------------
+
+    async def retire(self, hurry: asyncio.Event) -> None:
+        """Move the data of this node's workers to other nodes, before the agent is closed.
+
+        Returns without having moved all when no other node can take it, when the scheduler does not answer within twice
+        ``agentcluster.stop-timeout``, and as soon as `hurry` is set; the log names the reason.
+
+        Parameters
+        ----------
+        hurry
+            Ends the call when it is set.
+        """
+        if self._registration is not None and not hurry.is_set():
+            await _wait_for_first(self._registration.retire(), hurry.wait())
+
+    async def leave(self) -> None:
+        """Stop the workers and take this node from the scheduler; the agent stays."""
+        self._joined.clear()
+        registration, self._registration = self._registration, None
+        if registration is not None:
+            await registration.leave()
+
+    async def close(self, timeout: float | None = None, reason: str = "agent-close") -> str:  # type: ignore[override]
+        """Stop the workers, leave the scheduler, and end; all callers wait for the same end.
+
+        Parameters
+        ----------
+        timeout
+            Not used; part of the protocol of dask's servers.
+        reason
+            Reason for the log.
+
+        Returns
+        -------
+        str
+            ``"OK"``, when the workers have ended.
+        """
+        self._end(reason)
+        assert self._closing is not None
+        return await asyncio.shield(self._closing)
+
+    def _end(self, reason: str) -> None:
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(reason))
+
+    async def _close(self, reason: str) -> str:
+        if self.status == Status.closed:
+            return "OK"
+        self.status = Status.closing
+        if not reason.startswith("failure-to-start"):  # the caller shows that error
+            logger.info("Closing agent of node %s. Reason: %s", self.node_name, reason)
+        await self.leave()
+        for comm in self._terminating:
+            with contextlib.suppress(CommClosedError, OSError):
+                await comm.write("OK")
+        self.status = Status.closed
+        await super().close()
+        self._exit_stack.close()
+        return "OK"
+
+    # -- calls of the scheduler ----------------------------------------------------------------------------------------
+
+    async def check_workers(self, specs: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
+        """Check whether workers could be started here; start nothing.
+
+        Parameters
+        ----------
+        specs
+            Worker name -> its :class:`~agentcluster.model.WorkerSpec` as plain data.
+
+        Returns
+        -------
+        dict
+            Worker name -> problem, for those that could not be started.
+        """
+        return (await self._supervisor()).check(_parse_specs(specs))
+
+    async def start_workers(self, specs: Mapping[str, Mapping[str, object]], timeout: float) -> dict[str, object]:
+        """Start workers; all of them, or none.
+
+        Parameters
+        ----------
+        specs
+            Worker name -> its :class:`~agentcluster.model.WorkerSpec` as plain data.
+        timeout
+            Seconds for all of them.
+
+        Returns
+        -------
+        dict
+            ``{"states": [WorkerState as plain data, …]}``, or ``{"failures": {worker name: problem}}``: a scheduler
+            does not deserialize errors that its peers raise.
+        """
+        try:
+            return {"states": to_wire(await (await self._supervisor()).start(_parse_specs(specs), timeout))}
+        except WorkerStartError as error:
+            return {"failures": error.failures}
+
+    async def stop_workers(self, names: Sequence[str], timeout: float) -> None:
+        """Stop workers; returns when their processes have ended.
+
+        Parameters
+        ----------
+        names
+            Names of the workers; unknown ones are taken for those that have ended already.
+        timeout
+            Seconds for a worker to end by itself.
+        """
+        await (await self._supervisor()).stop(names, timeout)
+
+    async def rename_workers(self, names: Mapping[str, str]) -> None:
+        """Rename workers.
+
+        Parameters
+        ----------
+        names
+            Old name -> new name; unknown workers are taken for those that have ended already.
+        """
+        await (await self._supervisor()).rename(names)
+
+    async def agent_logs(self) -> list[str]:
+        """Return the last lines that this agent logged, ``agentcluster.log.lines`` at most; the oldest first."""
+        return self._lines.lines()
+
+    async def _supervisor(self) -> Supervisor:
+        """Return the supervisor of the caller's workers, or raise :class:`ConfigError` in standby."""
         # The scheduler may call as soon as it has this node, before its answer has come back here. But a call of a
         # cluster that let go must not reach the workers of the next.
         scheduler = self.scheduler_address
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(JOIN_GRACE):
                 await self._joined.wait()
-        if self._membership is None or self.scheduler_address != scheduler:
+        if self._registration is None or self.scheduler_address != scheduler:
             raise ConfigError(f"agent of node {self.node_name!r} is in standby: it belongs to no cluster")
-        return self._membership.supervisor
+        return self._registration.supervisor
+
+    # -- calls of a cluster and of an operator -------------------------------------------------------------------------
+
+    async def terminate(self, comm: Comm, reason: str = "terminate") -> Status:
+        """Close; the answer comes when the workers have ended.
+
+        Parameters
+        ----------
+        comm
+            Connection to the caller.
+        reason
+            Reason for the log.
+        """
+        self._terminating.append(comm)
+        await self.close(reason=reason)
+        return Status.dont_reply
+
+    async def adopt(
+        self,
+        comm: Comm,
+        scheduler: str = "",
+        name: str | None = None,
+        options: Mapping[str, object] | None = None,
+        protocol: object = None,
+        version: object = None,
+        **newer: object,
+    ) -> ErrorMessage | Status:
+        """Join a cluster for as long as the caller keeps this connection open; one cluster at a time.
+
+        The answer is ``{"address", "pid", "hardware", "name"}`` with the agent's versions. Any message, the end of the
+        connection or the end of the scheduler stops the workers and returns the agent to standby; the connection is
+        closed after that.
+
+        Parameters
+        ----------
+        comm
+            Connection to the caller.
+        scheduler
+            Address of the cluster's scheduler.
+        name
+            Name for the node; default is the agent's own.
+        options
+            Keyword arguments for every worker, beside those of the agent.
+        protocol, version
+            Versions of the caller (:func:`agentcluster.wire.spoken`); another protocol is refused before anything else
+            of the message is read.
+        **newer
+            Arguments of a newer protocol.
+        """
+        try:
+            check_protocol(
+                f"the cluster at {comm.peer_address}", protocol, version, here=f"the agent at {self.address}"
+            )
+            if self.scheduler_address is not None:
+                raise ConfigError(
+                    f"agent at {self.address} already belongs to the cluster at {self.scheduler_address}; "
+                    f"close that cluster first"
+                )
+        except ConfigError as refused:  # also VersionMismatch
+            return error_message(refused, status="uncaught-error")
+        self.scheduler_address = scheduler
+        try:
+            await self._serve(comm, scheduler, self._own.adopted(name, unpickled(options or {})))
+        finally:
+            await self.leave()
+            logger.info("Agent of node %s was released by %s", self.node_name, scheduler)
+            self.scheduler_address = None
+            await comm.close()
+        return Status.dont_reply
+
+    async def _serve(self, comm: Comm, scheduler: str, membership: _Membership) -> None:
+        """Join a cluster, answer its `comm`, and wait for the end of either; errors of joining are the answer."""
+        released = asyncio.Event()
+        self.node_name = str(membership.name or self.hardware.hostname)
+        try:
+            await self._join(scheduler, membership, on_end=lambda reason: released.set())
+            await comm.write({"status": "OK", **self.introduction()})
+            await _wait_for_first(comm.read(), released.wait())
+        except AgentClusterError as error:
+            await comm.write(error_message(error, status="uncaught-error"))
+        except (OSError, CommClosedError) as error:
+            with contextlib.suppress(OSError, CommClosedError):
+                await comm.write(error_message(SchedulerUnfit(scheduler, str(error)), status="uncaught-error"))
 
 
-async def _either(*awaitables: Coroutine[Any, Any, Any]) -> None:
+async def _wait_for_first(*awaitables: Coroutine[object, object, object]) -> None:
     """Wait until the first of them is done or failed; the others are cancelled."""
     tasks = [asyncio.ensure_future(each) for each in awaitables]
     try:
@@ -405,49 +581,5 @@ async def _either(*awaitables: Coroutine[Any, Any, Any]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-@dataclass(frozen=True)
-class Orders:
-    """Calls of an agent.
-
-    Parameters
-    ----------
-    serving
-        Returns the supervisor of the workers that the caller means, or raises why there is none.
-    """
-
-    serving: Callable[[], Awaitable[Supervisor]]
-
-    def handlers(self) -> dict[str, Callable[..., Awaitable[Any]]]:
-        """Return the calls by name."""
-        calls = (self.check_workers, self.start_workers, self.stop_workers, self.rename_workers)
-        return {call.__name__: call for call in calls}
-
-    async def check_workers(self, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-        """Return, for each worker that could not be started here, why; touches nothing."""
-        return (await self.serving()).check(_parsed(specs))
-
-    async def start_workers(self, specs: Mapping[str, Mapping[str, Any]], timeout: float) -> Any:
-        """Start workers; all of them, or none.
-
-        Returns
-        -------
-        dict
-            ``{"states": [WorkerState as plain data, …]}``, or ``{"failures": {worker name: why}}``: a scheduler does
-            not deserialize errors that its peers raise.
-        """
-        try:
-            return {"states": to_wire(await (await self.serving()).start(_parsed(specs), timeout))}
-        except WorkerStartError as error:
-            return {"failures": error.failures}
-
-    async def stop_workers(self, names: Sequence[str], timeout: float) -> None:
-        """Stop workers; returns when their processes have ended."""
-        await (await self.serving()).stop(names, timeout)
-
-    async def rename_workers(self, names: Mapping[str, str]) -> None:
-        """Give workers other names, old name -> new name; unknown names are those that ended already."""
-        await (await self.serving()).rename(names)
-
-
-def _parsed(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, WorkerSpec]:
+def _parse_specs(specs: Mapping[str, Mapping[str, object]]) -> dict[str, WorkerSpec]:
     return {name: from_wire(WorkerSpec, spec, f"worker {name}") for name, spec in specs.items()}

@@ -1,10 +1,10 @@
-"""The warm forkserver that an agent's workers are forked from, and the start method built on it.
+"""Warm forkserver that an agent's workers are forked from, and the start method built on it.
 
-multiprocessing keeps one forkserver a process. Its environment is fixed when it starts, and by then it has imported
+multiprocessing keeps one forkserver per process. Its environment is fixed when it starts, and by then it has imported
 numpy, so variables that count only when a process starts or imports (``OMP_NUM_THREADS``, ``MALLOC_…``, ``LD_…``,
-``PYTHON…``) cannot be given to a worker forked from it. This module owns both halves of the answer: it starts the
-server early, with the right environment, and it offers dask a start method, ``agentcluster``, that forks a worker
-from that server unless the worker asks for such a variable with another value: then it is spawned with it.
+``PYTHON…``) cannot be given to a worker forked from it. This module starts the server early, with the right
+environment, and offers dask a start method, ``agentcluster``, that forks a worker from that server unless the worker
+needs one of those variables with another value: then it is spawned with it.
 
 Only the standard library is imported here: an agent calls :func:`warm` before anything else.
 """
@@ -20,11 +20,18 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+    from multiprocessing.queues import Queue
+
+    #: Queue by which a worker's process and its nanny send each other messages.
+    MessageQueue: TypeAlias = Queue[dict[str, object]]
 
 METHOD = "agentcluster"
 
-#: What distributed itself preloads into a forkserver, spelled out so that it can start before distributed is imported.
+#: Modules that distributed preloads into a forkserver, spelled out so that it can start before that is imported.
 PRELOAD = ("distributed", "numpy", "pandas", "lz4")
 
 #: Variables that are read when a process starts or when a library is first imported.
@@ -46,18 +53,24 @@ _START_TIME_PREFIXES = (
 )
 
 _own_environ: ContextVar[Mapping[str, str] | None] = ContextVar("own_environ", default=None)
-_made: ContextVar[list[Any] | None] = ContextVar("made", default=None)
+_made: ContextVar[list[MessageQueue] | None] = ContextVar("made", default=None)
 _environ_lock = threading.RLock()
 _server_environ: dict[str, str] | None = None
 
 
 def available() -> bool:
-    """Whether this platform has a forkserver; where it has none, workers are spawned."""
+    """Return whether this platform has a forkserver; where it has none, workers are spawned."""
     return "forkserver" in multiprocessing.get_all_start_methods()
 
 
 def start_time_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the part of `environ` that counts only when a process starts."""
+    """Select the variables that count only when a process starts.
+
+    Parameters
+    ----------
+    environ
+        Environment variables.
+    """
     return {k: v for k, v in environ.items() if k.startswith(_START_TIME_PREFIXES)}
 
 
@@ -73,8 +86,8 @@ def warm(environ: Mapping[str, str], preload: Sequence[str] = PRELOAD) -> None:
 
     Notes
     -----
-    Returns as soon as the process is started: the imports go on beside the caller's own. The server ends by itself,
-    when this process and the last worker forked from it have ended.
+    Returns as soon as the process is started: the imports run beside the caller's own. The server ends by itself when
+    this process and the last worker forked from it have ended.
     """
     global _server_environ
     if not available() or _server_environ is not None:
@@ -82,7 +95,7 @@ def warm(environ: Mapping[str, str], preload: Sequence[str] = PRELOAD) -> None:
     from multiprocessing import forkserver
 
     if forkserver._forkserver._forkserver_pid is not None:  # type: ignore[attr-defined]
-        return  # somebody else's: nobody knows its environment, so workers are spawned
+        return  # another library's, with an unknown environment, so workers are spawned
     forkserver.set_forkserver_preload([*preload, "agentcluster.agent.forkserver_preload"])
     with environment(environ):
         forkserver.ensure_running()
@@ -90,8 +103,8 @@ def warm(environ: Mapping[str, str], preload: Sequence[str] = PRELOAD) -> None:
     atexit.register(_kill_left)
 
 
-def pre_spawn_environ(configured: Mapping[str, Any]) -> dict[str, str]:
-    """Return the variables that dask sets before it starts a worker; those that this process has win.
+def pre_spawn_environ(configured: Mapping[str, object]) -> dict[str, str]:
+    """Return the variables that dask sets before it starts a worker; those of this process take precedence.
 
     Parameters
     ----------
@@ -106,10 +119,15 @@ def pre_spawn_environ(configured: Mapping[str, Any]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def environment(environ: Mapping[str, str]) -> Iterator[None]:
-    """Run the block with `environ` set in this process, then put back what was there.
+    """Set environment variables of this process within a block, then restore them.
 
-    Processes inherit the environment at the moment they start, and there is no other way to give it to one that
-    multiprocessing starts. The lock keeps two starts apart; the block must be short.
+    Processes inherit the environment at the moment they start, and multiprocessing has no other way to set it. The lock
+    keeps two starts apart; the block must be short.
+
+    Parameters
+    ----------
+    environ
+        The variables.
     """
     with _environ_lock:
         before = {key: os.environ.get(key) for key in environ}
@@ -125,16 +143,25 @@ def environment(environ: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def starting(environ: Mapping[str, str]) -> Iterator[list[Any]]:
-    """Have processes that are created in this block, in this task, start with `environ`.
+def starting(environ: Mapping[str, str]) -> Iterator[list[MessageQueue]]:
+    """Start processes that are created in this block, in this task, with their own environment.
 
-    They are forked from the warm server where its own start-time variables agree, and spawned where they do not.
-    Yields a list that gets the queues which are made for them.
+    They are forked from the warm server where its start-time variables are the same, and spawned where they are not.
+
+    Parameters
+    ----------
+    environ
+        The variables.
+
+    Yields
+    ------
+    list
+        Filled with the queues that are made for the processes.
     """
     wanted = start_time_variables(environ)
     agrees = _server_environ is not None and all(_server_environ.get(k) == v for k, v in wanted.items())
     token = _own_environ.set(None if agrees else dict(environ))
-    queues: list[Any] = []
+    queues: list[MessageQueue] = []
     made = _made.set(queues)
     try:
         yield queues
@@ -144,7 +171,7 @@ def starting(environ: Mapping[str, str]) -> Iterator[list[Any]]:
 
 
 def _revive() -> None:
-    """Start the server again with its environment if it died; multiprocessing would do it with that of the moment."""
+    """Start the server again with its environment if it died; multiprocessing would do it with the present one."""
     from multiprocessing import forkserver
 
     with environment(_server_environ or {}):
@@ -154,7 +181,7 @@ def _revive() -> None:
 if available():
 
     class Process(multiprocessing.context.ForkServerProcess):
-        """A process that is forked from the warm server, or spawned when it needs an environment of its own."""
+        """Process that is forked from the warm server, or spawned when it needs another environment."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -162,7 +189,8 @@ if available():
             self.own_environ = _own_environ.get()
 
         @staticmethod
-        def _Popen(process_obj: Any) -> Any:
+        def _Popen(process_obj: BaseProcess) -> Any:
+            assert isinstance(process_obj, Process)
             if process_obj.own_environ is None:
                 _revive()
                 return multiprocessing.context.ForkServerProcess._Popen(process_obj)
@@ -170,13 +198,20 @@ if available():
                 return multiprocessing.context.SpawnProcess._Popen(process_obj)
 
     class Context(multiprocessing.context.ForkServerContext):
-        """The multiprocessing context behind the start method ``agentcluster``."""
+        """Context of multiprocessing for the start method ``agentcluster``."""
 
         _name = METHOD
         Process = Process
 
-        def Queue(self, maxsize: int = 0) -> Any:
-            queue = super().Queue(maxsize)
+        def Queue(self, maxsize: int = 0) -> MessageQueue:
+            """Make a queue, and note it for the block of :func:`starting`.
+
+            Parameters
+            ----------
+            maxsize
+                Greatest number of messages; 0 for any.
+            """
+            queue: MessageQueue = super().Queue(maxsize)
             made = _made.get()
             if made is not None:
                 made.append(queue)
@@ -184,9 +219,9 @@ if available():
 
 
 def _kill_left() -> None:
-    """End processes that nobody has ended; multiprocessing would send them SIGTERM, which workers outlive, and wait.
+    """Kill the processes that are left; multiprocessing would send them SIGTERM, which workers outlive, and wait.
 
-    The server that was warmed here goes too: it would end by itself, but only when it has imported all that it is to.
+    The server that was warmed here is killed too: it would end by itself, but only after all of its imports.
     """
     from multiprocessing import forkserver
 
@@ -201,14 +236,19 @@ def _kill_left() -> None:
 
 
 def install() -> str | None:
-    """Make the start method known to multiprocessing; return its name, or None where there is no forkserver.
+    """Register the start method with multiprocessing.
 
     dask picks a start method by name (``distributed.worker.multiprocessing-method``), and multiprocessing has no
     public way to add one.
+
+    Returns
+    -------
+    str or None
+        The name of the method; None where there is no forkserver.
     """
     if not available():
         return None
-    contexts: dict[str, Any] = multiprocessing.context._concrete_contexts  # type: ignore[attr-defined]
+    contexts: dict[str, object] = multiprocessing.context._concrete_contexts  # type: ignore[attr-defined]
     if METHOD not in contexts:
         contexts[METHOD] = Context()
         atexit.register(_kill_left)

@@ -1,4 +1,4 @@
-"""What the forkserver does last before the first worker is forked from it: what every worker would do again.
+"""Last preparation of the forkserver: work that every worker forked from it would otherwise repeat.
 
 Imported there, by name, after the modules of the configuration; nowhere else.
 """
@@ -15,7 +15,7 @@ from distributed.versions import get_versions
 
 from agentcluster.agent.logs import quiet_ends
 
-#: What a worker imports while it starts, beyond what comes with distributed.
+#: Modules that a worker imports while it starts, beyond those that come with distributed.
 LATE = (
     "agentcluster.agent.forkserver",
     "distributed.http.health",
@@ -28,17 +28,17 @@ LATE = (
     "tornado.platform.asyncio",
 )
 
-#: Seconds after SIGTERM at which a worker ends that nobody has ended until then.
+#: Seconds after SIGTERM at which a worker ends by itself.
 GRACE = 30.0
 
 _FORKSERVER = os.getpid()
 
 
 def _end_later(*_: object) -> None:
-    """Take SIGTERM: it is the agent's to have data moved and workers stopped.
+    """Delay the effect of SIGTERM: the agent moves the data, then stops the workers.
 
     Slurm, ``timeout`` and a terminal send it to a whole process group; workers that ended at once would take their data
-    with them, and without the forkserver nobody knew how they ended.
+    with them, and without the forkserver the agent would not know how they ended.
     """
     if os.getpid() != _FORKSERVER:
         timer = threading.Timer(GRACE, os._exit, (128 + signal.SIGTERM,))

@@ -1,8 +1,8 @@
-"""What a node has and how busy it is: cores, memory, GPUs, package versions; load and GPU load.
+"""Hardware and load of the host: cores, memory, GPUs and package versions; CPU, memory and GPU load.
 
-This module is the only one that talks to NVIDIA's management library (NVML, through ``pynvml``). GPUs that cannot be
-seen are never an error: :func:`detect` then gives the reason with the hardware. NVML is initialised on first use, once
-per process, so that importing this module before a fork is safe.
+This module is the only one that uses NVIDIA's management library (NVML, through ``pynvml``). GPUs that cannot be seen
+are never an error: :func:`detect` then gives the reason with the hardware. NVML is initialised on first use, once per
+process, so that importing this module before a fork is safe.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import platform
 import socket
 from types import ModuleType
-from typing import Any
 
 import dask.config
 import dask.system
@@ -33,11 +32,11 @@ _initialised_in: int | None = None
 
 
 class _NoGpu(Exception):
-    """Why no GPU can be used, as a sentence."""
+    """The reason, as a sentence, why no GPU can be used."""
 
 
 def detect() -> Hardware:
-    """Return what this node has and may use.
+    """Detect the hardware that this process may use.
 
     Returns
     -------
@@ -49,7 +48,7 @@ def detect() -> Hardware:
     return Hardware(
         hostname=socket.gethostname(),
         cpus=dask.system.cpu_count(),
-        # what dask's and dask-cuda's workers go by: read once, since a virtual machine's total moves while it runs
+        # the limit of dask's and dask-cuda's workers: read once, since a virtual machine's total changes while it runs
         memory=MEMORY_LIMIT,
         gpus=gpus,
         gpu_problem=problem,
@@ -58,18 +57,18 @@ def detect() -> Hardware:
 
 
 def metrics(hardware: Hardware) -> HostMetrics:
-    """Return this host's load now.
+    """Measure this host's load now.
 
     Parameters
     ----------
     hardware
-        What :func:`detect` returned on this host.
+        Hardware of this host, from :func:`detect`.
 
     Returns
     -------
     HostMetrics
         CPU load in percent since the call before, used memory in bytes, and for each GPU its load
-        in percent and its used memory in bytes: 0 where NVML does not tell, as for a MIG device's load.
+        in percent and its used memory in bytes: 0 where NVML has no value, as for a MIG device's load.
     """
     loads = _gpu_loads(hardware.gpus)
     return HostMetrics(
@@ -114,7 +113,7 @@ def _nvml() -> ModuleType:
 
 
 def _gpus() -> tuple[tuple[Gpu, ...], str | None]:
-    """Return the GPUs that may be used, or none and why."""
+    """Return the GPUs that may be used; if there are none, the reason."""
     if not dask.config.get("distributed.diagnostics.nvml", True):
         return (), "GPUs are switched off by the dask setting distributed.diagnostics.nvml: False"
     try:
@@ -156,9 +155,9 @@ def _visible(nvml: ModuleType, wanted: str | None) -> tuple[Gpu, ...]:
 
 
 def _named(nvml: ModuleType, entry: str, count: int) -> list[Gpu]:
-    """Return what an entry of ``CUDA_VISIBLE_DEVICES`` stands for: one device, or all those of a GPU in MIG mode.
+    """Return the devices of an entry of ``CUDA_VISIBLE_DEVICES``: one, or all those of a GPU in MIG mode.
 
-    An index or a UUID is kept as the device's ``visible_id``. The unambiguous beginning of a UUID, which CUDA takes
+    An index or a UUID is kept as the device's ``visible_id``. The unambiguous beginning of a UUID, which CUDA accepts
     but NVML and dask-cuda do not, becomes the whole one.
     """
     if entry.isascii() and entry.isdecimal():
@@ -185,7 +184,7 @@ def _devices(nvml: ModuleType, index: int) -> list[Gpu]:
         raise _NoGpu(f"NVML cannot read GPU {index}: {error}") from error
 
 
-def _mig_mode(nvml: ModuleType, handle: Any) -> bool:
+def _mig_mode(nvml: ModuleType, handle: object) -> bool:
     try:
         current, _pending = nvml.nvmlDeviceGetMigMode(handle)
     except nvml.NVMLError_NotSupported:
@@ -193,7 +192,7 @@ def _mig_mode(nvml: ModuleType, handle: Any) -> bool:
     return bool(current == nvml.NVML_DEVICE_MIG_ENABLE)
 
 
-def _mig_handles(nvml: ModuleType, handle: Any) -> list[Any]:
+def _mig_handles(nvml: ModuleType, handle: object) -> list[object]:
     found = []
     for slot in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
         try:
@@ -203,7 +202,7 @@ def _mig_handles(nvml: ModuleType, handle: Any) -> list[Any]:
     return found
 
 
-def _gpu(nvml: ModuleType, handle: Any, index: str | None) -> Gpu:
+def _gpu(nvml: ModuleType, handle: object, index: str | None) -> Gpu:
     """Describe one device; without an index it is a MIG device."""
     uuid = nvml.nvmlDeviceGetUUID(handle)
     try:
@@ -214,7 +213,7 @@ def _gpu(nvml: ModuleType, handle: Any, index: str | None) -> Gpu:
 
 
 def _gpu_loads(gpus: tuple[Gpu, ...]) -> list[tuple[int, int]]:
-    """Return percent and used bytes of each device, 0 for what cannot be read."""
+    """Return load in percent and used bytes of each device, 0 for values that cannot be read."""
     if not gpus:
         return []
     try:

@@ -1,4 +1,4 @@
-"""Where the package's log lines go: to stderr, and the last to who asks an agent for them; which of dask's stay out."""
+"""Logs of the agent's process: to stderr, and the last lines to callers that ask for them; a filter for dask's own."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from distributed import Status, Worker
 
 PACKAGE = "agentcluster"
 
+#: Parts of messages that dask logs when a worker that is being closed is interrupted.
+CLOSING_NOISE = ("with scheduler during heartbeat", "process died unexpectedly")
+
 
 def log_to_stderr() -> None:
-    """Send the package's INFO lines to stderr, in the form that dask's configuration has for its own."""
+    """Send the package's INFO lines to stderr, in the format of dask's configuration."""
     logger = logging.getLogger(PACKAGE)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -23,18 +26,18 @@ def log_to_stderr() -> None:
 
 
 def quiet_ends() -> None:
-    """Keep out of dask's log what is no error where a worker is being closed.
+    """Filter out errors that dask logs when a worker is closed in order.
 
-    A heartbeat is cut off beside a scheduler that does not answer just then; and when a worker ends by itself, a thread
+    A heartbeat is cut off when the scheduler does not answer at that moment; and when a worker ends by itself, a thread
     of its process may still read from the nanny's queue while that is closed.
     """
     for name in ("distributed.worker", "distributed.nanny"):
-        logging.getLogger(name).addFilter(_is_no_end)
+        logging.getLogger(name).addFilter(_is_wanted)
 
 
-def _is_no_end(record: logging.LogRecord) -> bool:
-    ends = any(said in str(record.msg) for said in ("with scheduler during heartbeat", "process died unexpectedly"))
-    return not ends or any(worker.status is Status.running for worker in Worker._instances)
+def _is_wanted(record: logging.LogRecord) -> bool:
+    noise = any(part in str(record.msg) for part in CLOSING_NOISE)
+    return not noise or any(worker.status is Status.running for worker in Worker._instances)
 
 
 class LastLines(logging.Handler):
@@ -43,7 +46,7 @@ class LastLines(logging.Handler):
     Parameters
     ----------
     count
-        How many are kept.
+        Number of lines that are kept; a message of several lines counts as many.
     """
 
     def __init__(self, count: int) -> None:
@@ -52,17 +55,23 @@ class LastLines(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a line."""
-        self._kept.append(self.format(record))
+        """Keep the lines of a message.
+
+        Parameters
+        ----------
+        record
+            The message.
+        """
+        self._kept.extend(self.format(record).splitlines())
 
     def lines(self) -> list[str]:
-        """Return what was kept, oldest first."""
+        """Return the kept lines, oldest first."""
         return list(self._kept)
 
     def begin(self) -> None:
-        """Listen."""
+        """Start to keep lines."""
         logging.getLogger(PACKAGE).addHandler(self)
 
     def end(self) -> None:
-        """Listen no more."""
+        """Stop keeping lines; those that were kept stay."""
         logging.getLogger(PACKAGE).removeHandler(self)

@@ -1,9 +1,9 @@
-"""An agent where a worker stood: the arguments of a ``Worker`` or a ``Nanny`` that mean something for a whole node."""
+"""Options of an agent: arguments of a ``Worker`` or ``Nanny`` that count for a whole node, and addresses."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from dask import config
 from distributed.comm.addressing import (
@@ -16,24 +16,40 @@ from distributed.core import coerce_to_address
 from distributed.security import Security
 from distributed.utils import get_ip, json_load_robust, parse_ports
 
-from agentcluster import modes
 from agentcluster.errors import ConfigError
 from agentcluster.model import Mode
 
-#: What runs there when nobody said anything: one worker with all threads.
+#: Keyword arguments of dask's workers and nannies, which have no types.
+WorkerOptions: TypeAlias = Mapping[str, Any]
+
+#: The same, to be changed.
+WorkerArguments: TypeAlias = dict[str, Any]
+
+#: Mode of an agent that is given none, as ``dask worker``: one worker with all threads.
 LIKE_DASK_WORKER = Mode("auto-cpu", {"nworkers": 1})
 
-#: A worker's arguments that are the first mode's, and no longer hold after a reprovision.
-SHAPE = ("nthreads", "memory_limit")
+#: Arguments of a worker that become options of the node's first mode, so that a reprovisioning replaces them.
+MODE_OPTIONS = ("nthreads", "memory_limit")
+
+#: Options with the port, or the range of ports, that workers and their nannies listen at.
+PORT_OPTIONS = ("worker_port", "nanny_port")
 
 
-def take_scheduler(options: dict[str, Any]) -> str | None:
-    """Take the scheduler's address out of a worker's arguments, or dask's configuration, as a worker does.
+# -- arguments of a worker ---------------------------------------------------------------------------------------------
+
+
+def take_scheduler(options: WorkerArguments) -> str | None:
+    """Take the scheduler's address out of a worker's arguments, or from dask's configuration, as a worker does.
 
     Parameters
     ----------
     options
-        Keyword arguments; ``scheduler_ip``, ``scheduler_port`` and ``scheduler_file`` are taken out.
+        Keyword arguments; ``scheduler_ip``, ``scheduler_port`` and ``scheduler_file`` are removed from them.
+
+    Returns
+    -------
+    str or None
+        The address; None where there is none.
 
     Raises
     ------
@@ -43,11 +59,95 @@ def take_scheduler(options: dict[str, Any]) -> str | None:
     ip, port, file = (options.pop(f"scheduler_{key}", None) for key in ("ip", "port", "file"))
     if ip is not None:
         return f"{ip}:{port}" if port is not None else str(ip)
-    return config.get("scheduler-address", None) if file is None else address_in(file)
+    return config.get("scheduler-address", None) if file is None else read_scheduler_file(file)
 
 
-def address_in(file: str, timeout: float | None = None) -> str:
-    """Return the address in a scheduler's own file, which may come to be there only within `timeout` seconds."""
+def take_mode(options: WorkerArguments) -> Mode | None:
+    """Take :data:`MODE_OPTIONS` out of a worker's arguments.
+
+    Parameters
+    ----------
+    options
+        Keyword arguments; those that become options of the mode are removed from them.
+
+    Returns
+    -------
+    Mode or None
+        First mode of the node, unchecked; None where no argument is about it.
+    """
+    given = {key: options.pop(key) for key in MODE_OPTIONS if options.get(key) is not None}
+    return Mode(LIKE_DASK_WORKER.name, {**LIKE_DASK_WORKER.config, **given}) if given else None
+
+
+def add_resources(options: WorkerOptions) -> WorkerArguments:
+    """Add the resources of ``distributed.worker.resources`` in dask's configuration to the options of all workers.
+
+    Parameters
+    ----------
+    options
+        Keyword arguments for every worker; their ``resources`` take precedence.
+
+    Returns
+    -------
+    dict
+        A copy with the resources of both, as numbers.
+    """
+    found = {**config.get("distributed.worker.resources", {}), **(options.get("resources") or {})}
+    return {**options, "resources": {name: float(amount) for name, amount in found.items()}} if found else {**options}
+
+
+def slots(options: WorkerOptions) -> int | None:
+    """Count the workers that can run at a time, by the ports that they were given.
+
+    Parameters
+    ----------
+    options
+        Keyword arguments for every worker, with ``worker_port`` and ``nanny_port``, each a port or a range such as
+        ``"9000:9010"``, and ``contact_address``, which only one worker can have.
+
+    Returns
+    -------
+    int or None
+        Greatest number of workers; None where the options do not limit it.
+
+    Raises
+    ------
+    ConfigError
+        When an option is neither a port nor a range.
+    """
+    counts = [1] if options.get("contact_address") else []
+    ranges: list[set[int]] = []
+    for key in PORT_OPTIONS:
+        try:
+            ports = parse_ports(options.get(key))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{key} {options[key]!r}: {error}; give a port or a range, such as 9000:9010") from None
+        if ports not in ([None], [0]):
+            ranges.append({port for port in ports if port})
+    counts += map(len, ranges)
+    if len(ranges) > 1:
+        counts.append(len(set.union(*ranges)) // len(ranges))  # a port in both ranges still serves one worker
+    return min(counts, default=None)
+
+
+# -- addresses ---------------------------------------------------------------------------------------------------------
+
+
+def read_scheduler_file(file: str, timeout: float | None = None) -> str:
+    """Read the address in the file that a scheduler writes.
+
+    Parameters
+    ----------
+    file
+        Path of the file.
+    timeout
+        Seconds to wait for the file; None for not at all.
+
+    Raises
+    ------
+    ConfigError
+        When there is no file or no address in it.
+    """
     try:
         return str(json_load_robust(file, timeout=timeout)["address"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -58,30 +158,27 @@ def address_in(file: str, timeout: float | None = None) -> str:
         ) from error
 
 
-def with_resources(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options for every worker of a host with the resources that dask's configuration gives them there."""
-    found = {**config.get("distributed.worker.resources", {}), **(options.get("resources") or {})}
-    return {**options, "resources": {name: float(amount) for name, amount in found.items()}} if found else {**options}
-
-
-def take_mode(options: dict[str, Any]) -> Mode | None:
-    """Take the shape of the first worker out of a worker's arguments, and return the mode that it means, if any."""
-    shape = {key: options.pop(key) for key in SHAPE if options.get(key) is not None}
-    return modes.parse(LIKE_DASK_WORKER.name, {**LIKE_DASK_WORKER.config, **shape}) if shape else None
-
-
-#: Options that say where a worker and its nanny may listen: a port, or a range of them.
-PORT_OPTIONS = ("worker_port", "nanny_port")
-
-
 def scheduler_address(scheduler: str) -> str:
-    """Return the address of a scheduler in full, or raise :class:`ConfigError`."""
+    """Complete the address of a scheduler.
+
+    Parameters
+    ----------
+    scheduler
+        Address, with or without a protocol.
+
+    Raises
+    ------
+    ConfigError
+        When it has no host or no port.
+    """
     address = str(coerce_to_address(scheduler))
     try:
         if not address.startswith("inproc://"):
             get_address_host_port(address, strict=True)
     except ValueError as error:
-        raise ConfigError(f"scheduler {scheduler!r} is no address: {error}; give one such as tcp://HOST:8786") from None
+        raise ConfigError(
+            f"scheduler {scheduler!r} is not an address: {error}; give one such as tcp://HOST:8786"
+        ) from None
     return address
 
 
@@ -95,7 +192,7 @@ def listen_address(
     port: int,
     listen_host: str | None,
 ) -> str:
-    """Return the address that an agent is to listen at.
+    """Return the address that an agent listens at.
 
     Parameters
     ----------
@@ -108,12 +205,12 @@ def listen_address(
     port
         The agent's port; 0 for any.
     listen_host
-        Where the agent itself listens, when that is not where its workers do.
+        Where the agent itself listens, if elsewhere than its workers.
 
     Raises
     ------
     ValueError, OSError
-        What dask says of those that cannot be.
+        Dask's own error for values that it cannot use.
     """
     if listen_host:
         host, interface = listen_host, None
@@ -123,29 +220,3 @@ def listen_address(
         if not host and not interface:
             host = unparse_host_port(get_ip(get_address_host(scheduler)))
     return str(address_from_user_args(host=host, port=port, interface=interface, protocol=protocol, security=security))
-
-
-def room(worker_options: Mapping[str, Any]) -> int | None:
-    """Return how many workers the ports that they were given are for; None where any number of them can be.
-
-    Parameters
-    ----------
-    worker_options
-        Options for every worker of an agent, among them ``worker_port`` and ``nanny_port``, each a port or a range such
-        as ``"9000:9010"``, and ``contact_address``, which can be that of one worker only.
-    """
-    counts = [1] if worker_options.get("contact_address") else []
-    ranges: list[set[int]] = []
-    for key in PORT_OPTIONS:
-        try:
-            ports = parse_ports(worker_options.get(key))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(
-                f"{key} {worker_options[key]!r}: {error}; give a port or a range, such as 9000:9010"
-            ) from None
-        if ports not in ([None], [0]):
-            ranges.append({port for port in ports if port})
-    counts += map(len, ranges)
-    if len(ranges) > 1:
-        counts.append(len(set.union(*ranges)) // len(ranges))  # where they overlap, a port is still one worker's
-    return min(counts, default=None)

@@ -1,24 +1,29 @@
-"""A worker that works on nothing: it bears a name that a cluster manager tracks while its node has no other for it."""
+"""Worker that takes no tasks: it keeps a name that a cluster manager tracks while no other worker has it."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from distributed import Status, Worker
+from distributed.core import OKMessage
 
 
 class Placeholder(Worker):
-    """A worker that is paused from its first moment on: it gets no tasks, and no data by itself."""
+    """Worker that is paused from the start: the scheduler gives it neither tasks nor data."""
 
     @property
     def status(self) -> Status:
-        """What the worker says of itself."""
+        """The worker's status: ``paused`` in place of ``running``."""
         return Worker.status.fget(self)  # type: ignore[no-any-return]
 
     @status.setter
     def status(self, value: Status) -> None:
         Worker.status.fset(self, Status.paused if value is Status.running else value)
 
-    async def plugin_add(self, *plugin: Any, **more: Any) -> Any:
-        """Set nothing up: what a plugin prepares is for tasks."""
+    async def plugin_add(self, *plugin: object, **options: object) -> OKMessage:
+        """Set nothing up: plugins prepare workers for tasks.
+
+        Parameters
+        ----------
+        *plugin, **options
+            Not used.
+        """
         return {"status": "OK"}

@@ -1,7 +1,7 @@
-"""The workers of one host: started, watched, restarted and stopped under dask's own nannies.
+"""Start, watch, restart and stop the workers of one host, under dask's own nannies.
 
-:class:`Supervisor` is told what to run and makes it so; it decides nothing but when a crashed worker is started again.
-It owns every nanny it made until that nanny is closed, and reports each change of a worker's state to a callback.
+:class:`Supervisor` owns every server that it made until that server is closed, and reports each change of a worker's
+state to a callback. It decides nothing but the time at which a crashed worker is started again.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import contextlib
 import inspect
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from distributed import Nanny, Status
 from distributed.comm.addressing import get_address_host_port
@@ -24,63 +24,63 @@ from distributed.utils import import_term, parse_ports
 from agentcluster import modes
 from agentcluster.agent import forkserver
 from agentcluster.agent.nanny import (
-    METHOD_KEY,
     RestartPolicy,
-    StartMethod,
-    Supervised,
-    plain_method,
+    SupervisedNanny,
+    Supervision,
+    WorkerServer,
+    build_cuda_nanny,
+    describe_error,
+    rename,
     supervised,
-    taken_over,
-    tell_name,
-    words,
+    user_start_method,
 )
-from agentcluster.agent.options import PORT_OPTIONS
+from agentcluster.agent.options import PORT_OPTIONS, WorkerArguments, WorkerOptions
 from agentcluster.errors import ConfigError, WorkerStartError, suggest
 from agentcluster.model import WorkerSpec, WorkerState
 from agentcluster.wire import unpickled
-
-__all__ = ["CUDA_WORKER", "METHOD_KEY", "RestartPolicy", "StartMethod", "Supervisor", "resolve"]
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at whether a worker's process is ready; dask's own 0.05 are a tenth of a swap.
 POLL = 0.01
 
-#: What a server measures of its process and its event loop, 50 times a second. The agent does it, in the same process.
-MEASURED_ONCE = ("tick", "ticks", "monitor")
+#: Seconds that the workers of a start that failed get to end.
+DISCARD_TIMEOUT = 10.0
 
 CUDA_WORKER = "dask_cuda.CUDAWorker"
 NO_DEVICE = "CUDAWorker is several workers, one per GPU; use mode 'auto-gpu', which starts each of them with its device"
 
+State: TypeAlias = Literal["starting", "running", "restarting", "stopping", "retired", "failed"]
+
 
 @dataclass
 class _Worker:
-    """One worker that the supervisor answers for; `server` is a nanny, or whatever class the spec named."""
+    """One worker of the supervisor; `server` is a nanny, or of whatever class the spec named."""
 
     name: str
     spec: WorkerSpec
-    server: Any
+    server: WorkerServer
     stopping: bool = False
     ready: bool = False
     ended: asyncio.Task[None] | None = None
     problem: str | None = None
-    address: str | None = None
 
     def state(self) -> WorkerState:
         server = self.server
-        crashes = len(getattr(server, "crashes", ()))
-        process = getattr(server, "process", None)
-        running = process is None or process.status is Status.running
-        status: Any = "running" if running else "restarting"
-        if not self.ready:
-            status = "starting"
-        if server.status in (Status.closed, Status.failed):
-            status = "failed" if self.problem else "retired"
-        if self.stopping:
-            status = "stopping"
         # A worker without a nanny has its address, or an error in its place, before it is a worker.
-        address = None if server.status is Status.init else getattr(server, "worker_address", None) or self.address
-        return WorkerState(self.name, status, address, getattr(server, "pid", None), crashes, self.problem)
+        address = None if server.status is Status.init else getattr(server, "worker_address", None)
+        crashes = len(server.crashes) if isinstance(server, SupervisedNanny) else 0
+        return WorkerState(self.name, self._state(), address, getattr(server, "pid", None), crashes, self.problem)
+
+    def _state(self) -> State:
+        if self.stopping:
+            return "stopping"
+        if self.server.status in (Status.closed, Status.failed):
+            return "failed" if self.problem else "retired"
+        if not self.ready:
+            return "starting"
+        process: WorkerProcess | None = getattr(self.server, "process", None)
+        return "running" if process is None or process.status is Status.running else "restarting"
 
 
 @dataclass
@@ -97,22 +97,23 @@ class Supervisor:
         Keyword arguments for every worker on this host whatever its mode (``interface``, ``host``, ``protocol``,
         ``local_directory``, ``resources``, …).
     policy
-        When crashed workers are started again.
+        Rule by which crashed workers are started again.
     on_change
         Called with a worker's new state.
     in_touch
-        Whether the agent itself has its connection to the scheduler: then a worker that lost its own is started again.
-    spelling
-        Worker name -> what the scheduler is to know the worker by, where that is not the name itself but a number.
+        Returns whether the agent itself has its connection to the scheduler: then a worker that lost its own is started
+        again.
+    external_names
+        Worker name -> the name object that the scheduler gets in its place, such as a number.
     """
 
     scheduler: str
     security: Security | None = None
-    host_options: Mapping[str, Any] = field(default_factory=dict)
+    host_options: WorkerOptions = field(default_factory=dict)
     policy: RestartPolicy = field(default_factory=RestartPolicy)
     on_change: Callable[[WorkerState], None] = lambda state: None
     in_touch: Callable[[], bool] = lambda: False
-    spelling: Mapping[str, Any] = field(default_factory=dict)
+    external_names: Mapping[str, str | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         WorkerProcess._init_msg_interval = POLL
@@ -123,25 +124,22 @@ class Supervisor:
         return tuple(worker.state() for worker in self._workers.values())
 
     def check(self, specs: Mapping[str, WorkerSpec]) -> dict[str, str]:
-        """Return, for each worker that could not be started here, why; touches nothing.
+        """Check whether workers could be started here; start nothing.
 
         Parameters
         ----------
         specs
             Worker name -> its settings.
+
+        Returns
+        -------
+        dict
+            Worker name -> problem, for those that could not be started.
         """
         refused = {}
         for name, spec in specs.items():
             try:
-                if spec.cls == CUDA_WORKER and spec.device is None:
-                    raise ConfigError(NO_DEVICE, key="cls")
-                cls = resolve(spec.cls)
-                allowed = modes.worker_keywords(cls)
-                unknown = sorted(set(spec.options) - allowed) if allowed is not None else []
-                if unknown:
-                    raise ConfigError(
-                        f"{cls.__name__} has no option {unknown[0]!r}; {suggest(unknown[0], allowed or ())}"
-                    )
+                _check(spec)
             except ConfigError as error:
                 refused[name] = str(error)
         return refused
@@ -155,6 +153,11 @@ class Supervisor:
             Worker name -> its settings. No name may be in use.
         timeout
             Seconds for the whole call.
+
+        Returns
+        -------
+        tuple of WorkerState
+            The workers' states, in the order of `specs`.
 
         Raises
         ------
@@ -180,52 +183,75 @@ class Supervisor:
         return tuple(worker.state() for worker in batch.values())
 
     async def stop(self, names: Iterable[str], timeout: float) -> None:
-        """Stop workers; returns when their processes have ended. Unknown names are those that ended already."""
+        """Stop workers; returns when their processes have ended.
+
+        Parameters
+        ----------
+        names
+            Names of the workers; unknown ones are taken for those that have ended already.
+        timeout
+            Seconds for a worker to end.
+        """
         workers = [self._workers[name] for name in names if name in self._workers]
         for worker in workers:
             worker.stopping = True
         await asyncio.gather(*(self._close(worker, timeout) for worker in workers))
 
     async def rename(self, names: Mapping[str, str]) -> None:
-        """Give workers other names, old name -> new name, also for when they are started again."""
+        """Rename workers, now and for when they are started again.
+
+        Parameters
+        ----------
+        names
+            Old name -> new name; unknown workers are taken for those that have ended already.
+        """
         renamed = [worker for name, worker in self._workers.items() if name in names]
         for worker in renamed:
             worker.name = names[worker.name]
         self._workers = {worker.name: worker for worker in self._workers.values()}
-        await asyncio.gather(*(tell_name(each.server, self.spelling.get(each.name, each.name)) for each in renamed))
+        await asyncio.gather(*(rename(each.server, self._external_name(each.name)) for each in renamed))
 
     async def close(self, timeout: float) -> None:
-        """Stop every worker."""
+        """Stop every worker.
+
+        Parameters
+        ----------
+        timeout
+            Seconds for a worker to end.
+        """
         await self.stop(list(self._workers), timeout)
 
-    def _build(self, specs: Mapping[str, WorkerSpec], failures: dict[str, str]) -> Iterator[tuple[str, Any]]:
-        """Yield each worker, built and not started; note in `failures` why one cannot be."""
+    # -- building ------------------------------------------------------------------------------------------------------
+
+    def _build(self, specs: Mapping[str, WorkerSpec], failures: dict[str, str]) -> Iterator[tuple[str, WorkerServer]]:
+        """Yield each worker's server, not started; note in `failures` the problem of those that cannot be built."""
         gpus = {name: spec for name, spec in specs.items() if spec.cls == CUDA_WORKER}
-        ports = self._ports(specs, gpus)
+        ports = self._assign_ports(specs, gpus)
         for name, spec in specs.items():
             if name not in gpus:
                 try:
-                    server = self._instance(name, spec, ports[name])
+                    server = self._build_server(name, spec, ports[name])
                 except Exception as error:  # a user's class may raise anything from its constructor
-                    failures[name] = words(error)
+                    failures[name] = describe_error(error)
                 else:
                     yield name, server
-        if gpus:
-            try:
-                nannies = self._cuda_nannies(gpus)
-            except Exception as error:  # as above: CUDAWorker passes on what NVML and RMM raise
-                failures.update(dict.fromkeys(gpus, words(error)))
-            else:
-                yield from nannies.items()
+        try:
+            nannies = {name: self._build_cuda_nanny(name, spec) for name, spec in gpus.items()}
+        except Exception as error:  # as above: CUDAWorker passes on what NVML and RMM raise
+            failures.update(dict.fromkeys(gpus, describe_error(error)))
+        else:
+            yield from nannies.items()
 
-    def _ports(self, specs: Mapping[str, WorkerSpec], gpus: Mapping[str, WorkerSpec]) -> dict[str, dict[str, Any]]:
-        """Deal ports to workers without a GPU; those with one have each the port of its device."""
-        taken = {port for worker in self._workers.values() for port in in_use(worker.server)}
-        taken |= ports_of_devices(self.host_options, gpus.values())
-        return dealt(self.host_options, [name for name in specs if name not in gpus], taken)
+    def _assign_ports(
+        self, specs: Mapping[str, WorkerSpec], gpus: Mapping[str, WorkerSpec]
+    ) -> dict[str, dict[str, list[int]]]:
+        """Assign ports to workers without a GPU; those with one have each the port of its device."""
+        taken = {port for worker in self._workers.values() for port in ports_in_use(worker.server)}
+        taken |= device_ports(self.host_options, gpus.values())
+        return assign_ports(self.host_options, [name for name in specs if name not in gpus], taken)
 
-    def _arguments(self, name: str, spec: WorkerSpec, **more: Any) -> dict[str, Any]:
-        arguments = {**self.host_options, **unpickled(spec.options), **more, "name": self.spelling.get(name, name)}
+    def _arguments(self, name: str, spec: WorkerSpec, ports: WorkerOptions) -> WorkerArguments:
+        arguments = {**self.host_options, **unpickled(spec.options), **ports, "name": self._external_name(name)}
         if spec.nthreads is not None:
             arguments["nthreads"] = spec.nthreads
         if spec.memory_limit is not None:
@@ -239,73 +265,56 @@ class Supervisor:
             arguments["security"] = self.security
         return arguments
 
-    def _instance(self, name: str, spec: WorkerSpec, ports: Mapping[str, Any]) -> Any:
+    def _build_server(self, name: str, spec: WorkerSpec, ports: WorkerOptions) -> WorkerServer:
         cls = resolve(spec.cls)
-        arguments = with_port(
-            self._arguments(name, spec, **ports), "nanny_port" if issubclass(cls, Nanny) else "worker_port"
-        )
-        arguments.pop("listen_address", None)  # it is there in parts too
+        own_port = "nanny_port" if issubclass(cls, Nanny) else "worker_port"
+        arguments = _with_own_port(self._arguments(name, spec, ports), own_port)
+        arguments.pop("listen_address", None)  # given in parts too
         allowed = modes.worker_keywords(cls)
         if allowed is not None:
             # Host options are for dask's workers; another class gets those of them that it knows.
             arguments = {k: v for k, v in arguments.items() if k in allowed or k not in self.host_options}
         if issubclass(cls, Nanny):
-            cls = supervised(cls)
-            if isinstance(worker_class := arguments.get("worker_class"), str):
-                arguments["worker_class"] = resolve(worker_class)
-            arguments["config"] = {**plain_method(), **(arguments.get("config") or {})}
+            cls = supervised(cls)  # type: ignore[arg-type]  # mypy takes a class for unhashable
+            _resolve_worker_class(arguments)
+            arguments["config"] = {**user_start_method(), **(arguments.get("config") or {})}
         with forkserver.environment({}):  # a nanny reads the environment, which must not be that of a worker just then
-            return self._adopt(cls(self.scheduler, **arguments))
+            server: WorkerServer = cls(self.scheduler, **arguments)
+        return self._supervise(server)
 
-    def _cuda_nannies(self, specs: Mapping[str, WorkerSpec]) -> dict[str, Any]:
-        """Build dask-cuda's nannies, one per wanted device.
+    def _build_cuda_nanny(self, name: str, spec: WorkerSpec) -> WorkerServer:
+        """Build dask-cuda's nanny for a worker's device; none of them when one cannot be built."""
+        if spec.device is None:
+            raise ConfigError(f"worker {name!r}: {NO_DEVICE}", key="cls")
+        arguments = _cuda_arguments(_with_own_port(self._arguments(name, spec, {}), "nanny_port"))
+        env = arguments.pop("env", {})
+        arguments.setdefault("memory_limit", 1 / len(spec.devices))
+        if arguments.get("worker_port"):
+            arguments["worker_port"] = device_port(arguments["worker_port"], spec)
+        nanny = build_cuda_nanny(self.scheduler, arguments, spec.devices[spec.device])
+        # CUDAWorker takes no environment variables.
+        order = ",".join(spec.devices[spec.device :] + spec.devices[: spec.device])
+        nanny.env = {**nanny.env, "CUDA_VISIBLE_DEVICES": order, "RAPIDS_NO_INITIALIZE": "True", **env}
+        nanny.config = {**nanny.config, **user_start_method()}
+        return self._supervise(nanny)
 
-        CUDAWorker builds, unstarted, a nanny for each device that it sees in the environment, so it is shown one: then
-        there are no others to close, and core affinity and device memory are those of this device. (Shown several, it
-        takes those of device ``2 * i`` for the `i`-th: it rotates the list, then counts `i` on in it.)
-        """
-        from dask_cuda import CUDAWorker
-
-        servers = {}
-        for name, spec in specs.items():
-            if spec.device is None:
-                raise ConfigError(f"worker {name!r}: {NO_DEVICE}", key="cls")
-            arguments = _for_cuda(with_port(self._arguments(name, spec), "nanny_port"))
-            resources = arguments.pop("resources", {})
-            env = arguments.pop("env", {})
-            arguments["resources"] = " ".join(f"{key}={value!r}" for key, value in resources.items()) or None
-            arguments.setdefault("memory_limit", 1 / len(spec.devices))
-            if arguments.get("worker_port"):
-                arguments["worker_port"] = port_of(arguments["worker_port"], spec)
-            with forkserver.environment({"CUDA_VISIBLE_DEVICES": spec.devices[spec.device]}):
-                [nanny] = CUDAWorker(self.scheduler, **arguments).nannies
-            # CUDAWorker takes neither a nanny class nor environment variables.
-            order = ",".join(spec.devices[spec.device :] + spec.devices[: spec.device])
-            nanny.env = {**nanny.env, "CUDA_VISIBLE_DEVICES": order, "RAPIDS_NO_INITIALIZE": "True", **env}
-            nanny.config = {**nanny.config, **plain_method()}
-            servers[name] = self._adopt(taken_over(nanny))
-        return servers
-
-    def _adopt(self, server: Any) -> Any:
-        if isinstance(server, Supervised):
-            server.policy, server.in_touch = self.policy, self.in_touch
-            server.crashes = []
-            server.problem = None
-            # Nanny would put these into this process's environment, under other workers that are being started; they
-            # are in the forkserver's, and in its env.
-            server.pre_spawn_env = {}  # type: ignore[attr-defined]
-            for each in MEASURED_ONCE:
-                server.periodic_callbacks.pop(each, None)  # type: ignore[attr-defined]
-            server.changed = lambda: self._report(str(server.name))  # type: ignore[attr-defined]
+    def _supervise(self, server: WorkerServer) -> WorkerServer:
+        if isinstance(server, SupervisedNanny):
+            server.supervise(Supervision(self.policy, self.in_touch, self._report))
         return server
+
+    def _external_name(self, name: str) -> str | int:
+        return self.external_names.get(name, name)
+
+    # -- starting, watching, ending ------------------------------------------------------------------------------------
 
     async def _start_all(
         self, specs: Mapping[str, WorkerSpec], batch: dict[str, _Worker], timeout: float
     ) -> dict[str, str]:
-        """Build and start workers, which `batch` gets; return why some did not start."""
+        """Build and start workers and add them to `batch`; return the problems of those that did not start."""
         failures: dict[str, str] = {}
-        starts: dict[str, asyncio.Future[None]] = {}
-        late: set[asyncio.Future[None]] = set()
+        starts: dict[str, asyncio.Future[object]] = {}
+        late: set[asyncio.Future[object]] = set()
         try:
             for name, server in self._build(specs, failures):
                 batch[name] = self._workers[name] = _Worker(name, specs[name], server)
@@ -315,7 +324,7 @@ class Supervisor:
             if not failures and starts:
                 _, late = await asyncio.wait(starts.values(), timeout=timeout)
         finally:
-            # All of them, when this call is cancelled: also the errors of those that are done have to be taken.
+            # All of them, when this call is cancelled: also the errors of those that are done must be retrieved.
             for start in late:
                 start.cancel()
             await asyncio.gather(*late, return_exceptions=True)
@@ -325,20 +334,20 @@ class Supervisor:
             if start in late:
                 failures[name] = f"had not joined {self.scheduler} after {timeout:g} s"
             elif error := start.exception():
-                failures[name] = words(error)
+                failures[name] = describe_error(error)
         return failures
 
     async def _watch(self, worker: _Worker) -> None:
         await worker.server.finished()
         worker.problem = getattr(worker.server, "problem", None)
         if not worker.stopping:
-            # Closed by the scheduler (Client.retire_workers, adaptive) or given up: not ours to start again.
+            # Closed by the scheduler (Client.retire_workers, adaptive) or given up: not started again from here.
             self._report(worker.name)
             self._workers.pop(worker.name, None)
 
     async def _close(self, worker: _Worker, timeout: float) -> None:
         # A nanny kills its process itself, and at the latest after 1.8 times its timeout.
-        close = worker.server.close
+        close: Callable[..., Any] = worker.server.close
         arguments = {"timeout": timeout / 2} if _takes_timeout(close) else {}
         try:
             async with asyncio.timeout(timeout):
@@ -346,7 +355,7 @@ class Supervisor:
                 if worker.ended is not None:
                     await asyncio.shield(worker.ended)
         except Exception as error:  # a user's class may raise anything; the others must be closed all the same
-            logger.warning("Worker %s did not end in order: %s", worker.name, words(error))
+            logger.warning("Worker %s did not end in order: %s", worker.name, describe_error(error))
         if worker.ended is not None:
             worker.ended.cancel()
         self._workers.pop(worker.name, None)
@@ -354,7 +363,7 @@ class Supervisor:
     async def _discard(self, workers: Iterable[_Worker]) -> None:
         for worker in workers:
             worker.stopping = True
-        await asyncio.gather(*(self._close(worker, 10.0) for worker in workers))
+        await asyncio.gather(*(self._close(worker, DISCARD_TIMEOUT) for worker in workers))
 
     def _report(self, name: str) -> None:
         worker = self._workers.get(name)
@@ -362,48 +371,121 @@ class Supervisor:
             self.on_change(worker.state())
 
 
-async def _ready(server: Any) -> None:
-    await server
+async def _ready(server: WorkerServer) -> object:
+    return await server
 
 
-def resolve(cls: str | Mapping[str, str]) -> Any:
-    """Return the class that a worker spec names.
-
-    Raises
-    ------
-    ConfigError
-        When it cannot be imported or is no class.
-    """
-    try:
-        found = import_term(cls) if isinstance(cls, str) else unpickled(cls)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"cannot import worker class {cls!r} here: {words(error)}", key="cls") from error
-    if not isinstance(found, type):
-        raise ConfigError(f"{cls!r} is no class but {type(found).__name__}", key="cls")
-    return found
-
-
-def _takes_timeout(close: Callable[..., Any]) -> bool:
-    """Whether a worker's ``close`` can be told its seconds; SpecCluster, whose workers these are, never does."""
+def _takes_timeout(close: Callable[..., object]) -> bool:
+    """Return whether a worker's ``close`` takes a timeout; SpecCluster, the home of user classes, never gives one."""
     parameters = inspect.signature(close).parameters
     return "timeout" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _for_cuda(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments as CUDAWorker takes them: a class, and one place to listen, not that in parts too."""
-    arguments = dict(arguments)
+# -- classes and their arguments ---------------------------------------------------------------------------------------
+
+
+def resolve(cls: str | Mapping[str, str]) -> type[Any]:
+    """Return the class that a worker spec names.
+
+    Parameters
+    ----------
+    cls
+        Import path of the class, or the pickled class.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be imported or is not a class.
+    """
+    try:
+        found = import_term(cls) if isinstance(cls, str) else unpickled(cls)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"cannot import worker class {cls!r} here: {describe_error(error)}", key="cls") from error
+    if not isinstance(found, type):
+        raise ConfigError(f"{cls!r} is not a class but a {type(found).__name__}", key="cls")
+    return found
+
+
+def _check(spec: WorkerSpec) -> None:
+    """Raise :class:`ConfigError` for a worker that could not be started here."""
+    if spec.cls == CUDA_WORKER and spec.device is None:
+        raise ConfigError(NO_DEVICE, key="cls")
+    cls = resolve(spec.cls)
+    allowed = modes.worker_keywords(cls)
+    unknown = sorted(set(spec.options) - allowed) if allowed is not None else []
+    if unknown:
+        raise ConfigError(f"{cls.__name__} has no option {unknown[0]!r}; {suggest(unknown[0], allowed or ())}")
+
+
+def _cuda_arguments(arguments: WorkerOptions) -> WorkerArguments:
+    """Return arguments as CUDAWorker takes them: resources as text, the address in one piece and not in parts too."""
+    changed = dict(arguments)
+    _resolve_worker_class(changed)
+    resources = changed.get("resources") or {}
+    changed["resources"] = " ".join(f"{key}={value!r}" for key, value in resources.items()) or None
+    if listen := changed.get("listen_address"):
+        for part in ("host", "worker_port"):
+            changed.pop(part, None)
+        if changed.get("contact_address") == listen:
+            del changed["contact_address"]
+    return changed
+
+
+def _resolve_worker_class(arguments: WorkerArguments) -> None:
     if isinstance(worker_class := arguments.get("worker_class"), str):
         arguments["worker_class"] = resolve(worker_class)
-    if listen := arguments.get("listen_address"):
-        for part in ("host", "worker_port"):
-            arguments.pop(part, None)
-        if arguments.get("contact_address") == listen:
-            del arguments["contact_address"]
-    return arguments
 
 
-def in_use(server: Any) -> set[int]:
-    """Return the ports that a nanny and its worker, or a worker without one, listen at."""
+def _with_own_port(arguments: WorkerOptions, key: str) -> WorkerArguments:
+    """Return arguments with the server's own port, given as `key`, under dask's name for it."""
+    port, others = arguments.get(key), {k: v for k, v in arguments.items() if k not in (key, "nanny_port")}
+    return others if port is None else {"port": port, **others}
+
+
+# -- ports -------------------------------------------------------------------------------------------------------------
+
+
+def assign_ports(options: WorkerOptions, names: Iterable[str], taken: set[int]) -> dict[str, dict[str, list[int]]]:
+    """Assign ports from the configured ranges round-robin; no port is used twice.
+
+    ``dask worker`` assigns them the same way to workers that start together.
+
+    Parameters
+    ----------
+    options
+        Options for every worker of a host, each of ``PORT_OPTIONS`` a port, a range such as ``"9000:9010"`` or None.
+    names
+        Names of the workers that start together.
+    taken
+        Ports that are in use or kept for others.
+
+    Returns
+    -------
+    dict
+        Worker name -> option -> its ports, in their order; without the options that have no port for the worker.
+    """
+    assigned: dict[str, dict[str, list[int]]] = {name: {} for name in names}
+    ranges = {key: deque(_numbers(options, key)) for key in PORT_OPTIONS}
+    seen = set(taken)
+    while assigned and any(ranges.values()):
+        for ports_of_worker in assigned.values():
+            for key, ports in ranges.items():
+                while ports and ports[0] in seen:
+                    ports.popleft()
+                if ports:
+                    seen.add(ports[0])
+                    ports_of_worker.setdefault(key, []).append(ports.popleft())
+    return assigned
+
+
+def ports_in_use(server: WorkerServer) -> set[int]:
+    """Return the ports that a nanny and its worker, or a worker without one, listen at.
+
+    Parameters
+    ----------
+    server
+        The nanny or worker.
+    """
     used = set()
     for address in (getattr(server, "_address", None), getattr(server, "worker_address", None)):
         with contextlib.suppress(ValueError):  # not started, or a protocol without ports
@@ -411,62 +493,46 @@ def in_use(server: Any) -> set[int]:
     return used
 
 
-def dealt(options: Mapping[str, Any], names: Iterable[str], taken: set[int]) -> dict[str, dict[str, list[int]]]:
-    """Deal ranges of ports out to workers that start together, in turn and as ``dask worker`` does: none is for two.
+def device_ports(options: WorkerOptions, specs: Iterable[WorkerSpec]) -> set[int]:
+    """Return the ports of GPU workers; none where there are too few, which :func:`device_port` refuses.
 
     Parameters
     ----------
     options
-        Options for every worker of a host, each of ``PORT_OPTIONS`` a port, a range such as ``"9000:9010"`` or None.
-    names
-        The workers.
-    taken
-        Ports that are not for them.
-
-    Returns
-    -------
-    dict
-        Worker -> those of them for which there are ports for it -> its ports, in their order.
+        Options for every worker of a host.
+    specs
+        The GPU workers.
     """
-    shares: dict[str, dict[str, list[int]]] = {name: {} for name in names}
-    ranges = {key: deque(_numbers(options, key)) for key in PORT_OPTIONS}
-    seen = set(taken)
-    while shares and any(ranges.values()):
-        for share in shares.values():
-            for key, ports in ranges.items():
-                while ports and ports[0] in seen:
-                    ports.popleft()
-                if ports:
-                    seen.add(ports[0])
-                    share.setdefault(key, []).append(ports.popleft())
-    return shares
+    ports = _numbers(options, "worker_port")
+    return {ports[spec.device] for spec in specs if spec.device is not None and spec.device < len(ports)}
 
 
-def _numbers(options: Mapping[str, Any], key: str) -> list[int]:
-    """Return the ports that were asked for by number."""
-    return [port for port in parse_ports(options.get(key)) if port]
+def device_port(option: str | int, spec: WorkerSpec) -> int | None:
+    """Return a GPU worker's own port.
 
+    Parameters
+    ----------
+    option
+        The range of ports for all devices.
+    spec
+        The GPU worker.
 
-def with_port(arguments: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return arguments with the port that is a server's own under dask's name for it."""
-    port, others = arguments.get(key), {k: v for k, v in arguments.items() if k not in (key, "nanny_port")}
-    return others if port is None else {"port": port, **others}
-
-
-def ports_of_devices(options: Mapping[str, Any], specs: Iterable[WorkerSpec]) -> set[int]:
-    """Return the ports that :func:`port_of` gives; where there are too few, none: it says so."""
-    each = _numbers(options, "worker_port")
-    return {each[spec.device] for spec in specs if spec.device is not None and spec.device < len(each)}
-
-
-def port_of(ports: Any, spec: WorkerSpec) -> int | None:
-    """Return a GPU worker's own port of those that were given for all devices."""
-    each = parse_ports(ports)
-    if len(each) < len(spec.devices):
+    Raises
+    ------
+    ConfigError
+        When there are fewer ports than devices.
+    """
+    ports: Sequence[int | None] = parse_ports(option)
+    if len(ports) < len(spec.devices):
         raise ConfigError(
-            f"worker_port={ports!r} has {len(each)} ports for {len(spec.devices)} GPUs; give a range, such as "
+            f"worker_port={option!r} has {len(ports)} ports for {len(spec.devices)} GPUs; give a range, such as "
             f"'9000:{8999 + len(spec.devices)}'",
             key="worker_port",
         )
     assert spec.device is not None
-    return each[spec.device]
+    return ports[spec.device]
+
+
+def _numbers(options: WorkerOptions, key: str) -> list[int]:
+    """Return the ports that were asked for by number."""
+    return [port for port in parse_ports(options.get(key)) if port]

@@ -1,4 +1,4 @@
-"""Tells systemd how this process is, where systemd asked for that (``Type=notify``)."""
+"""Notify systemd of this process's state, where systemd asked for that (``Type=notify``)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import socket
 
 
 class Notifier:
-    """The way to systemd's socket; without ``$NOTIFY_SOCKET`` nothing is sent.
+    """Sender of messages to systemd's socket; without ``$NOTIFY_SOCKET`` nothing is sent.
 
-    The variable is taken out of the environment: what this process starts must not speak for it.
+    The variable is taken out of the environment: child processes must not notify in this one's place.
     """
 
     def __init__(self) -> None:
@@ -18,19 +18,19 @@ class Notifier:
         self._address = "\0" + address[1:] if address.startswith("@") else address
 
     def __call__(self, status: str, *, state: str | None = None) -> None:
-        """Send a message; one that systemd does not take is lost, as sd_notify(3) has it.
+        """Send a message; one that systemd does not take is lost, as with sd_notify(3).
 
         Parameters
         ----------
         status : str
-            What ``systemctl status`` shows.
+            Text that ``systemctl status`` shows.
         state : {"READY", "STOPPING"}, optional
-            What has been reached with it.
+            State that the process has reached.
         """
         if not self._address:
             return
         lines = [f"STATUS={' '.join(status.split())}", *([f"{state}=1"] if state else [])]
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.settimeout(1)  # of a systemd that does not read
+            sender.settimeout(1)  # for a systemd that does not read
             sender.connect(self._address)
             sender.send("\n".join(lines).encode())

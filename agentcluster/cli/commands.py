@@ -1,4 +1,4 @@
-"""The operator's command on a cluster that runs: ``nodes``, ``reprovision``, ``scale``, ``logs`` and ``events``."""
+"""Subcommands of ``agentcluster`` on a running cluster: nodes, reprovision, scale, logs, events and top."""
 
 from __future__ import annotations
 
@@ -18,57 +18,78 @@ from rich.table import Table
 from rich.text import Text
 
 from agentcluster import modes
-from agentcluster.cli.connection import AS_JSON, Connection, operates, printed
-from agentcluster.client.rollouts import reckon, watch
+from agentcluster.cli.connection import AS_JSON, Connection, operates, print_json, selection
+from agentcluster.client.rollouts import parse_status, watch
 from agentcluster.errors import ConfigError
-from agentcluster.reports import Nodes, Report, shape_of
+from agentcluster.model import NodeProgress
+from agentcluster.reports import Nodes, RolloutReport, shape_of
 from agentcluster.requests import ScaleTarget
 from agentcluster.tables import count
-from agentcluster.units import call_bytes, call_seconds
-from agentcluster.wire import TOPIC, to_wire
+from agentcluster.units import parse_nbytes, parse_seconds
+from agentcluster.wire import to_wire
 
-#: Seconds between two looks of what follows.
-LOOK = 0.5
+#: Seconds between two polls of ``--follow``.
+POLL = 0.5
 
-WHICH = click.option(
-    "--nodes", multiple=True, metavar="NAME", help="Which, as in gpu-1,gpu-2 or 'gpu-*'. Default: all."
+NODES = click.option(
+    "--nodes",
+    multiple=True,
+    metavar="NAME",
+    help="Names, patterns or labels of nodes, such as gpu-1,gpu-2 or 'gpu-*' or rack=a; repeatable.  [default: all]",
 )
+FOLLOW = click.option("-f", "--follow", is_flag=True, help="Keep printing new lines until Ctrl-C.")
 
 
 @click.command()
 @AS_JSON
 @operates
 async def nodes(there: Connection, as_json: bool) -> None:
-    """Show the nodes: state, mode, workers, hardware."""
+    """List the nodes with their state, mode, workers and hardware."""
     found = await there.nodes()
     if as_json:
-        printed(found)
+        print_json(found)
     else:
         click.echo(repr(Nodes(found)) if found else "no nodes")
 
 
-def _modes(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
-    """Complete the name of a mode; others may be known where the scheduler runs."""
-    return [name for name in modes.names() if name.startswith(begun)]
+def _modes(context: click.Context, parameter: click.Parameter, prefix: str) -> list[str]:
+    """Complete the name of a mode of this side; the scheduler may know others."""
+    return [name for name in modes.names() if name.startswith(prefix)]
 
 
 @click.command()
 @click.argument("mode", shell_complete=_modes)
-@click.option("--config", metavar="JSON", help="Options of the mode, as in '{\"nthreads\": 2}'.")
-@WHICH
-@click.option("--add", is_flag=True, help="Add the mode's workers beside those that run.")
-@click.option("--strategy", type=click.Choice(["surge", "replace"]), default="surge", show_default=True)
-@click.option("--drain", type=click.Choice(["tasks", "data", "now"]), default="tasks", show_default=True)
-@click.option("--drain-timeout", metavar="TIME", help="Time that running tasks get, as in 30s.")
-@click.option("--max-parallel", type=click.IntRange(1), help="Nodes that change at the same time.")
-@click.option("--canary", is_flag=True, help="Change one node first, alone.")
+@click.option("--config", metavar="JSON", help="Options of the mode, such as '{\"nthreads\": 2}'.")
+@NODES
+@click.option("--add", is_flag=True, help="Keep the workers that run, and add the mode's.")
 @click.option(
-    "--on-failure", type=click.Choice(["rollback", "stop", "continue"]), default="rollback", show_default=True
+    "--strategy",
+    type=click.Choice(["surge", "replace"]),
+    default="surge",
+    show_default=True,
+    help="surge: start new workers before old ones stop, where both fit. replace: stop old workers first.",
 )
-@click.option("--timeout", metavar="TIME", help="Time for new workers to start, and again for data to move.")
-@click.option("--wait/--no-wait", default=True, help="Wait for a rollout that runs already.")
-@click.option("--dry-run", is_flag=True, help="Plan and check only.")
-@click.option("--progress/--no-progress", default=None, help="Draw a bar per node. Default: in a terminal.")
+@click.option(
+    "--drain",
+    type=click.Choice(["tasks", "data", "now"]),
+    default="tasks",
+    show_default=True,
+    help="Before a worker stops: wait for its tasks and move its data, only move its data, or neither.",
+)
+@click.option("--drain-timeout", metavar="TIME", help="Longest time to wait for running tasks, such as 30s.")
+@click.option("--max-parallel", type=click.IntRange(1), help="Maximum number of nodes that change at the same time.")
+@click.option("--canary", is_flag=True, help="Change one node alone first.")
+@click.option(
+    "--on-failure",
+    type=click.Choice(["rollback", "stop", "continue"]),
+    default="rollback",
+    show_default=True,
+    help="When a node fails: roll back the changed nodes, stop and leave them, or continue with the others.",
+)
+@click.option("--timeout", metavar="TIME", help="Longest time for new workers to start, and again for data to move.")
+@click.option("--wait/--no-wait", default=True, help="Wait for a running rollout to end, or refuse.")
+@click.option("--dry-run", is_flag=True, help="Plan and check, but change nothing.")
+@click.option("--progress/--no-progress", default=None, help="Draw progress bars.  [default: in a terminal]")
 @AS_JSON
 @operates
 async def reprovision(
@@ -81,32 +102,36 @@ async def reprovision(
     as_json: bool,
     **terms: Any,
 ) -> None:
-    """Swap the workers of nodes in place, to MODE: auto-cpu, auto-gpu, mixed, uniform, spec, none, …"""
+    """Replace the workers of nodes in place with those of MODE, such as auto-cpu, auto-gpu, mixed, uniform or none."""
     wanted = modes.parse(mode, config)
-    for key in ("drain_timeout", "timeout"):
-        if terms[key] is not None:
-            terms[key] = call_seconds("reprovision", key, terms[key])
+    if terms["drain_timeout"] is not None:
+        terms["drain_timeout"] = parse_seconds("--drain-timeout", terms["drain_timeout"], zero=True)
+    if terms["timeout"] is not None:
+        terms["timeout"] = parse_seconds("--timeout", terms["timeout"])
     order = there.call(
         "reprovision_nodes",
         mode=wanted.name,
         config=to_wire(wanted.config),
-        nodes=await there.chosen(nodes),
+        nodes=selection(nodes),
         remove_existing=not add,
         **terms,
     )
     draws = (sys.stderr.isatty() and not as_json and not terms["dry_run"]) if progress is None else progress
-    answer = await (watch(order, lambda: there.call("rollout_status"), Console(stderr=True)) if draws else order)
-    printed(answer) if as_json else click.echo(repr(Report.parse(answer)))
+    answer = await (watch(order, there.rollout, Console(stderr=True)) if draws else order)
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo(repr(RolloutReport.parse(answer)))
 
 
 @click.command()
 @click.argument("n", type=click.IntRange(0), required=False)
-@click.option("--cores", type=click.IntRange(0), help="At least so many threads of all workers together.")
-@click.option("--memory", help="At least so much memory of all workers together, as in '64 GiB'.")
-@click.option("--on-nodes", type=click.IntRange(0), help="So many nodes with all workers of their mode, no others.")
-@click.option("--kind", multiple=True, metavar="KIND=N", help="So many of a kind, as in gpu=2. May be given again.")
-@WHICH
-@click.option("--strict", is_flag=True, help="Change nothing where there is no room for all.")
+@click.option("--cores", type=click.IntRange(0), help="Minimum number of threads of all workers together.")
+@click.option("--memory", metavar="SIZE", help="Minimum memory of all workers together, such as '64 GiB'.")
+@click.option("--on-nodes", type=click.IntRange(0), help="Number of nodes that have all workers of their mode.")
+@click.option("--kind", multiple=True, metavar="KIND=N", help="Number of workers of a kind, such as gpu=2; repeatable.")
+@NODES
+@click.option("--strict", is_flag=True, help="Change nothing when there is no capacity for all.")
 @AS_JSON
 @operates
 async def scale(
@@ -120,15 +145,15 @@ async def scale(
     strict: bool,
     as_json: bool,
 ) -> None:
-    """Bring the cluster to N workers, or to what the options say; data of those that go is moved first."""
-    nbytes = None if memory is None else call_bytes("scale", "memory", memory)
-    kinds = dict(map(_counted, kind))
+    """Scale the cluster to N workers, or to the amounts of the options; data of leaving workers is moved first."""
+    nbytes = None if memory is None else parse_nbytes("--memory", memory)
+    kinds = dict(map(_kind, kind))
     if (n, cores, nbytes, on_nodes) == (None,) * 4 and not kinds:
-        raise ConfigError("scale: say to what: a number of workers, --cores, --memory, --on-nodes or --kind")
+        raise ConfigError("scale needs a target: a number of workers, --cores, --memory, --on-nodes or --kind")
     target = ScaleTarget(n, cores, nbytes, on_nodes, kinds)
-    answer = await there.call("scale_nodes", target=to_wire(target), nodes=await there.chosen(nodes), strict=strict)
+    answer = await there.call("scale_nodes", target=to_wire(target), nodes=selection(nodes), strict=strict)
     if as_json:
-        printed(answer)
+        print_json(answer)
         return
     click.echo(repr(Nodes(await there.nodes())))
     if answer["short"]:
@@ -137,75 +162,81 @@ async def scale(
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NODE]...")
-@click.option("-f", "--follow", is_flag=True, help="Go on, with what comes.")
-@click.option("-n", "--lines", type=click.IntRange(0), help="Only the last so many lines of each.")
+@FOLLOW
+@click.option("-n", "--lines", type=click.IntRange(0), metavar="N", help="Show only the last N lines of each log.")
 @AS_JSON
 @operates
 async def logs(there: Connection, names: Sequence[str], follow: bool, lines: int | None, as_json: bool) -> None:
-    """Show what the agents of nodes logged."""
-    chosen = await there.chosen(names)
-    seen: dict[str, list[str]] = {}
+    """Show the logs of the nodes' agents."""
+    seen: dict[str, Sequence[str]] = {}
     while True:
-        found = await there.call("get_node_logs", nodes=chosen)
+        found = await there.logs(selection(names))
         for node, log in found.items():
             for line in _after(seen[node], log) if node in seen else _last(log, lines):
-                printed({"node": node, "line": line}) if as_json else click.echo(f"{node}  {line}")
-            seen[node] = list(log)
+                if as_json:
+                    print_json({"node": node, "line": line})
+                else:
+                    click.echo(f"{node}  {line}")
+            seen[node] = log
         if not follow:
             return
-        await asyncio.sleep(LOOK)
+        await asyncio.sleep(POLL)
 
 
 @click.command()
-@click.option("-f", "--follow", is_flag=True, help="Go on, with what comes.")
+@FOLLOW
 @AS_JSON
 @operates
 async def events(there: Connection, follow: bool, as_json: bool) -> None:
-    """Show what happened: steps of rollouts, and what adaptive scaling decided."""
-    await there.nodes()
+    """Show the steps of rollouts and the decisions of adaptive scaling."""
     last = 0.0
     while True:
-        for when, event in await there.call("events", topic=TOPIC):
+        for when, event in await there.events():
             if when > last:
                 last = when
-                printed({"when": when, **event}) if as_json else click.echo(_said(when, event))
+                if as_json:
+                    print_json({"when": when, **event})
+                else:
+                    click.echo(_event_line(when, event))
         if not follow:
             return
-        await asyncio.sleep(LOOK)
+        await asyncio.sleep(POLL)
 
 
 def _last(log: Sequence[str], count: int | None) -> Sequence[str]:
+    """Return the last `count` lines of a log; all of them for None."""
     return log if count is None else log[max(0, len(log) - count) :]
 
 
 def _after(before: Sequence[str], now: Sequence[str]) -> Sequence[str]:
-    """Return the lines of a log, of which only the last are kept, that are new."""
+    """Return the new lines of a log that keeps only its last lines."""
     for length in range(min(len(before), len(now)), -1, -1):
         if list(before[len(before) - length :]) == list(now[:length]):
             return now[length:]
     return now
 
 
-def _said(when: float, event: Mapping[str, Any]) -> str:
-    """Say an event in one line."""
+def _event_line(when: float, event: Mapping[str, Any]) -> str:
+    """Format an event in one line."""
     clock = time.strftime("%H:%M:%S", time.localtime(when))
     if "adapt" in event:
         decision = event["adapt"]
         why = f" ({decision['why']})" if decision["why"] else ""
         return f"{clock}  adapt  {decision['saw'] or '-'}: {decision['decided']}{why}"
     facts = {key: value for key, value in event.items() if key not in ("rollout", "began")}
-    said = " ".join(f"{key}={json.dumps(value, default=str)}" for key, value in facts.items() if value is not None)
-    return f"{clock}  rollout {event.get('rollout', '?')}  {said}"
+    text = " ".join(f"{key}={json.dumps(value, default=str)}" for key, value in facts.items() if value is not None)
+    return f"{clock}  rollout {event.get('rollout', '?')}  {text}"
 
 
-def _counted(text: str) -> tuple[str, int]:
+def _kind(text: str) -> tuple[str, int]:
+    """Parse a kind of worker and its number."""
     name, _, number = text.partition("=")
     if not name or not number.isdecimal():
         raise ConfigError(f"--kind {text!r}: give a kind and a number, such as gpu=2")
     return name, int(number)
 
 
-#: State -> how it is shown.
+#: State of a node -> style of its cell.
 STYLES = {
     "ready": "green",
     "standby": "cyan",
@@ -215,43 +246,58 @@ STYLES = {
     "refused": "red",
 }
 
-#: Cells of a bar.
-WIDTH = 6
+#: Characters of a bar.
+BAR_WIDTH = 6
 
-#: Columns where there is no terminal to ask.
-PAPER = 120
+#: Characters of a line when the output is not a terminal.
+LINE_WIDTH = 120
 
 
 @click.command()
 @click.option(
-    "--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds between two looks."
+    "--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds between two updates."
 )
-@click.option("-n", "--iterations", type=click.IntRange(1), help="End after so many looks.")
+@click.option("-n", "--iterations", type=click.IntRange(1), metavar="N", help="End after N updates.")
 @AS_JSON
 @operates
 async def top(there: Connection, interval: float, iterations: int | None, as_json: bool) -> None:
-    """Show nodes with their load, again and again; ends with Ctrl-C."""
+    """Show the nodes, their load and the running rollout, until Ctrl-C."""
     console = Console()
     if not console.is_terminal:
-        console.width = PAPER
+        console.width = LINE_WIDTH
     draws = console.is_terminal and not as_json
     screen = Live(console=console, screen=iterations is None, auto_refresh=False) if draws else None
     with screen or contextlib.nullcontext():
-        for look in itertools.count(1):
-            nodes, rollout = await there.nodes(), await there.call("rollout_status")
+        for update in itertools.count(1):
+            nodes, rollout = await there.nodes(), await there.rollout()
             if as_json:
-                printed({"nodes": nodes, "rollout": rollout})
+                print_json({"nodes": nodes, "rollout": rollout})
             elif screen is None:
-                console.print(drawn(there.address, nodes, rollout))
+                console.print(picture(there.address, nodes, rollout))
             else:
-                screen.update(drawn(there.address, nodes, rollout), refresh=True)
-            if look == iterations:
+                screen.update(picture(there.address, nodes, rollout), refresh=True)
+            if update == iterations:
                 return
             await asyncio.sleep(interval)
 
 
-def drawn(address: str, nodes: Mapping[str, Mapping[str, Any]], rollout: Mapping[str, Any] | None) -> RenderableType:
-    """Return the picture of one look."""
+def picture(address: str, nodes: Mapping[str, Mapping[str, Any]], rollout: Mapping[str, Any] | None) -> RenderableType:
+    """Draw one update of ``top``.
+
+    Parameters
+    ----------
+    address
+        Address of the scheduler.
+    nodes
+        Node name -> its description, see :meth:`Connection.nodes`.
+    rollout
+        Progress of the rollout that runs, see :meth:`Connection.rollout`.
+
+    Returns
+    -------
+    RenderableType
+        A table of the nodes, their problems, and a bar for each node of the rollout.
+    """
     table = Table(box=None, pad_edge=False)
     for column in ("node", "state", "mode", "workers", "CPU", "memory", "GPUs"):
         table.add_column(column, no_wrap=column not in ("workers", "GPUs"))
@@ -272,23 +318,24 @@ def drawn(address: str, nodes: Mapping[str, Mapping[str, Any]], rollout: Mapping
     title = f"{address}: {count(len(nodes), 'node')}, {count(workers, 'worker')}"
     parts: list[RenderableType] = [Text(title, style="bold"), table]
     parts += [Text(f"{name}: {node['problem']}", style="red") for name, node in nodes.items() if node["problem"]]
-    if rollout:
-        parts.append(Text(f"rollout {rollout.get('label', rollout.get('rollout', ''))}".rstrip(), style="bold"))
-        parts += [_step(name, step) for name, step in rollout.get("nodes", {}).items()]
+    if status := parse_status(rollout):
+        parts.append(Text(status.summary(), style="bold"))
+        parts += [_step(name, progress) for name, progress in status.nodes.items()]
     return Group(*parts)
 
 
-def _step(name: str, step: Mapping[str, Any]) -> Text:
-    done, says = reckon(step)
-    return Text(f"  {name}  ").append_text(_bar(done / 100, says))
+def _step(name: str, progress: NodeProgress) -> Text:
+    """Draw the progress of a node."""
+    return Text(f"  {name}  ").append_text(_bar(progress.percent / 100, str(progress)))
 
 
 def _of(used: int, whole: int) -> str:
+    """Format a part of an amount of memory."""
     return f"{used / 2**30:.1f} of {whole / 2**30:.1f} GiB"
 
 
-def _bar(part: float, says: str) -> Text:
-    """Return a bar with words beside it; green, yellow from 70%, red from 90%."""
-    full = round(WIDTH * min(max(part, 0.0), 1.0))
+def _bar(part: float, text: str) -> Text:
+    """Draw a bar with a text beside it; green, yellow from 70%, red from 90%."""
+    full = round(BAR_WIDTH * min(max(part, 0.0), 1.0))
     style = "red" if part >= 0.9 else "yellow" if part >= 0.7 else "green"
-    return Text("█" * full, style=style).append("░" * (WIDTH - full) + f" {says}", style="default")
+    return Text("█" * full, style=style).append("░" * (BAR_WIDTH - full) + f" {text}", style="default")

@@ -1,7 +1,7 @@
-"""How the operator's command reaches a scheduler, and what it makes of errors: options, connection, exit codes.
+"""Connection of the operator's command to a scheduler: its options, its calls, and the exit codes of errors.
 
-Exit codes: 0, it is done. 1, it was begun and went wrong; the message says what is true now. 2, it was refused and
-nothing was touched. 3, there is no scheduler to ask, or none with agentcluster.
+Exit codes: 0, done. 1, begun and failed; the message describes the state of the cluster. 2, refused; nothing was
+changed. 3, no scheduler answers, or it cannot be used: it has no agentcluster, or one of another protocol.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -28,60 +28,171 @@ from agentcluster.errors import (
     PreflightError,
     RolloutBusy,
     SchedulerUnfit,
+    VersionMismatch,
 )
+from agentcluster.wire import TOPIC, check_protocol
 
 #: Seconds within which a scheduler must answer the first call.
 CONNECT = 10.0
 
-FAILED, REFUSED, NOBODY = 1, 2, 3
+FAILED, REFUSED, NO_SCHEDULER = 1, 2, 3
 
 OPTIONS = (
-    click.option("--scheduler", help="Its address, such as tcp://10.0.0.1:8786. Default: dask's 'scheduler-address'."),
-    click.option("--scheduler-file", type=click.Path(exists=True, dir_okay=False), help="File that it has written."),
-    click.option("--tls-ca-file", type=click.Path(exists=True, dir_okay=False), help="CA's certificate (PEM)."),
-    click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False), help="Certificate (PEM)."),
-    click.option("--tls-key", type=click.Path(exists=True, dir_okay=False), help="Its private key (PEM)."),
+    click.option(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Address of the scheduler, such as tcp://10.0.0.1:8786.  [default: dask's scheduler-address]",
+    ),
+    click.option(
+        "--scheduler-file", type=click.Path(exists=True, dir_okay=False), help="File that the scheduler has written."
+    ),
+    click.option("--tls-ca-file", type=click.Path(exists=True, dir_okay=False), help="Certificate of the CA (PEM)."),
+    click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False), help="Certificate of the client (PEM)."),
+    click.option("--tls-key", type=click.Path(exists=True, dir_okay=False), help="Private key of the client (PEM)."),
 )
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 class NoScheduler(Exception):
-    """There is no scheduler to ask, or none with agentcluster."""
+    """No scheduler answers, or it has no agentcluster."""
 
 
 class Connection:
-    """A scheduler that answers, with agentcluster's calls as coroutines."""
+    """Agentcluster's calls on a scheduler.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler's calls, such as :class:`distributed.core.rpc`.
+    address
+        Address of the scheduler, for messages.
+
+    Notes
+    -----
+    The first call checks that the scheduler answers, has agentcluster, and speaks this side's protocol; it raises
+    :class:`NoScheduler` or :class:`~agentcluster.errors.VersionMismatch` otherwise.
+    """
 
     def __init__(self, scheduler: Any, address: str) -> None:
-        self.scheduler, self.address = scheduler, address
+        self.address = address
+        self._scheduler = scheduler
+        self._checked = False
 
-    async def call(self, name: str, **arguments: Any) -> Any:
-        """Call, and return what it answers."""
-        return await getattr(self.scheduler, name)(**arguments)
+    async def call(self, name: str, **arguments: object) -> Mapping[str, Any]:
+        """Make a call that answers with a mapping.
+
+        Parameters
+        ----------
+        name
+            Name of the call, such as ``scale_nodes``.
+        **arguments
+            Its arguments, plain data.
+
+        Returns
+        -------
+        mapping
+            The answer, plain data.
+        """
+        return dict(await self._call(name, **arguments))
 
     async def nodes(self) -> dict[str, dict[str, Any]]:
-        """Return node -> what is known of it, by name."""
+        """Return the nodes.
+
+        Returns
+        -------
+        dict
+            Node name -> its description, sorted by name.
+        """
+        found = await self._call("get_nodes")
+        return {name: dict(found[name]) for name in sorted(found, key=natural_sort_key)}
+
+    async def rollout(self) -> Mapping[str, Any] | None:
+        """Return the progress of the rollout that runs.
+
+        Returns
+        -------
+        mapping or None
+            Fields of :class:`agentcluster.model.RolloutStatus`; None when no rollout runs.
+        """
+        status: Mapping[str, Any] | None = await self._call("rollout_status")
+        return status
+
+    async def logs(self, nodes: Sequence[str] | None) -> Mapping[str, Sequence[str]]:
+        """Return the last lines that agents logged.
+
+        Parameters
+        ----------
+        nodes
+            Names of nodes, with wildcards; None for all.
+
+        Returns
+        -------
+        mapping
+            Node name -> lines.
+        """
+        return await self.call("get_node_logs", nodes=nodes)
+
+    async def events(self) -> Sequence[tuple[float, Mapping[str, Any]]]:
+        """Return the events of rollouts and of adaptive scaling that the scheduler has kept.
+
+        Returns
+        -------
+        sequence
+            Time of each event in seconds since the epoch, and the event.
+        """
+        return [(when, event) for when, event in await self._call("events", topic=TOPIC)]
+
+    async def _call(self, name: str, **arguments: object) -> Any:
+        if not self._checked:
+            await self._check()
+            self._checked = True
+        return await getattr(self._scheduler, name)(**arguments)
+
+    async def _check(self) -> None:
         try:
-            async with asyncio.timeout(CONNECT + 2):  # connecting has CONNECT of its own, and says more
-                found = await self.call("get_nodes")
+            async with asyncio.timeout(CONNECT + 2):  # connecting has its own timeout, with a better message
+                answer = await self._scheduler.get_provision_mode()
         except (OSError, TimeoutError) as error:
-            raise NoScheduler(f"no scheduler answers at {self.address}: {str(error) or 'it is silent'}") from error
-        if not isinstance(found, Mapping):  # dask's way to say that it does not know the call
+            raise NoScheduler(f"no scheduler answers at {self.address}: {str(error) or 'no answer in time'}") from error
+        if not isinstance(answer, Mapping):  # dask's answer to a call that it does not know
             raise NoScheduler(
                 f"the scheduler at {self.address} has no agentcluster: no agent has joined it yet; start one with "
                 f"'dask-agent {self.address}', or the scheduler with --preload agentcluster"
             )
-        return {name: dict(found[name]) for name in sorted(found, key=natural_sort_key)}
+        peer = f"the scheduler at {self.address}"
+        check_protocol(peer, answer.get("protocol"), answer.get("version"), here="this command")
 
-    async def chosen(self, patterns: Iterable[str]) -> list[str] | None:
-        """Return what is to be chosen as the scheduler takes it; None for all, where nothing is given."""
-        await self.nodes()  # says so where there is nobody to choose
-        return [each for pattern in patterns for each in pattern.split(",") if each] or None
+
+def selection(patterns: Iterable[str]) -> list[str] | None:
+    """Return the selection of nodes that options make.
+
+    Parameters
+    ----------
+    patterns
+        Names, with wildcards, each also with commas between several.
+
+    Returns
+    -------
+    list or None
+        Names and patterns; None for all nodes, when nothing is given.
+    """
+    return [each for pattern in patterns for each in pattern.split(",") if each] or None
 
 
 @contextlib.asynccontextmanager
 async def connected(options: Mapping[str, Any]) -> AsyncIterator[Connection]:
-    """Reach the scheduler that the options name."""
+    """Open a connection to the scheduler that the options name.
+
+    Parameters
+    ----------
+    options
+        Values of :data:`OPTIONS`, by parameter name.
+
+    Raises
+    ------
+    ConfigError
+        When the options name no scheduler, or its credentials cannot be used.
+    """
     address = _address(options)
     given = {key: options[f"tls_{key}"] for key in ("ca_file", "cert", "key")}
     names = {"ca_file": "tls_ca_file", "cert": "tls_client_cert", "key": "tls_client_key"}
@@ -100,6 +211,7 @@ async def connected(options: Mapping[str, Any]) -> AsyncIterator[Connection]:
 
 
 def _address(options: Mapping[str, Any]) -> str:
+    """Return the address of the scheduler that the options, or dask's configuration, name."""
     file, given = options["scheduler_file"], options["scheduler"]
     if file and given:
         raise ConfigError("--scheduler and --scheduler-file: give one of them")
@@ -108,17 +220,28 @@ def _address(options: Mapping[str, Any]) -> str:
             with open(file) as stream:
                 return str(json.load(stream)["address"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"--scheduler-file {file!r} is no scheduler's: {error}") from error
+            raise ConfigError(f"--scheduler-file {file!r} was not written by a scheduler: {error}") from error
     address = given or dask.config.get("scheduler-address", None)
     if not address:
         raise ConfigError(
-            "which scheduler? give --scheduler tcp://…, --scheduler-file, or DASK_SCHEDULER_ADDRESS in the environment"
+            "no scheduler: give --scheduler tcp://…, --scheduler-file, or set DASK_SCHEDULER_ADDRESS in the environment"
         )
     return scheduler_address(address)
 
 
 def operates(command: Callable[..., Coroutine[Any, Any, int | None]]) -> Callable[..., None]:
-    """Make a command of a coroutine that takes a :class:`Connection` first, with the options that name a scheduler."""
+    """Make a click command of a coroutine that takes a :class:`Connection` first.
+
+    Parameters
+    ----------
+    command
+        The coroutine function.
+
+    Returns
+    -------
+    callable
+        A function that connects, runs the coroutine and exits; it has the options that name a scheduler.
+    """
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
@@ -136,22 +259,29 @@ def operates(command: Callable[..., Coroutine[Any, Any, int | None]]) -> Callabl
 
 
 def _exit_code(main: Coroutine[Any, Any, int | None]) -> int:
+    """Run a command; print its error, if there is one, and return its exit code."""
     try:
         return asyncio.run(main) or 0
     except KeyboardInterrupt:
         return 0
-    except (NoScheduler, SchedulerUnfit) as error:
-        code, said = NOBODY, str(error)
+    except (NoScheduler, SchedulerUnfit, VersionMismatch) as error:
+        code, message = NO_SCHEDULER, str(error)
     except (ConfigError, PreflightError, NodeNotFound, RolloutBusy) as error:
-        code, said = REFUSED, str(error)
+        code, message = REFUSED, str(error)
     except (AgentClusterError, TimeoutError) as error:
-        code, said = FAILED, str(error) or "it took too long"
+        code, message = FAILED, str(error) or "it took too long"
     except OSError as error:
-        code, said = NOBODY, f"the connection to the scheduler ended: {error}"
-    click.echo(f"agentcluster: {said}", err=True)
+        code, message = NO_SCHEDULER, f"the connection to the scheduler ended: {error}"
+    click.echo(f"agentcluster: {message}", err=True)
     return code
 
 
-def printed(data: Any) -> None:
-    """Print plain data as JSON."""
+def print_json(data: object) -> None:
+    """Print plain data as one line of JSON.
+
+    Parameters
+    ----------
+    data
+        The data; what JSON does not have is printed as text.
+    """
     click.echo(json.dumps(data, default=str))

@@ -24,7 +24,7 @@ from distributed.utils import import_term
 
 from agentcluster.agent.agent import Agent
 from agentcluster.agent.logs import log_to_stderr, quiet_ends
-from agentcluster.agent.options import LIKE_DASK_WORKER, PORT_OPTIONS, address_in, room
+from agentcluster.agent.options import LIKE_DASK_WORKER, PORT_OPTIONS, read_scheduler_file, slots
 from agentcluster.agent.systemd import Notifier
 from agentcluster.cli import dask_agent_options as cuda
 from agentcluster.cli import dask_agent_options as spec
@@ -32,7 +32,7 @@ from agentcluster.cli.dask_agent_options import FLAGS, FOR_WORKERS, OURS, SECTIO
 from agentcluster.errors import AgentClusterError, ConfigError, one_line, suggest
 from agentcluster.model import Mode
 from agentcluster.modes import names, parse
-from agentcluster.units import positive_seconds
+from agentcluster.units import parse_seconds
 
 logger = logging.getLogger("agentcluster.cli")
 
@@ -152,7 +152,7 @@ def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
         "name": _number(options["name"]),
         "mode": mode,
         "security": security,
-        "death_timeout": positive_seconds("--death-timeout", options["death_timeout"])
+        "death_timeout": parse_seconds("--death-timeout", options["death_timeout"])
         if options["death_timeout"]
         else None,
         "resources": _resources(options["resources"]) if options["resources"] else None,
@@ -201,7 +201,7 @@ def _scheduler(options: dict[str, Any]) -> str | None:
         raise ConfigError(f"the scheduler is given twice, as {scheduler!r} and --scheduler-file {file!r}; give one")
     if file is not None:
         timeout = options["death_timeout"]
-        return address_in(file, None if timeout is None else positive_seconds("--death-timeout", timeout))
+        return read_scheduler_file(file, None if timeout is None else parse_seconds("--death-timeout", timeout))
     scheduler = scheduler or dask_config("scheduler-address", None)
     if scheduler is None:
         raise ConfigError("no scheduler: give its address (dask-agent tcp://HOST:8786), --scheduler-file, or --standby")
@@ -283,7 +283,7 @@ def _check_ports(options: dict[str, Any], mode: Mode | None) -> None:
     """Refuse ranges with fewer ports than workers here, as ``dask worker`` does: before a scheduler is asked."""
     count = mode.config.get("nworkers") if mode is not None and mode.name == LIKE_DASK_WORKER.name else None
     given = {key: options[key] for key in PORT_OPTIONS if options[key] is not None}
-    ports = room(given)
+    ports = slots(given)
     if ports is not None and isinstance(count, int) and ports < count:
         ranges = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in given.items())
         raise ConfigError(f"Not enough ports in range {ranges} for {count} workers: there are ports for {ports}")

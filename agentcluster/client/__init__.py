@@ -1,1 +1,1 @@
-"""Client process: the cluster object that users hold, its panel and its display."""
+"""Client process: the cluster object that users hold, its members, and its panel in notebooks."""

@@ -1,367 +1,73 @@
-"""A Dask cluster of long-lived agents: the object that users hold.
+"""AgentCluster: the object that users hold.
 
-:class:`AgentCluster` is a SpecCluster whose entries are nodes and whose workers belong to the nodes' agents. It
-launches and closes agents, and asks the plugin in the scheduler for everything else.
+An :class:`AgentCluster` is a SpecCluster whose entries are nodes, and whose workers belong to the nodes' agents. For
+every change of workers it calls the plugin in the scheduler. Its members do the parts:
+:mod:`~agentcluster.client.hosts` launches and ends agents, :mod:`~agentcluster.client.scaling` scales,
+:mod:`~agentcluster.client.rollouts` controls rollouts, :mod:`~agentcluster.client.view` keeps the nodes current,
+:mod:`~agentcluster.client.display` shows them.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
-import time
-import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import Any, Literal, Self
+import math
+import os
+from collections.abc import Awaitable, Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Self, TypeAlias, TypeVar, overload
 
+import distributed.deploy.adaptive
+from dask.utils import parse_timedelta
 from distributed import Scheduler
 from distributed.core import Status
+from distributed.deploy.cluster import Cluster
+from distributed.deploy.spec import ProcessInterface, SpecCluster
+from distributed.scheduler import WorkerState
 from distributed.security import Security
+from distributed.utils import Log, Logs
+from tornado.ioloop import IOLoop
 
-from agentcluster import modes
+from agentcluster.client.adaptive import AgentAdaptive
+from agentcluster.client.calls import Plain, SchedulerCalls
 from agentcluster.client.display import Display
-from agentcluster.client.hosts import Blueprint, NodeProcess, Reserve, in_standby, is_address, is_remote
-from agentcluster.client.rollouts import RolloutControl, watch
-from agentcluster.client.scaling import Elasticity
-from agentcluster.config import Config
-from agentcluster.errors import AgentClusterError, ConfigError, NodeNotFound, SchedulerUnfit
+from agentcluster.client.hosts import Hosts, first_modes
+from agentcluster.client.processes import Blueprint, NodeEntry, NodeProcess, in_standby, is_address, is_remote
+from agentcluster.client.rollouts import NodeSelection, RolloutControl, parse_status, rollouts_of, watch
+from agentcluster.client.scaling import Request, Scaling, resource_name
+from agentcluster.client.synchronous import AsyncT, MaybeAsync, synced
+from agentcluster.client.view import NodeView
+from agentcluster.config import Config, warn_untested
+from agentcluster.errors import ConfigError, SchedulerUnfit
 from agentcluster.launch import Host, launchers_for
-from agentcluster.model import Mode
-from agentcluster.reports import Nodes, Report
+from agentcluster.launch.protocol import Launcher
+from agentcluster.model import Mode, RolloutStatus
+from agentcluster.reports import AdaptiveLog, Nodes, RolloutReport, ScaleReport
+from agentcluster.requests import Drain, OnFailure, RolloutPolicy, ScaleTarget, Strategy
 from agentcluster.scheduler.plugin import dask_setup
 from agentcluster.security import resolve_credentials
 from agentcluster.shipping import shipped
-from agentcluster.units import seconds_or_default
-from agentcluster.wire import NO_PLUGIN, PLUGIN, to_wire
+from agentcluster.units import parse_nbytes, parse_seconds
+from agentcluster.wire import NO_PLUGIN, PLUGIN, check_protocol, to_wire
 
 logger = logging.getLogger(__name__)
 
+#: Cluster as code in its event loop sees it: there every call returns a coroutine.
+AsyncCluster: TypeAlias = "AgentCluster[Literal[True]]"
 
-class Operations(Display, Elasticity):
-    """What can be asked of a cluster that runs; the base of :class:`~agentcluster.AgentCluster`."""
-
-    scheduler: Any
-    scheduler_comm: Any
-    workers: dict[str, NodeProcess]
-    worker_spec: dict[str, dict[str, Any]]
-    _blueprint: Blueprint
-    _mode: Mode
-    _nodes: Nodes
-    _changed: asyncio.Event
-    _refresher: asyncio.Task[None] | None
-    _left: Mapping[str, Any] = {}
-    _own_modes: Mapping[str, Mode]
-    _missed: dict[str, BaseException]
-    _problem: str | None = None
-
-    # -- what runs -----------------------------------------------------------------------------------------------------
-
-    @property
-    def nodes(self) -> Nodes:
-        """Node name -> what is known of it (state, mode, plan, workers, hardware, load); a table as its repr."""
-        return self._nodes
-
-    def reprovision(
-        self,
-        mode: str | Mode | Mapping[str, Any],
-        config: Mapping[str, Any] | str | None = None,
-        *,
-        nodes: str | Sequence[str] | Callable[[Mapping[str, Any]], bool] | None = None,
-        remove_existing: bool = True,
-        strategy: Literal["surge", "replace"] = "surge",
-        drain: Literal["tasks", "data", "now"] = "tasks",
-        drain_timeout: str | float | None = None,
-        max_parallel: int | None = None,
-        canary: bool = False,
-        on_failure: Literal["rollback", "stop", "continue"] = "rollback",
-        timeout: str | float | None = None,
-        wait: bool | str | float = True,
-        progress: bool = False,
-        dry_run: bool = False,
-    ) -> Any:
-        """Swap the workers of nodes in place: new ones start, data moves to them, old ones stop.
-
-        Parameters
-        ----------
-        mode : str, Mode or mapping
-            The mode, or a mapping from node name to mode; that is one rollout after the other, of which undo knows the
-            last.
-        config : mapping or str, optional
-            The mode's options.
-        nodes : str, list of str, or callable, optional
-            Names of nodes, patterns such as ``gpu-*``, labels such as ``rack=a``; or a function that says of what
-            :attr:`nodes` has of one whether it is meant. Default is all, and those that join later.
-        remove_existing : bool
-            ``False`` adds the mode's workers beside those that run.
-        strategy : {"surge", "replace"}
-            ``surge`` brings new workers up before old ones go, on each node that has room for both; ``replace`` lets
-            the old go first, their data to other nodes, one node after the other. A node without room does so anyway.
-        drain : {"tasks", "data", "now"}
-            ``tasks`` lets tasks that run on old workers end, ``data`` only moves data, ``now`` loses that too.
-        drain_timeout : str or float, optional
-            Seconds that running tasks get; those that still run then are run again elsewhere.
-        max_parallel : int, optional
-            Nodes that change at the same time; default is all, and one for ``replace``.
-        canary : bool
-            Change one node first, alone.
-        on_failure : {"rollback", "stop", "continue"}
-            When a node fails: bring those that have changed back, leave them, or go on with the others.
-        timeout : str or float, optional
-            Seconds for the new workers to start, and again for the data to move.
-        wait : bool, str or float
-            Whether to wait for a rollout that runs already, or for how long.
-        progress : bool
-            Draw a bar per node, in a terminal or a notebook.
-        dry_run : bool
-            Plan and check only.
-
-        Returns
-        -------
-        Report
-            What went, came, stayed and moved on each node, and how long it took; a table as its repr. Awaitable when
-            the cluster is asynchronous.
-
-        Raises
-        ------
-        ConfigError, PreflightError, NodeNotFound, RolloutBusy
-            When the change cannot be; nothing was touched.
-        SwapError
-            When a step failed. The workers that ran before still run, or the message says what is true.
-
-        Examples
-        --------
-        >>> cluster.reprovision("uniform", {"nthreads": 1, "nworkers": 1})          # doctest: +ELLIPSIS
-        uniform: 1 node, 0 keys (0 B) moved, ... s
-        node   mode     outcome  went  ...
-        local  uniform  changed  ...
-        >>> cluster.reprovision("unifrom")
-        Traceback (most recent call last):
-        agentcluster.errors.ConfigError: unknown mode 'unifrom'; did you mean 'uniform'? Allowed: ...
-        """
-        if not dry_run:
-            self._by_hand()
-        return self.sync(
-            self._reprovision,
-            mode,
-            config,
-            nodes=nodes,
-            remove_existing=remove_existing,
-            strategy=strategy,
-            drain=drain,
-            drain_timeout=_given("drain_timeout", drain_timeout, zero=True),
-            max_parallel=max_parallel,
-            canary=canary,
-            on_failure=on_failure,
-            timeout=_given("timeout", timeout),
-            wait=wait if isinstance(wait, bool) else _given("wait", wait, zero=True),
-            progress=progress,
-            dry_run=dry_run,
-        )
-
-    async def _reprovision(self, mode: Any, config: Any, *, nodes: Any, progress: bool, **terms: Any) -> Report:
-        if isinstance(mode, Mapping):
-            if nodes is not None:
-                raise ConfigError("nodes= cannot go with a mapping of modes: its keys are the nodes", key="nodes")
-            orders = [([name], modes.parse(each, config)) for name, each in mode.items()]
-        else:
-            orders = [(self._chosen(nodes) if callable(nodes) else nodes, modes.parse(mode, config))]
-        reports = []
-        try:
-            for names, each in orders:
-                arguments = {"mode": each.name, "config": to_wire(each.config), "nodes": names, **terms}
-                order = self._call("reprovision_nodes", **arguments)
-                answer = await (watch(order, self.scheduler_comm.rollout_status) if progress else order)
-                reports.append(Report.parse(answer))
-        finally:
-            # A scheduler that is gone has said so already, or will; that must not hide what happened.
-            with contextlib.suppress(OSError):
-                await self._refresh()
-        return Report.merged(reports) if len(reports) > 1 else reports[0]
-
-    def _chosen(self, fits: Callable[[Mapping[str, Any]], bool]) -> list[str]:
-        names = [name for name, node in self._nodes.items() if fits(node)]
-        if not names:
-            raise ConfigError(f"nodes={fits!r} fits no node of {', '.join(self._nodes)}", key="nodes")
-        return names
-
-    @property
-    def rollout(self) -> RolloutControl:
-        """Steers the rollout that runs now, and can undo the last one; see :class:`RolloutControl`."""
-        return RolloutControl(self)
-
-    def rollout_status(self) -> Any:
-        """Return how far the rollout is that runs now, as plain data; None when none runs."""
-        return self.sync(self._call, "rollout_status")
-
-    async def _call(self, name: str, **arguments: Any) -> Any:
-        return await getattr(self.scheduler_comm, name)(**arguments)
-
-    async def _undo(self) -> Report:
-        try:
-            return Report.parse(await self.scheduler_comm.undo_rollout())
-        finally:
-            # A scheduler that is gone has said so already, or will; that must not hide what happened.
-            with contextlib.suppress(OSError):
-                await self._refresh()
-
-    def add_host(self, host: Any) -> Any:
-        """Launch or adopt one more agent; returns when it has its workers.
-
-        Parameters
-        ----------
-        host : str, Host or launcher
-            As in `hosts` of the constructor.
-
-        Returns
-        -------
-        str
-            The node's name. Awaitable when the cluster is asynchronous.
-
-        Examples
-        --------
-        >>> from agentcluster import Host
-        >>> cluster.add_host(Host("local", name="second"))
-        'second'
-        >>> cluster.remove_host("second")
-        """
-        return self.sync(self._add_host, host)
-
-    async def _add_host(self, host: Any) -> str:
-        launcher = self._blueprint.launcher(host)
-        if launcher.name in self.worker_spec or launcher.name in self._reserve:
-            raise ConfigError(
-                f"host {launcher.where!r}: a node named {launcher.name!r} is already there; use Host(…, name=…)"
-            )
-        if in_standby(launcher):
-            self._reserve.add(launcher)
-            return launcher.name
-        if not self.shutdown_scheduler:
-            # The default of a scheduler that others use is not ours.
-            await self.scheduler_comm.set_provision_mode(nodes={launcher.name: to_wire(self._mode)})
-        self.worker_spec[launcher.name] = self._blueprint.node(launcher)
-        await self._correct_state()
-        return launcher.name
-
-    def remove_host(self, name: str) -> Any:
-        """Move a node's data to others, stop its workers and let the host go.
-
-        Parameters
-        ----------
-        name : str
-            The node's name.
-
-        Raises
-        ------
-        NodeNotFound
-            When there is no such node.
-        PreflightError, SwapError
-            When its data has nowhere to go; the node stays as it was.
-        """
-        return self.sync(self._remove_host, name)
-
-    async def _remove_host(self, name: str) -> None:
-        if name not in self.worker_spec and name not in self._reserve:
-            raise NodeNotFound(name, [*self.worker_spec, *self._reserve.here])
-        await self._leave([name])
-        self._reserve.forget(name)
-
-    async def _leave(self, names: Iterable[str]) -> None:
-        """Move the data of nodes to others, stop their workers and let the hosts go."""
-        self._left = {name: self.worker_spec.pop(name) for name in names if name in self.worker_spec}
-        if self._left:
-            await self._correct_state()
-
-    # -- hosts in standby ----------------------------------------------------------------------------------------------
-
-    @property
-    def standby(self) -> tuple[str, ...]:
-        """Names of the hosts that are launched when their workers are needed, and are not now."""
-        return self._reserve.here
-
-    async def _call_up(self, names: Sequence[str]) -> dict[str, str]:
-        """Launch hosts of the reserve, without workers; return why some did not come."""
-        own = {name: to_wire(self._own_modes[name]) for name in names if name in self._own_modes}
-        ours = {} if self.shutdown_scheduler else dict.fromkeys(names, to_wire(self._mode))
-        await self.scheduler_comm.set_provision_mode(nodes=ours | own, bare=list(names))
-        for name in names:
-            self.worker_spec[name] = self._blueprint.node(self._reserve.take(name))
-        try:
-            await self._correct_state()
-        finally:
-            now = time.monotonic()
-            for name in names:
-                if name not in self.workers:
-                    self._reserve.failed(name, now)
-                elif name in self._nodes:
-                    self._reserve.came(name, self._nodes[name]["hardware"])
-        return {name: str(error) for name in names if (error := self._missed.pop(name, None))}
-
-    async def _let_go(self) -> list[str]:
-        """End agents of the reserve that have no workers; return the hosts."""
-        idle = [name for name in self._extra() if _idle(self._nodes.get(name))]
-        if idle:
-            try:
-                await self._leave(idle)
-            finally:
-                for name in idle:
-                    if name not in self.workers:
-                        self._reserve.back(name)
-        return idle
-
-    # -- looking -------------------------------------------------------------------------------------------------------
-
-    async def _keep_nodes(self) -> None:
-        """Keep :attr:`nodes` and the names of the workers true, also after what other clients did."""
-        while True:
-            try:
-                async with asyncio.timeout(self._sync_interval):
-                    await self._changed.wait()
-                    await asyncio.sleep(GATHER)
-            except TimeoutError:
-                pass
-            self._changed.clear()
-            try:
-                await self._refresh()
-                self._problem = None
-            except OSError as error:
-                self._problem = f"cannot reach the scheduler: {error}"
-                logger.debug("cannot ask the scheduler for its nodes: %s", error)
-
-    async def _refresh(self) -> None:
-        if self.status is not Status.running:
-            return
-        snapshots = await self.scheduler_comm.get_nodes()
-        for name, node in self.workers.items():
-            if name not in snapshots and name in self._nodes and node.ended:
-                last = next(reversed(node.lines()), "")
-                gone = {
-                    "state": "lost",
-                    "plan": {},
-                    "workers": {},
-                    "problem": f"its agent ended; last output: {last!r}",
-                }
-                snapshots[name] = {**self._nodes[name], **gone}
-        ours = [name for name in self.worker_spec if name in snapshots]
-        self._nodes = Nodes({name: snapshots[name] for name in dict.fromkeys([*ours, *snapshots])})
-        for name, entry in self.worker_spec.items():
-            entry["group"] = [worker[len(name) :] for worker in snapshots.get(name, {}).get("plan", ())]
-
-    def _update_worker_status(self, op: str, msg: Any) -> None:
-        super()._update_worker_status(op, msg)
-        if self._refresher is not None:
-            self._changed.set()
+AnyHost: TypeAlias = "str | os.PathLike[str] | Host | Launcher"
+WorkerKey: TypeAlias = Callable[[WorkerState], Hashable]
+AdaptiveT = TypeVar("AdaptiveT", bound=distributed.deploy.adaptive.Adaptive)
 
 
-class AgentCluster(Operations):
-    """Dask on machines that are held: one agent per host, whose workers can be swapped in place.
+class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
+    """Dask on hosts that you keep: one agent per host, whose workers can be changed in place.
 
     Parameters
     ----------
     hosts : list of str, Host or launcher, optional
-        Where the agents run: ``"gpu-1"`` or ``"user@gpu-1:2222"`` launches one there over SSH, ``"tcp://…"`` adopts one
-        that runs, ``"local"`` starts one on this machine; a :class:`~agentcluster.Host` has options of its own, and an
-        object with the launcher interface is the user's own way. ``None`` is one local agent. Those with
-        ``standby=True`` are launched when :meth:`scale` or :meth:`adapt` needs them, and let go when they do not.
+        Hosts of the agents: ``"gpu-1"`` or ``"user@gpu-1:2222"`` launches one there over SSH, ``"tcp://…"`` adopts one
+        that runs, ``"local"`` starts one on this machine; a :class:`~agentcluster.Host` has further options, and any
+        object with the launcher interface can be given. ``None`` is one local agent. Those with ``standby=True`` are
+        launched when :meth:`scale` or :meth:`adapt` needs them, and ended when it does not.
     mode : str, Mode or mapping, optional
         First mode of the nodes, or a mapping from node name to mode.
     config : mapping or str, optional
@@ -381,20 +87,35 @@ class AgentCluster(Operations):
         ``None`` means TLS with temporary credentials as soon as something runs on another machine, ``True`` always,
         ``False`` never.
     on_host_failure : {"raise", "warn"}
-        Whether a host that does not come up fails the whole cluster, which then closes, or is left out with a warning.
+        Whether a host that fails to start fails the whole cluster, which then closes, or is left out with a warning.
     name : str, optional
         Name of the cluster.
     launch_timeout, start_timeout : str or float, optional
         Seconds for an agent to be ready, and then for its first workers to join.
-    asynchronous, loop, silence_logs, shutdown_on_close, scheduler_sync_interval
+    asynchronous : bool
+        Whether calls return coroutines, for use in an event loop.
+    loop, silence_logs, shutdown_on_close, scheduler_sync_interval
         As for :class:`distributed.SpecCluster`.
+
+    Attributes
+    ----------
+    hosts : Hosts
+        Hosts, with their agents.
+    scaling : Scaling
+        Scaling by hand and by demand.
+    view : NodeView
+        View of the nodes, with why it may be out of date.
+    display : Display
+        Panel and logs.
 
     Raises
     ------
     ConfigError
-        When something given cannot be used; nothing was started then.
+        When an argument cannot be used; nothing was started.
     LaunchError, ModeRefused, WorkerStartError
-        When a host does not come up. Everything that was started has been closed when this is raised.
+        When a host fails to start. Everything that was started has been closed.
+    VersionMismatch
+        When the scheduler runs a version of agentcluster with another protocol.
 
     Examples
     --------
@@ -406,57 +127,73 @@ class AgentCluster(Operations):
     >>> cluster.close()
     """
 
+    scheduler: Scheduler | ProcessInterface
+    scheduler_comm: SchedulerCalls
+    workers: dict[str, NodeProcess]
+    worker_spec: dict[str, NodeEntry]
+    status: Status
+    shutdown_scheduler: bool
+    _adaptive: distributed.deploy.adaptive.Adaptive | None = None
+
     def __init__(
         self,
-        hosts: Any = None,
+        hosts: AnyHost | Iterable[AnyHost] | None = None,
         *,
-        mode: str | Mode | Mapping[str, Any] = "auto-cpu",
-        config: Mapping[str, Any] | str | None = None,
+        mode: str | Mode | Mapping[str, str | Mode] = "auto-cpu",
+        config: Plain | str | None = None,
         scheduler: str | Host | None = None,
-        scheduler_options: Mapping[str, Any] | None = None,
-        worker_options: Mapping[str, Any] | None = None,
-        connect_options: Any = None,
-        remote_python: Any = None,
+        scheduler_options: Plain | None = None,
+        worker_options: Plain | None = None,
+        connect_options: Plain | Sequence[Plain | None] | None = None,
+        remote_python: str | Sequence[str | None] | None = None,
         security: Security | bool | dict[str, Any] | None = None,
         on_host_failure: Literal["raise", "warn"] = "raise",
         name: str | None = None,
         launch_timeout: str | float | None = None,
         start_timeout: str | float | None = None,
-        asynchronous: bool = False,
-        loop: Any = None,
+        asynchronous: AsyncT = False,  # type: ignore[assignment]
+        loop: IOLoop | None = None,
         silence_logs: int | bool = logging.WARNING,
         shutdown_on_close: bool = True,
         scheduler_sync_interval: float = 1,
     ) -> None:
         if on_host_failure not in ("raise", "warn"):
             raise ConfigError(f"on_host_failure={on_host_failure!r} must be 'raise' or 'warn'", key="on_host_failure")
+        warn_untested()
         settings = Config.load()
-        self._start_timeout = seconds_or_default("start_timeout", start_timeout, settings.start_timeout)
-        self._on_host_failure = on_host_failure
         launchers = launchers_for(hosts, connect_options=connect_options, remote_python=remote_python)
-        self._reserve = Reserve(launcher for launcher in launchers if in_standby(launcher))
-        self._mode, self._own_modes = _modes(mode, config, [launcher.name for launcher in launchers])
         joined = is_address(scheduler)
         remote = any(map(is_remote, launchers)) or scheduler not in (None, "local")
         attached = [launcher.where for launcher in launchers if is_address(launcher.where)]
-        self._blueprint = Blueprint(
+        blueprint = Blueprint(
             security=resolve_credentials(security, remote=remote and not joined, attached=attached),
             worker_options=dict(worker_options or {}),
             launch_options={"connect_options": connect_options, "remote_python": remote_python},
-            launch_timeout=seconds_or_default("launch_timeout", launch_timeout, settings.launch_timeout),
+            launch_timeout=_timeout("launch_timeout", launch_timeout, settings.launch_timeout),
             stop_timeout=settings.stop_timeout,
         )
-        self._missed: dict[str, BaseException] = {}
-        self._nodes = Nodes()
-        self._opening: set[asyncio.Future[Any]] = set()
-        self._refresher: asyncio.Task[None] | None = None
+        first, own = first_modes(mode, config, [launcher.name for launcher in launchers])
+        inside: AsyncCluster = self  # type: ignore[assignment]
+        self.hosts = Hosts(
+            inside,
+            launchers,
+            blueprint,
+            mode=first,
+            modes_by_name=own,
+            start_timeout=_timeout("start_timeout", start_timeout, settings.start_timeout),
+            on_failure=on_host_failure,
+        )
+        self.view = NodeView(inside, parse_timedelta(scheduler_sync_interval, default="seconds"))
+        self.scaling = Scaling(inside)
+        self.display = Display(inside)
+        self._rollout: RolloutControl[AsyncT] = RolloutControl(self)
         self._was_up = False
         super().__init__(
-            workers={each.name: self._blueprint.node(each) for each in launchers if not in_standby(each)},
-            scheduler=self._blueprint.scheduler(
+            workers={each.name: blueprint.node(each) for each in launchers if not in_standby(each)},
+            scheduler=blueprint.scheduler(
                 scheduler, dict(scheduler_options or {}), loopback=not remote and not attached
             ),
-            security=self._blueprint.security,
+            security=blueprint.security,
             name=name,
             asynchronous=asynchronous,
             loop=loop,
@@ -470,29 +207,29 @@ class AgentCluster(Operations):
 
     async def _start(self) -> None:
         await super()._start()
-        if self._refresher is not None:
+        if self.view.kept:
             return
-        await self._have_plugin()
-        own = {name: to_wire(mode) for name, mode in self._own_modes.items()}
-        if self.shutdown_scheduler:
-            await self.scheduler_comm.set_provision_mode(mode=self._mode.name, config=self._mode.config, nodes=own)
-        else:
-            # Others may use this scheduler: its default is theirs, ours is for our nodes.
-            ours = {name: to_wire(self._mode) for name in self.worker_spec} | own
-            await self.scheduler_comm.set_provision_mode(nodes=ours)
-        self._changed = asyncio.Event()
-        self._refresher = asyncio.create_task(self._keep_nodes(), name="agentcluster nodes")
+        await self._register_plugin()
+        await self.hosts.announce()
+        self.view.keep()
 
-    async def _have_plugin(self) -> None:
+    async def _register_plugin(self) -> None:
+        """Bring the plugin to the scheduler, and check that both speak the same protocol."""
         if isinstance(self.scheduler, Scheduler):
             await dask_setup(self.scheduler)
             return
+        address = str(self.scheduler.address)
+        failed: Exception | None = None
         try:
             await self.scheduler_comm.register_scheduler_plugin(plugin=shipped(), name=PLUGIN, idempotent=True)
-        except Exception as error:  # whatever importing our package raised over there
-            # It may be there all the same: by --preload, on a scheduler that takes no plugins from others.
-            if await self.scheduler_comm.get_provision_mode() is None:
-                raise SchedulerUnfit(self.scheduler.address, f"{NO_PLUGIN}; it said: {error}") from error
+        except Exception as error:  # whatever importing our package raised there
+            failed = error
+        # The plugin may be there all the same: by --preload, on a scheduler that takes no plugins from clients.
+        answer = await self.scheduler_comm.get_provision_mode()
+        if answer is None:
+            raise SchedulerUnfit(address, f"{NO_PLUGIN}; it said: {failed}") from failed
+        peer = f"the scheduler at {address}"
+        check_protocol(peer, answer.get("protocol"), answer.get("version"), here="this cluster")
 
     def __await__(self) -> Generator[Any, Any, Self]:
         try:
@@ -504,117 +241,499 @@ class AgentCluster(Operations):
         self._was_up = True
         return self
 
+    def __enter__(self) -> Self:
+        super().__enter__()
+        return self
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        return self
+
     async def _correct_state_internal(self) -> None:
-        # SpecCluster retires by the wrong name and closes before it opens; ours goes through the plugin.
+        # SpecCluster's own retires workers by a wrong name, and closes nodes before it opens others.
         async with self._lock:
             self._correct_state_waiting = None
-            await self._close_nodes([name for name in self.workers if name not in self.worker_spec])
-            await self._open_nodes([name for name in self.worker_spec if name not in self.workers])
-            await self._refresh()
+            await self.hosts.close([name for name in self.workers if name not in self.worker_spec])
+            await self.hosts.open([name for name in self.worker_spec if name not in self.workers])
+            await self.view.refresh()
 
-    async def _open_nodes(self, names: Sequence[str]) -> None:
-        """Launch agents and wait until they have their workers."""
-        address = getattr(self.scheduler, "contact_address", None) or self.scheduler.address
-        nodes = {name: self.worker_spec[name]["cls"](address, **self.worker_spec[name]["options"]) for name in names}
-        for node in nodes.values():
-            self._created.add(node)
-        starts = {name: asyncio.ensure_future(self._open(node)) for name, node in nodes.items()}
-        self._opening |= set(starts.values())
-        try:
-            if starts:
-                await asyncio.wait(starts.values())
-        except BaseException:
-            for start in starts.values():
-                start.cancel()
-            await asyncio.gather(*starts.values(), return_exceptions=True)
-            raise
-        finally:
-            self._opening -= set(starts.values())
-        failed: dict[str, BaseException] = {}
-        for name, start in starts.items():
-            error = asyncio.CancelledError() if start.cancelled() else start.exception()
-            if error is None:
-                self.workers[name] = nodes[name]
-                continue
-            self.worker_spec.pop(name, None)
-            # Who called a host of the reserve up hears why it did not come; there are others.
-            (self._missed if name in self._reserve else failed)[name] = error
-        self._fail(failed)
-
-    async def _open(self, node: NodeProcess) -> None:
-        try:
-            await node
-            await self.scheduler_comm.await_nodes(names=[node.name], timeout=self._start_timeout)
-        except BaseException:
-            await asyncio.shield(node.close())
-            raise
-
-    def _fail(self, failed: Mapping[str, BaseException]) -> None:
-        if not failed:
-            return
-        first = next(iter(failed.values()))
-        if self._on_host_failure == "raise" or not self.workers or not isinstance(first, Exception):
-            raise first
-        for name, error in failed.items():
-            warnings.warn(f"host {name} is left out: {error}", stacklevel=2)
-
-    async def _close_nodes(self, names: Sequence[str]) -> None:
-        closing = self.status is not Status.running
-        if not closing or not self.shutdown_scheduler:
-            for name in names:
-                try:
-                    await self.scheduler_comm.retire_node(name=name)
-                except (AgentClusterError, OSError) as error:
-                    if not closing:
-                        self.worker_spec[name] = self._left[name]
-                        raise
-                    logger.warning("Node %s closes with its data: %s", name, error)
-        nodes = [self.workers.pop(name) for name in names]
-        await asyncio.gather(*(node.close() for node in nodes))
+    def _update_worker_status(self, op: str, msg: Any) -> None:
+        super()._update_worker_status(op, msg)
+        self.view.changed()
 
     async def _close(self) -> None:
-        opening = list(self._opening)
-        for start in opening:
-            start.cancel()
-        await asyncio.gather(*opening, return_exceptions=True)
-        for node in self._created:
-            if node.status is Status.created:  # its start was cancelled before the first step
-                await node.close()
-        if self._refresher is not None:
-            self._refresher.cancel()
-            await asyncio.gather(self._refresher, return_exceptions=True)
+        await self.hosts.cancel()
+        await self.view.close()
         if isinstance(self.scheduler, Scheduler) and self.scheduler.status in (Status.closed, Status.failed):
             # SpecCluster would try to reach it, for as long as a connection may take.
             self.shutdown_scheduler = False
         await super()._close()
-        self._close_panel()
+        self.display.close()
 
+    @overload
+    def close(self: AgentCluster[Literal[False]], timeout: float | None = None) -> None: ...
+    @overload
+    def close(self: AgentCluster[Literal[True]], timeout: float | None = None) -> Awaitable[None]: ...
+    @overload
+    def close(self, timeout: float | None = None) -> Awaitable[None] | None: ...
+    def close(self, timeout: float | None = None) -> Awaitable[None] | None:
+        """End the agents with their workers, and the scheduler unless others started it; idempotent.
 
-def _modes(mode: Any, config: Any, names: Sequence[str]) -> tuple[Mode, dict[str, Mode]]:
-    """Return the mode of all nodes, and those of single ones."""
-    if not isinstance(mode, Mapping):
-        return modes.parse(mode, config), {}
-    for name in mode:
-        if name not in names:
-            raise NodeNotFound(str(name), names)
-    if config is not None:
-        raise ConfigError(
-            "config= cannot go with a mapping of modes; use Mode(name, config) as its values", key="config"
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds after which to give up.
+
+        Returns
+        -------
+        None
+            Awaitable when the cluster is asynchronous.
+        """
+        return super().close(timeout)
+
+    # -- nodes ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> Nodes:
+        """Mapping from a node's name to its state, mode, plan, workers, hardware and load; a table as its repr."""
+        return self.view.nodes
+
+    @property
+    def standby(self) -> tuple[str, ...]:
+        """Names of the standby hosts that are not launched; :meth:`scale` and :meth:`adapt` launch them."""
+        return self.hosts.reserve.here
+
+    @synced
+    async def refresh(self) -> Nodes:
+        """Ask the scheduler for its nodes now; otherwise :attr:`nodes` follows a change within a second.
+
+        Returns
+        -------
+        Nodes
+            The nodes. Awaitable when the cluster is asynchronous.
+        """
+        await self.view.refresh()
+        return self.view.nodes
+
+    @synced
+    async def add_host(self, host: AnyHost) -> str:
+        """Launch or adopt one more agent, and wait until it has its workers.
+
+        Parameters
+        ----------
+        host : str, Host or launcher
+            As in `hosts` of the constructor.
+
+        Returns
+        -------
+        str
+            Name of the node. Awaitable when the cluster is asynchronous.
+
+        Raises
+        ------
+        ConfigError
+            When the host cannot be used, or its name is taken.
+        LaunchError, ModeRefused, WorkerStartError
+            When the host fails to start.
+
+        Examples
+        --------
+        >>> from agentcluster import Host
+        >>> cluster.add_host(Host("local", name="second"))
+        'second'
+        >>> cluster.remove_host("second")
+        """
+        return await self.hosts.add(host)
+
+    @synced
+    async def remove_host(self, name: str) -> None:
+        """Move a node's data to others, stop its workers, and end its agent.
+
+        Parameters
+        ----------
+        name : str
+            Name of the node.
+
+        Raises
+        ------
+        NodeNotFound
+            When there is no node of that name.
+        PreflightError, SwapError
+            When its data cannot be moved; the node stays as it was.
+        """
+        await self.hosts.remove(name)
+
+    # -- rollouts ------------------------------------------------------------------------------------------------------
+
+    @synced
+    async def reprovision(
+        self,
+        mode: str | Mode | Mapping[str, str | Mode],
+        config: Plain | str | None = None,
+        *,
+        nodes: NodeSelection = None,
+        remove_existing: bool = True,
+        strategy: Strategy = "surge",
+        drain: Drain = "tasks",
+        drain_timeout: str | float | None = None,
+        max_parallel: int | None = None,
+        canary: bool = False,
+        on_failure: OnFailure = "rollback",
+        timeout: str | float | None = None,
+        wait: bool | str | float = True,
+        progress: bool = False,
+        dry_run: bool = False,
+    ) -> RolloutReport:
+        """Change the workers of nodes in place: new ones start, data moves to them, old ones stop.
+
+        Parameters
+        ----------
+        mode : str, Mode or mapping
+            The mode, or a mapping from node name to mode; that is one rollout after the other, and undo restores the
+            last.
+        config : mapping or str, optional
+            Options of the mode.
+        nodes : str, list of str, or callable, optional
+            Names of nodes, patterns such as ``gpu-*``, labels such as ``rack=a``; or a function that is called with
+            each value of :attr:`nodes` and returns whether to change that node. Default is all, and those that join
+            later.
+        remove_existing : bool
+            ``False`` adds the mode's workers beside those that run.
+        strategy : {"surge", "replace"}
+            ``surge`` starts new workers before old ones stop, on each node that has room for both; ``replace`` stops
+            the old first, after their data was moved to other nodes, one node after the other. A node without room is
+            always replaced.
+        drain : {"tasks", "data", "now"}
+            ``tasks`` waits for tasks that run on old workers, ``data`` only moves data, ``now`` loses that too.
+        drain_timeout : str or float, optional
+            Seconds to wait for running tasks; those that still run then are run again elsewhere.
+        max_parallel : int, optional
+            Nodes that change at the same time; default is all, and one for ``replace``.
+        canary : bool
+            Change one node first, alone.
+        on_failure : {"rollback", "stop", "continue"}
+            When a node fails: restore those that have changed, leave them, or continue with the others.
+        timeout : str or float, optional
+            Seconds for the new workers to start, and again for the data to move.
+        wait : bool, str or float
+            Whether to wait for a rollout that runs already, or for how long.
+        progress : bool
+            Draw a bar per node, in a terminal or a notebook.
+        dry_run : bool
+            Plan and check only.
+
+        Returns
+        -------
+        RolloutReport
+            Workers that went, came and stayed on each node, data that was moved, and durations; a table as its repr.
+            Awaitable when the cluster is asynchronous.
+
+        Raises
+        ------
+        ConfigError, PreflightError, NodeNotFound, RolloutBusy
+            When the change is not possible; nothing was touched.
+        SwapError
+            When a step failed. The workers that ran before still run, or the message describes the state.
+
+        Examples
+        --------
+        >>> cluster.reprovision("uniform", {"nthreads": 1, "nworkers": 1})          # doctest: +ELLIPSIS
+        uniform: 1 node, 0 keys (0 B) moved, ... s
+        node   mode     outcome  went  ...
+        local  uniform  changed  ...
+        >>> cluster.reprovision("unifrom")
+        Traceback (most recent call last):
+        agentcluster.errors.ConfigError: unknown mode 'unifrom'; did you mean 'uniform'? Allowed: ...
+        """
+        policy = RolloutPolicy(
+            strategy=strategy,
+            drain=drain,
+            drain_timeout=_optional_seconds("drain_timeout", drain_timeout, zero=True),
+            max_parallel=max_parallel,
+            on_failure=on_failure,
+            canary=canary,
+            timeout=_optional_seconds("timeout", timeout),
+            dry_run=dry_run,
+            wait=wait if isinstance(wait, bool) else parse_seconds("wait", wait, call="reprovision", zero=True),
         )
-    return Mode("auto-cpu"), {name: modes.parse(each) for name, each in mode.items()}
+        if not dry_run:
+            self.scaling.stop_adaptive()
+        comm, reports = self.scheduler_comm, []
+        async with self.view.refreshed():
+            for names, each in rollouts_of(self.nodes, mode, config, nodes):
+                order = comm.reprovision_nodes(
+                    mode=each.name,
+                    config=to_wire(each.config),
+                    nodes=names,
+                    remove_existing=remove_existing,
+                    **to_wire(policy),
+                )
+                answer = await (watch(order, comm.rollout_status) if progress else order)
+                reports.append(RolloutReport.parse(answer))
+        return reports[0] if len(reports) == 1 else RolloutReport.merged(reports)
+
+    @property
+    def rollout(self) -> RolloutControl[AsyncT]:
+        """Control of the rollout that runs, and undo of the last one; see :class:`RolloutControl`."""
+        return self._rollout
+
+    @synced
+    async def rollout_status(self) -> RolloutStatus | None:
+        """Return the progress of the rollout that runs, as ``rollout.status()`` does.
+
+        Returns
+        -------
+        RolloutStatus or None
+            None when no rollout runs. Awaitable when the cluster is asynchronous.
+        """
+        return parse_status(await self.scheduler_comm.rollout_status())
+
+    # -- scaling -------------------------------------------------------------------------------------------------------
+
+    @synced
+    async def scale(  # type: ignore[override]
+        self,
+        /,
+        n: int | None = None,
+        memory: str | int | None = None,
+        cores: int | None = None,
+        *,
+        nodes: int | None = None,
+        strict: bool = False,
+        **kinds: int,
+    ) -> ScaleReport:
+        """Change the number of workers on the nodes; data of workers that go is moved first.
+
+        Workers that stay are not restarted; those that hold least go first. Hosts with ``standby=True`` are launched
+        when the others have no capacity, and ended when they have no workers. A shortfall is a warning.
+
+        Parameters
+        ----------
+        n : int, optional
+            Number of workers.
+        memory : str or int, optional
+            As many workers as have at least this much memory together, in bytes or as in "64 GiB".
+        cores : int, optional
+            As many workers as have at least this many threads together.
+        nodes : int, optional
+            Number of nodes with all workers of their mode; the others stand by.
+        strict : bool
+            Raise when there is no capacity for all, and change nothing.
+        **kinds : int
+            Number of workers of a kind: ``cpu``, ``gpu``, a resource that workers have, or a worker's name in a spec.
+            Other kinds stay as they are. A node whose mode lacks the kind changes to ``mixed``, which has both.
+
+        Returns
+        -------
+        ScaleReport
+            Number of workers now, changes on each node, and what there is no capacity for. Awaitable when the cluster
+            is asynchronous.
+
+        Raises
+        ------
+        ConfigError
+            For a kind that no node can have, and with `strict` when there is no capacity for all.
+
+        Examples
+        --------
+        >>> report = cluster.scale(1)
+        >>> report.workers, len(cluster.nodes["local"]["plan"])
+        (1, 1)
+        """
+        if (n, memory, cores, nodes, kinds) == (None, None, None, None, {}):
+            n = 0  # as in dask
+        nbytes = None if memory is None else parse_nbytes("memory", memory, call="scale")
+        target = ScaleTarget(n, cores, nbytes, nodes, kinds)
+        if self.status in (Status.closing, Status.closed, Status.failed):
+            self.worker_spec.clear()  # dask's close() scales to 0
+            return ScaleReport("scale", {}, 0.0, asked=str(target))
+        self.scaling.stop_adaptive()
+        return await self.scaling.up_or_down(target, strict)
+
+    async def scale_down(self, workers: Sequence[str]) -> None:
+        """Stop workers, after their data was moved to others; dask's ``Adaptive`` calls this.
+
+        Parameters
+        ----------
+        workers : list of str
+            Names of the workers; unknown ones have stopped already.
+        """
+        await self.scaling.down(workers)
+
+    _supports_scaling = True
+
+    def _threads_per_worker(self) -> int:
+        return self.scaling.smallest_threads()
+
+    def _memory_per_worker(self) -> int:
+        return self.scaling.smallest_memory()
+
+    @overload  # type: ignore[override]
+    def adapt(
+        self, *, minimum: float = 0, maximum: float = ..., worker_key: WorkerKey, **options: Any
+    ) -> distributed.deploy.adaptive.Adaptive: ...
+    @overload
+    def adapt(
+        self, Adaptive: type[AgentAdaptive] = ..., minimum: float = 0, maximum: float = ..., **options: Any
+    ) -> AgentAdaptive: ...
+    @overload
+    def adapt(
+        self, Adaptive: type[AdaptiveT], minimum: float = 0, maximum: float = ..., **options: Any
+    ) -> AdaptiveT: ...
+    def adapt(
+        self,
+        Adaptive: type[distributed.deploy.adaptive.Adaptive] = AgentAdaptive,
+        minimum: float = 0,
+        maximum: float = math.inf,
+        minimum_cores: int | None = None,
+        maximum_cores: int | None = None,
+        minimum_memory: str | None = None,
+        maximum_memory: str | None = None,
+        **kwargs: Any,
+    ) -> distributed.deploy.adaptive.Adaptive:
+        """Give nodes the workers that tasks need, from now on.
+
+        Parameters
+        ----------
+        Adaptive : type
+            Class to use instead of :class:`agentcluster.client.adaptive.AgentAdaptive`. Where `worker_key` is given it
+            is dask's, which counts workers whatever their kind.
+        minimum, maximum : int
+            Limits of the number of workers.
+        minimum_cores, maximum_cores : int, optional
+            Limits of the threads of all workers together.
+        minimum_memory, maximum_memory : str, optional
+            Limits of the memory of all workers together, such as "100 GiB".
+        **kwargs
+            As for the class: ``modes``, limits by kind such as ``gpu=(0, 2)``, ``interval``, ``wait_count``,
+            ``target_duration``, ``idle_timeout``, ``up_delay``.
+
+        Returns
+        -------
+        AgentAdaptive
+            Its ``stop()`` ends it; so do :meth:`scale`, :meth:`reprovision` and the end of the cluster.
+
+        Raises
+        ------
+        ConfigError
+            When an option cannot be used.
+
+        Examples
+        --------
+        >>> adaptive = cluster.adapt(minimum=1, maximum=4)
+        >>> client.submit(sum, [1, 2, 3]).result()
+        6
+        >>> adaptive.stop()
+        """
+        if Adaptive is AgentAdaptive and kwargs.get("worker_key") is not None:
+            Adaptive = distributed.deploy.adaptive.Adaptive
+        self._adaptive_options: dict[str, Any] = {}  # dask would add the options of an earlier call
+        limits: dict[str, Any] = {
+            "minimum": minimum,
+            "maximum": maximum,
+            "minimum_cores": minimum_cores,
+            "maximum_cores": maximum_cores,
+            "minimum_memory": minimum_memory,
+            "maximum_memory": maximum_memory,
+        }
+        if issubclass(Adaptive, AgentAdaptive):
+            return Cluster.adapt(self, Adaptive, **limits, **kwargs)
+        return super().adapt(Adaptive, **limits, **kwargs)
+
+    def request(self, *, timeout: str | float = "5 minutes", **resources: int) -> Request:
+        """Hold capacity for tasks before they are submitted, while :meth:`adapt` runs.
+
+        Parameters
+        ----------
+        timeout : str or float
+            Time in which there must be capacity.
+        **resources : int
+            Number of tasks that need one of a resource, as in ``gpu=4`` or ``cpu=16``.
+
+        Returns
+        -------
+        Request
+            A context manager, asynchronous where the cluster is: there is capacity inside, and it is released at the
+            end.
+
+        Raises
+        ------
+        ConfigError
+            For a number that is not above 0; when entered: :meth:`adapt` does not run, or no node can ever have the
+            capacity.
+        TimeoutError
+            When entered: there was no capacity in time.
+
+        Examples
+        --------
+        >>> adaptive = cluster.adapt(minimum=1)
+        >>> with cluster.request(cpu=1):
+        ...     client.submit(sum, [1, 2, 3], resources={"CPU": 1}).result()
+        6
+        >>> adaptive.stop()
+        """
+        inside: AsyncCluster = self  # type: ignore[assignment]
+        return Request(
+            inside,
+            {resource_name(name): number for name, number in resources.items()},
+            parse_seconds("timeout", timeout, call="request", zero=True),
+        )
+
+    def adaptive_log(self) -> AdaptiveLog:
+        """Return the decisions of :meth:`adapt` with their reasons.
+
+        Returns
+        -------
+        AdaptiveLog
+            The decisions, oldest first; a table as its repr.
+        """
+        return self.scaling.log()
+
+    # -- display -------------------------------------------------------------------------------------------------------
+
+    @synced
+    async def get_logs(
+        self,
+        cluster: bool = True,
+        scheduler: bool = True,
+        workers: bool | Iterable[str] = True,
+        agents: bool = False,
+    ) -> Logs:
+        """Return the logs of the cluster object, the scheduler, the workers and the agents.
+
+        Parameters
+        ----------
+        cluster, scheduler, workers
+            As for :meth:`distributed.deploy.Cluster.get_logs`.
+        agents : bool
+            Also the last lines of each node's agent, by node name; as many as ``agentcluster.log.lines``.
+
+        Returns
+        -------
+        Logs
+            Name -> log. Awaitable when the cluster is asynchronous.
+        """
+        logs: Logs = await self._get_logs(cluster=cluster, scheduler=scheduler, workers=workers)
+        if agents:
+            logs.update({name: Log("\n".join(lines)) for name, lines in (await self.display.agent_logs()).items()})
+        return logs
+
+    def __repr__(self) -> str:
+        return self.display.line(super().__repr__())
+
+    def _repr_html_(self, cluster_status: str | None = None) -> str:
+        return str(super()._repr_html_(cluster_status)) + self.nodes._repr_html_()
+
+    def _widget(self) -> object:
+        panel = self.display.panel()
+        return None if panel is None else panel.root
 
 
-#: Seconds in which the news of a swap, one for each worker, are gathered before the scheduler is asked for its nodes.
-GATHER = 0.2
+def _optional_seconds(key: str, value: str | float | None, zero: bool = False) -> float | None:
+    """Parse an optional time of ``reprovision``."""
+    return None if value is None else parse_seconds(key, value, call="reprovision", zero=zero)
 
 
-def _idle(node: Mapping[str, Any] | None) -> bool:
-    """Whether a node has no workers and gets none just now."""
-    return node is not None and not node["plan"] and node["state"] in ("standby", "refused", "lost")
-
-
-def _given(key: str, value: str | float | None, zero: bool = False) -> float | None:
-    """Return a time that the user gave in seconds_or_default, or None."""
-    if value is None or (zero and value == 0):
-        return value
-    return seconds_or_default(key, value, 0.0)
+def _timeout(key: str, value: str | float | None, default: float) -> float:
+    """Parse an optional time of ``AgentCluster``."""
+    return default if value is None else parse_seconds(key, value, call="AgentCluster")

@@ -1,86 +1,98 @@
-"""What a cluster shows of itself: a panel or a table in a notebook, a line in a terminal, and its logs."""
+"""Display of a cluster: a panel or a table in a notebook, a line in a terminal, and logs."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 import dask
 from dask.utils import parse_timedelta
 from distributed.core import Status
-from distributed.deploy.cluster import Cluster
-from distributed.utils import Log, Logs
 from tornado.ioloop import PeriodicCallback
 
-from agentcluster.reports import Nodes
+from agentcluster.config import Config
+
+if TYPE_CHECKING:
+    from agentcluster.client.cluster import AsyncCluster
+    from agentcluster.client.widget import Panel
 
 
-class Display(Cluster):
-    """A base of :class:`~agentcluster.AgentCluster`."""
+class Display:
+    """Display of a cluster.
 
-    sync: Any
-    loop: Any
-    scheduler_comm: Any
-    workers: Any
-    _nodes: Nodes
-    _panel: Any = None
+    Parameters
+    ----------
+    cluster : AgentCluster
+        The cluster.
+    """
 
-    def get_logs(self, cluster: bool = True, scheduler: bool = True, workers: Any = True, agents: bool = False) -> Any:
-        """Return logs of the cluster object, the scheduler, the workers and the agents.
+    def __init__(self, cluster: AsyncCluster) -> None:
+        self._cluster = cluster
+        self._panel: Panel | None = None
+        self._log_lines = Config.load().log_lines
+
+    def __repr__(self) -> str:
+        return f"<Display of cluster {self._cluster.name!r}: {'panel shown' if self._panel else 'no panel'}>"
+
+    def line(self, line: str) -> str:
+        """Add the number of nodes to dask's repr of a cluster.
 
         Parameters
         ----------
-        cluster, scheduler, workers
-            As for :meth:`distributed.deploy.Cluster.get_logs`.
-        agents : bool
-            Also what each node's agent logged, by node name.
+        line
+            The repr, ``AgentCluster(…, workers=…)``.
+
+        Returns
+        -------
+        str
+            The same with ``nodes=…``.
         """
-        return self.sync(self._get_logs, cluster=cluster, scheduler=scheduler, workers=workers, agents=agents)
+        begin, sign, rest = line.rpartition(", workers=")
+        return f"{begin}, nodes={len(self._cluster.nodes)}{sign}{rest}"
 
-    async def _get_logs(
-        self, cluster: bool = True, scheduler: bool = True, workers: Any = True, agents: bool = False
-    ) -> Logs:
-        logs: Logs = await super()._get_logs(cluster=cluster, scheduler=scheduler, workers=workers)
-        if agents:
-            logs.update({name: Log("\n".join(lines)) for name, lines in (await self._agent_logs()).items()})
-        return logs
+    def panel(self) -> Panel | None:
+        """Return the panel, and keep it current from now on.
 
-    async def _agent_logs(self) -> dict[str, list[str]]:
-        """Return node name -> what its agent logged, where it was launched from here, or else as it says itself."""
-        logs = {name: node.lines() for name, node in self.workers.items()}
-        if remote := [name for name, lines in logs.items() if not lines]:
-            logs |= await self.scheduler_comm.get_node_logs(nodes=remote)
-        return logs
-
-    def __repr__(self) -> str:
-        begin, sign, rest = super().__repr__().rpartition(", workers=")
-        return f"{begin}, nodes={len(self._nodes)}{sign}{rest}"
-
-    def _repr_html_(self, cluster_status: str | None = None) -> str:
-        return str(super()._repr_html_(cluster_status)) + self._nodes._repr_html_()
-
-    def _widget(self) -> Any:
-        """Return the panel, or None where ipywidgets is not installed."""
+        Returns
+        -------
+        Panel or None
+            None where ipywidgets is not installed.
+        """
         if self._panel is None:
             try:
-                self._panel = importlib.import_module("agentcluster.client.widget").Panel(self)
+                from agentcluster.client.widget import Panel
             except ModuleNotFoundError as error:
                 if error.name != "ipywidgets":
                     raise
                 return None
-            if self.status in (Status.closing, Status.closed, Status.failed):
-                self._close_panel()
+            self._panel = Panel(self._cluster)
+            if self._cluster.status in (Status.closing, Status.closed, Status.failed):
+                self.close()
             else:
-                self.loop.add_callback(self._keep_panel)
-        return self._panel.root
+                self._panel.loop.add_callback(self._keep, self._panel)
+        return self._panel
 
-    async def _keep_panel(self) -> None:
+    async def _keep(self, panel: Panel) -> None:
         interval = parse_timedelta(dask.config.get("distributed.deploy.cluster-repr-interval"), default="ms")
-        await self._panel.update()
-        keeper = self.periodic_callbacks["cluster-repr"] = PeriodicCallback(self._panel.update, interval * 1000)
+        await panel.update()
+        keeper = PeriodicCallback(panel.update, interval * 1000)
+        self._cluster.periodic_callbacks["cluster-repr"] = keeper
         keeper.start()
 
-    def _close_panel(self) -> None:
-        """Show for the last time what is true."""
+    def close(self) -> None:
+        """Show that the cluster is closed."""
         if self._panel is not None:
             self._panel.close()
+
+    async def agent_logs(self) -> dict[str, list[str]]:
+        """Return the last lines of each agent's log, at most ``agentcluster.log.lines``.
+
+        Returns
+        -------
+        dict
+            Node name -> lines: from the process where this cluster launched it, otherwise as the agent answers.
+        """
+        logs = {name: node.lines() for name, node in self._cluster.workers.items()}
+        if remote := [name for name, lines in logs.items() if not lines]:
+            found = await self._cluster.scheduler_comm.get_node_logs(nodes=remote)
+            logs |= {name: list(lines) for name, lines in found.items()}
+        return {name: lines[-self._log_lines :] for name, lines in logs.items()}

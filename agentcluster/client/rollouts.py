@@ -1,17 +1,40 @@
-"""``cluster.rollout``: what a user can do with the rollout that runs, and with the one that ended last."""
+"""Rollouts as a client sees them: ``cluster.rollout``, parsed progress, and progress bars."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any, Self
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from agentcluster import modes
+from agentcluster.client.calls import Plain
+from agentcluster.client.synchronous import AsyncT, MaybeAsync, synced
+from agentcluster.errors import ConfigError
+from agentcluster.model import Mode, NodeProgress, RolloutStatus
+from agentcluster.reports import Nodes, NodeSnapshot, RolloutReport
+from agentcluster.wire import from_wire
 
-class RolloutControl:
-    """Watches and steers the rollout of a cluster. Each method is awaitable when the cluster is asynchronous.
+if TYPE_CHECKING:
+    from agentcluster.client.cluster import AgentCluster
+
+AnswerT = TypeVar("AnswerT", bound=Mapping[str, Any])
+
+
+class RolloutControl(MaybeAsync[AsyncT]):
+    """Watch and control the rollout of a cluster.
+
+    Parameters
+    ----------
+    cluster : AgentCluster
+        The cluster.
+
+    Notes
+    -----
+    Each method returns a coroutine when the cluster is asynchronous.
 
     Examples
     --------
@@ -22,44 +45,155 @@ class RolloutControl:
     'changed'
     """
 
-    def __init__(self, cluster: Any) -> None:
-        self._cluster = cluster
+    def __init__(self, cluster: AgentCluster[AsyncT]) -> None:
+        self._cluster: AgentCluster[AsyncT] = cluster
+        self.sync = cluster.sync
 
-    def pause(self) -> Any:
-        """Begin no further wave of nodes until :meth:`resume`; the wave that runs ends as it would."""
-        return self._cluster.sync(self._cluster._call, "control_rollout", action="pause")
+    def __repr__(self) -> str:
+        swapping = [name for name, node in self._cluster.nodes.items() if node["state"] == "swapping"]
+        state = f"{', '.join(swapping)} swapping" if swapping else "no node swapping"
+        return f"<RolloutControl of cluster {self._cluster.name!r}: {state}>"
 
-    def resume(self) -> Any:
-        """Go on."""
-        return self._cluster.sync(self._cluster._call, "control_rollout", action="resume")
+    @synced
+    async def pause(self) -> None:
+        """Begin no further wave of nodes until :meth:`resume`; the wave that runs continues.
 
-    def cancel(self) -> Any:
-        """End it: nodes keep, or get back, what they had, as `on_failure` says."""
-        return self._cluster.sync(self._cluster._call, "control_rollout", action="cancel")
+        Raises
+        ------
+        ConfigError
+            When no rollout runs.
+        """
+        await self._control("pause")
 
-    def undo(self) -> Any:
-        """Bring the nodes that the last rollout changed back to the plans that they had before; returns a Report."""
-        return self._cluster.sync(self._cluster._undo)
+    @synced
+    async def resume(self) -> None:
+        """Continue a paused rollout.
 
-    def status(self) -> Any:
-        """Return how far it is, as plain data; None when none runs."""
-        return self._cluster.rollout_status()
+        Raises
+        ------
+        ConfigError
+            When no rollout runs.
+        """
+        await self._control("resume")
+
+    @synced
+    async def cancel(self) -> None:
+        """End the rollout; nodes keep, or get back, the workers that they had, as `on_failure` says.
+
+        Raises
+        ------
+        ConfigError
+            When no rollout runs.
+        """
+        await self._control("cancel")
+
+    async def _control(self, action: Literal["pause", "resume", "cancel"]) -> None:
+        await self._cluster.scheduler_comm.control_rollout(action=action)
+
+    @synced
+    async def undo(self) -> RolloutReport:
+        """Restore the plans that the nodes of the last rollout had before it.
+
+        Returns
+        -------
+        RolloutReport
+            Result of the change.
+
+        Raises
+        ------
+        ConfigError
+            When there is no rollout to undo.
+        PreflightError, SwapError
+            As for :meth:`AgentCluster.reprovision`.
+        """
+        async with self._cluster.view.refreshed():
+            return RolloutReport.parse(await self._cluster.scheduler_comm.undo_rollout())
+
+    @synced
+    async def status(self) -> RolloutStatus | None:
+        """Return the progress of the rollout that runs.
+
+        Returns
+        -------
+        RolloutStatus or None
+            Progress of each node, with a table as its repr; None when no rollout runs.
+        """
+        return parse_status(await self._cluster.scheduler_comm.rollout_status())
 
 
-#: Seconds between two looks at a rollout.
+NodeSelection: TypeAlias = str | Sequence[str] | Callable[[NodeSnapshot], bool] | None
+
+
+def rollouts_of(
+    known: Nodes, mode: str | Mode | Mapping[str, str | Mode], config: Plain | str | None, nodes: NodeSelection
+) -> list[tuple[str | Sequence[str] | None, Mode]]:
+    """Return the rollouts that a call of ``reprovision`` asks for.
+
+    Parameters
+    ----------
+    known
+        The cluster's nodes.
+    mode, config, nodes
+        As in :meth:`AgentCluster.reprovision`.
+
+    Returns
+    -------
+    list of tuple
+        For each rollout its nodes, None for all, and their mode.
+
+    Raises
+    ------
+    ConfigError
+        When the arguments contradict each other, or select no node.
+    """
+    if isinstance(mode, Mapping):
+        if nodes is not None:
+            raise ConfigError("nodes= cannot be given with a mapping of modes: its keys are the nodes", key="nodes")
+        return [([name], modes.parse(each, config)) for name, each in mode.items()]
+    if callable(nodes):
+        names = [name for name, node in known.items() if nodes(node)]
+        if not names:
+            raise ConfigError(f"nodes={nodes!r} selects no node of {', '.join(known)}", key="nodes")
+        return [(names, modes.parse(mode, config))]
+    return [(nodes, modes.parse(mode, config))]
+
+
+_KNOWN = frozenset(field.name for field in fields(NodeProgress))
+
+
+def parse_status(answer: Mapping[str, Any] | None) -> RolloutStatus | None:
+    """Parse the answer of the call ``rollout_status``.
+
+    Parameters
+    ----------
+    answer
+        The answer, as plain data.
+
+    Returns
+    -------
+    RolloutStatus or None
+        The progress; None when no rollout runs.
+    """
+    if answer is None:
+        return None
+    # A step also has facts that are not its progress, such as the names of workers.
+    nodes = {
+        name: {key: value for key, value in step.items() if key in _KNOWN} for name, step in answer["nodes"].items()
+    }
+    return from_wire(RolloutStatus, {**answer, "nodes": nodes}, "rollout_status")
+
+
+#: Seconds between two updates of the progress bars.
 INTERVAL = 0.1
-
-#: Part of a node's bar that is full when a step begins; moving data fills what is between its own and the next.
-STEPS = {"waiting": 0, "swap": 5, "start": 10, "retire": 40, "stop": 90, "ready": 100, "standby": 100}
 
 
 class RolloutProgress:
-    """One bar per node of a rollout.
+    """Progress bars of a rollout, one per node; a context manager.
 
     Parameters
     ----------
     console
-        Where to draw; default is standard output. Nothing is drawn when that is neither a terminal nor a notebook.
+        Console to draw on; default is standard output. Nothing is drawn unless it is a terminal or a notebook.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -69,11 +203,14 @@ class RolloutProgress:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.fields[says]}"),
+            TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(),
             console=self.console,
             disable=not self.shown,
         )
+
+    def __repr__(self) -> str:
+        return f"<RolloutProgress: {len(self._bars)} bars, {'drawn' if self.shown else 'not drawn'}>"
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -82,51 +219,60 @@ class RolloutProgress:
     def __exit__(self, *exc: object) -> None:
         self._progress.stop()
 
-    def update(self, status: Mapping[str, Any] | None) -> None:
-        """Show what ``rollout_status`` answered; None changes nothing."""
-        for node, step in (status or {}).get("nodes", {}).items():
-            self._show(node, *reckon(step))
+    def update(self, status: RolloutStatus | None) -> None:
+        """Draw the progress of each node.
+
+        Parameters
+        ----------
+        status
+            The progress; None changes nothing.
+        """
+        for node, progress in status.nodes.items() if status else ():
+            self._draw(node, progress.percent, str(progress))
 
     def finish(self, outcomes: Mapping[str, str]) -> None:
-        """Show how it ended: node -> outcome."""
+        """Draw the end of the rollout.
+
+        Parameters
+        ----------
+        outcomes
+            Node name -> outcome, such as ``changed``.
+        """
         for node, outcome in outcomes.items():
-            self._show(node, 100, outcome)
+            self._draw(node, 100, outcome)
 
-    def _show(self, node: str, done: float, says: str) -> None:
+    def _draw(self, node: str, percent: float, text: str) -> None:
         if node not in self._bars:
-            self._bars[node] = self._progress.add_task(node, total=100, says="")
-        self._progress.update(self._bars[node], completed=done, says=says)
-
-
-def reckon(step: Mapping[str, Any]) -> tuple[float, str]:
-    """Return how full a node's bar is, of 100, and what stands beside it."""
-    name = str(step["step"])
-    done = float(STEPS.get(name, 0))
-    if name != "retire" or not step.get("all_keys"):
-        return done, name
-    part = step["keys"] / step["all_keys"]
-    return done + part * (STEPS["stop"] - done), f"{step['keys']} of {step['all_keys']} keys moved"
+            self._bars[node] = self._progress.add_task(node, total=100, text="")
+        self._progress.update(self._bars[node], completed=percent, text=text)
 
 
 async def watch(
-    order: Coroutine[Any, Any, Mapping[str, Any]],
+    order: Coroutine[Any, Any, AnswerT],
     ask: Callable[[], Awaitable[Mapping[str, Any] | None]],
     console: Console | None = None,
-) -> Mapping[str, Any]:
-    """Carry out an order and draw its progress until it has answered.
+) -> AnswerT:
+    """Run a call that changes nodes, and draw its progress until it returns.
 
     Parameters
     ----------
     order
-        The call that begins a rollout and answers with its report.
+        The call; its answer is that of ``reprovision_nodes``.
     ask
-        Returns how far the rollout is that runs now.
+        The call ``rollout_status``.
+    console
+        As for :class:`RolloutProgress`.
+
+    Returns
+    -------
+    mapping
+        The answer of the call.
     """
     answer = asyncio.ensure_future(order)
     try:
         with RolloutProgress(console) as bars:
             while not answer.done():
-                bars.update(await ask())
+                bars.update(parse_status(await ask()))
                 await asyncio.wait([answer], timeout=INTERVAL)
             if answer.exception() is None:
                 bars.finish({name: node["outcome"] for name, node in answer.result()["nodes"].items()})

@@ -1,4 +1,4 @@
-"""How many workers a cluster has, and of which kind: by hand with ``scale()``, by what tasks need with ``adapt()``."""
+"""Number and kinds of a cluster's workers: by hand with ``scale()``, by demand with ``adapt()`` and ``request()``."""
 
 from __future__ import annotations
 
@@ -8,47 +8,236 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Self
 
-import distributed.deploy.adaptive
-from distributed.core import Status
 from distributed.deploy.adaptive import Adaptive
-from distributed.deploy.cluster import Cluster
-from distributed.deploy.spec import SpecCluster
-from distributed.utils import NoOpAwaitable
 
 from agentcluster.client.adaptive import AgentAdaptive
-from agentcluster.client.hosts import Reserve
+from agentcluster.client.calls import ScaleAnswer
 from agentcluster.errors import ConfigError
-from agentcluster.reports import AdaptiveLog, Nodes
+from agentcluster.reports import AdaptiveLog, NodeSnapshot, RolloutReport, ScaleReport
 from agentcluster.requests import ScaleTarget
-from agentcluster.units import call_bytes, call_seconds
 from agentcluster.wire import to_wire
+
+if TYPE_CHECKING:
+    from agentcluster.client.cluster import AsyncCluster
+
+
+class Scaling:
+    """Scaling of a cluster.
+
+    Parameters
+    ----------
+    cluster : AgentCluster
+        The cluster; everything here runs in its event loop.
+    """
+
+    def __init__(self, cluster: AsyncCluster) -> None:
+        self._cluster = cluster
+
+    def __repr__(self) -> str:
+        running = self.adaptive is not None and self.adaptive.state in ("starting", "running")
+        return f"<Scaling of cluster {self._cluster.name!r}: {self.adaptive if running else 'by hand'}>"
+
+    @property
+    def adaptive(self) -> Adaptive | None:
+        """Object that ``adapt()`` returned last."""
+        return self._cluster._adaptive  # dask's attribute: dask stops it, and shows whether it runs
+
+    # -- by hand -------------------------------------------------------------------------------------------------------
+
+    async def up_or_down(self, target: ScaleTarget, strict: bool) -> ScaleReport:
+        """Change the number of workers.
+
+        Standby hosts are launched while the other nodes have no capacity, and ended when they have no workers left.
+
+        Parameters
+        ----------
+        target
+            Workers that are asked for.
+        strict
+            Whether it is an error when there is no capacity for all.
+
+        Returns
+        -------
+        ScaleReport
+            Result of the change.
+
+        Raises
+        ------
+        ConfigError
+            For a kind that no node can have, and with `strict` when there is no capacity for all.
+        """
+        reports: list[RolloutReport] = []
+        launched: list[str] = []
+        left_out: dict[str, str] = {}
+        ended: list[str] = []
+        hosts = self._cluster.hosts
+        try:
+            answer = await self._once(target, strict, reports)
+            while chosen := self._next_hosts(target, answer, tried={*launched, *left_out}):
+                failed = await hosts.launch(chosen)
+                launched += [name for name in chosen if name not in failed]
+                left_out |= failed
+                for name, why in failed.items():
+                    warnings.warn(f"host {name} is left out: {why}", stacklevel=2)
+                answer = await self._once(target, strict, reports)
+            if isinstance(answer, ConfigError):
+                raise answer
+        finally:
+            # A scheduler that cannot be reached is reported by the call, or by the next update of the view.
+            with contextlib.suppress(OSError):
+                await self._cluster.view.refresh()
+                ended = await hosts.end_idle()
+        if answer["short"]:
+            warnings.warn(answer["short"], stacklevel=2)
+        whole = RolloutReport.merged(reports)
+        return ScaleReport(
+            "scale",
+            {name: node for name, node in whole.nodes.items() if node.outcome != "unchanged"},
+            whole.seconds,
+            asked=str(target),
+            workers=answer["workers"],
+            short=answer["short"],
+            launched=tuple(launched),
+            ended=tuple(ended),
+            left_out=left_out,
+        )
+
+    async def _once(self, target: ScaleTarget, strict: bool, reports: list[RolloutReport]) -> ScaleAnswer | ConfigError:
+        """Scale the nodes that are there; return an error that more hosts may resolve."""
+        target = replace(target, extra=self._cluster.hosts.extra())
+        nodes = list(self._cluster.workers)
+        try:
+            answer = await self._cluster.scheduler_comm.scale_nodes(target=to_wire(target), nodes=nodes, strict=strict)
+        except ConfigError as error:
+            return error
+        reports.append(RolloutReport.parse(answer))
+        return answer
+
+    def _next_hosts(self, target: ScaleTarget, answer: ScaleAnswer | ConfigError, tried: set[str]) -> list[str]:
+        """Return the standby hosts to launch next, none when there is capacity for all."""
+        ready = [name for name in self._cluster.hosts.reserve.ready(time.monotonic()) if name not in tried]
+        if isinstance(answer, ConfigError):
+            return ready[: self._shortfall(target, 0)]
+        return ready[: self._shortfall(target, answer["workers"])] if answer["short"] else []
+
+    def _shortfall(self, target: ScaleTarget, workers: int) -> int:
+        """Estimate how many hosts are missing: each has as many workers as the nodes have now."""
+        nodes = len(self._cluster.workers)
+        if target.nodes is not None:
+            return max(1, target.nodes - nodes)
+        if target.workers is None or not workers:
+            return 1
+        return max(1, math.ceil((target.workers - workers) / max(1, workers // nodes)))
+
+    async def down(self, workers: Sequence[str]) -> None:
+        """Stop workers, after their data was moved to others.
+
+        Parameters
+        ----------
+        workers
+            Names of the workers.
+        """
+        await self._cluster.scheduler_comm.retire_node_workers(names=[str(worker) for worker in workers])
+        await self._cluster.view.refresh()
+        await self._cluster.hosts.end_idle()
+
+    def smallest_threads(self) -> int:
+        """Return the smallest number of threads of a worker.
+
+        Returns
+        -------
+        int
+            The number; 1 when there are no workers.
+        """
+        return min((spec["nthreads"] for spec in self._specs() if spec["nthreads"]), default=1)
+
+    def smallest_memory(self) -> int:
+        """Return the smallest memory limit of a worker, in bytes.
+
+        Returns
+        -------
+        int
+            The limit.
+
+        Raises
+        ------
+        ConfigError
+            When no worker has a memory limit.
+        """
+        limits = [spec["memory_limit"] for spec in self._specs() if spec["memory_limit"]]
+        if not limits:
+            raise ConfigError("adapt(minimum_memory=…): the workers have no memory limit", key="memory")
+        return int(min(limits))
+
+    def _specs(self) -> list[NodeSnapshot]:
+        return [spec for node in self._cluster.nodes.values() for spec in node["plan"].values()]
+
+    # -- by demand -----------------------------------------------------------------------------------------------------
+
+    def stop_adaptive(self) -> None:
+        """Stop adaptive scaling, because something was asked for by hand; not for a call of that scaling itself."""
+        adaptive = self.adaptive
+        if adaptive is None or (adaptive._adapting and not isinstance(adaptive, AgentAdaptive)):
+            return
+        adaptive.stop(reason="by hand")
+
+    def log(self) -> AdaptiveLog:
+        """Return the decisions of adaptive scaling.
+
+        Returns
+        -------
+        AdaptiveLog
+            The decisions, oldest first.
+        """
+        return AdaptiveLog(tuple(self.adaptive.decisions) if isinstance(self.adaptive, AgentAdaptive) else ())
 
 
 class Request:
-    """Room that is held for tasks before they come; see :meth:`AgentCluster.request`."""
+    """Capacity that is held for tasks before they are submitted; see :meth:`AgentCluster.request`.
 
-    def __init__(self, cluster: Elasticity, resources: Mapping[str, int], timeout: float) -> None:
-        for name, count in resources.items():
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ConfigError(f"request({name.lower()}={count!r}): give a whole number above 0", key=name)
+    Parameters
+    ----------
+    cluster : AgentCluster
+        The cluster.
+    resources
+        Resource -> number of tasks that need one of it.
+    timeout
+        Seconds until there must be capacity.
+
+    Raises
+    ------
+    ConfigError
+        When no resource is given, or a number is not a whole number above 0.
+    """
+
+    def __init__(self, cluster: AsyncCluster, resources: Mapping[str, int], timeout: float) -> None:
+        for name, number in resources.items():
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ConfigError(f"request({name.lower()}={number!r}): give a whole number above 0", key=name)
         if not resources:
-            raise ConfigError("request(): say of what, such as gpu=4")
+            raise ConfigError("request() needs at least one resource, for example gpu=4")
         self._cluster, self._resources, self._timeout = cluster, resources, timeout
         self._held: tuple[AgentAdaptive, int] | None = None
 
-    def __enter__(self) -> Request:
+    def __repr__(self) -> str:
+        resources = ", ".join(f"{name}={number}" for name, number in self._resources.items())
+        return f"<Request for {resources}: {'held' if self._held else 'not held'}>"
+
+    def __enter__(self) -> Self:
         self._cluster.sync(self.__aenter__)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._release()
 
-    async def __aenter__(self) -> Request:
-        adaptive = self._cluster._adaptive
+    async def __aenter__(self) -> Self:
+        adaptive = self._cluster.scaling.adaptive
         if not isinstance(adaptive, AgentAdaptive) or adaptive.state not in ("starting", "running"):
-            raise ConfigError("request() holds room while cluster.adapt() runs; call that first, or cluster.scale()")
+            raise ConfigError(
+                "request() holds capacity while cluster.adapt() runs; call that first, or use cluster.scale()"
+            )
         self._held = adaptive, await adaptive.hold(self._resources, self._timeout)
         return self
 
@@ -62,238 +251,17 @@ class Request:
             adaptive.release(number)
 
 
-def _resource(name: str) -> str:
+def resource_name(name: str) -> str:
+    """Return the resource that a keyword of ``request()`` stands for.
+
+    Parameters
+    ----------
+    name
+        Keyword, such as ``gpu``.
+
+    Returns
+    -------
+    str
+        ``CPU``, ``GPU``, or the name as it is.
+    """
     return name.upper() if name in ("cpu", "gpu") else name
-
-
-class Elasticity(SpecCluster):
-    """A base of :class:`~agentcluster.AgentCluster`."""
-
-    scheduler_comm: Any
-    workers: dict[str, Any]
-    worker_spec: dict[str, dict[str, Any]]
-    _nodes: Nodes
-    _adaptive: Any = None
-    _reserve: Reserve
-    _refresh: Any
-    _call_up: Any
-    _let_go: Any
-
-    def scale(
-        self,
-        n: int | None = None,
-        memory: str | int | None = None,
-        cores: int | None = None,
-        *,
-        nodes: int | None = None,
-        strict: bool = False,
-        **kinds: int,
-    ) -> Any:
-        """Bring the cluster to so many workers, on the nodes that it has; data of those that go is moved first.
-
-        Who stays is not restarted, and who goes is who holds least. Hosts with ``standby=True`` are launched when the
-        others are full, and let go when they have no workers. What has no room is left out, with a warning.
-
-        Parameters
-        ----------
-        n : int, optional
-            Number of workers.
-        memory : str or int, optional
-            At least as many workers as have this much memory (bytes, or such as "64 GiB") together.
-        cores : int, optional
-            At least as many workers as have this many threads together.
-        nodes : int, optional
-            Number of nodes with all workers of their mode; the others stand by.
-        strict : bool
-            Raise where there is no room for all, and change nothing.
-        **kinds : int
-            Number of workers of a kind: ``cpu``, ``gpu``, a resource that workers have, or a worker's name in a spec.
-            Other kinds stay as they are. A node whose mode lacks the kind changes to ``mixed``, which has both.
-
-        Raises
-        ------
-        ConfigError
-            For a kind that no node can have, and with `strict` where there is no room.
-
-        Examples
-        --------
-        >>> cluster.scale(1)
-        >>> len(cluster.nodes["local"]["plan"])
-        1
-        """
-        if self.status in (Status.closing, Status.closed, Status.failed):
-            self.worker_spec.clear()
-            return NoOpAwaitable() if self.asynchronous else None
-        if (n, memory, cores, nodes, kinds) == (None, None, None, None, {}):
-            n = 0  # as in dask
-        target = ScaleTarget(n, cores, None if memory is None else call_bytes("scale", "memory", memory), nodes, kinds)
-        self._by_hand()
-        return self.sync(self._scale, target, strict)
-
-    async def _scale(self, target: ScaleTarget, strict: bool = False) -> None:
-        try:
-            answer = await self._scale_once(target, strict)
-            tried: set[str] = set()
-            while answer["short"]:
-                names = [name for name in self._reserve.ready(time.monotonic()) if name not in tried]
-                if not (chosen := names[: self._hosts(target, answer["workers"])]):
-                    break
-                tried.update(chosen)
-                for name, why in (await self._call_up(chosen)).items():
-                    warnings.warn(f"host {name} is left out: {why}", stacklevel=2)
-                answer = await self._scale_once(target, strict)
-            if "error" in answer:
-                raise answer["error"]
-        finally:
-            # A scheduler that is gone has said so already, or will; that must not hide what happened.
-            with contextlib.suppress(OSError):
-                await self._refresh()
-                await self._let_go()
-        if answer["short"]:
-            warnings.warn(answer["short"], stacklevel=2)
-
-    async def _scale_once(self, target: ScaleTarget, strict: bool) -> Mapping[str, Any]:
-        """Scale the nodes that there are; what they have no room for is no error as long as other hosts may come."""
-        target = replace(target, extra=self._extra())
-        try:
-            answer: Mapping[str, Any] = await self.scheduler_comm.scale_nodes(
-                target=to_wire(target), nodes=list(self.workers), strict=strict
-            )
-        except ConfigError as error:
-            return {"short": str(error), "workers": 0, "error": error}
-        return answer
-
-    def _extra(self) -> tuple[str, ...]:
-        """Return the hosts of the reserve that are there."""
-        return tuple(name for name in self._reserve.out if name in self.workers)
-
-    def _hosts(self, target: ScaleTarget, workers: int) -> int:
-        """Return how many hosts more it may take: of workers, as many on each as nodes have now."""
-        if target.nodes is not None:
-            return max(1, target.nodes - len(self.workers))
-        if target.workers is None or not workers:
-            return 1
-        return max(1, math.ceil((target.workers - workers) / max(1, workers // len(self.workers))))
-
-    async def scale_down(self, workers: Sequence[str]) -> None:
-        """Stop the named workers, after their data was moved; what Adaptive calls."""
-        await self.scheduler_comm.retire_node_workers(names=[str(worker) for worker in workers])
-        await self._refresh()
-        await self._let_go()
-
-    def _threads_per_worker(self) -> int:
-        return min((spec["nthreads"] for spec in self._specs() if spec["nthreads"]), default=1)
-
-    def _memory_per_worker(self) -> int:
-        limits = [spec["memory_limit"] for spec in self._specs() if spec["memory_limit"]]
-        if not limits:
-            raise ConfigError("adapt(minimum_memory=…): the workers have no memory limit", key="memory")
-        return int(min(limits))
-
-    def _specs(self) -> list[Mapping[str, Any]]:
-        return [spec for node in self._nodes.values() for spec in node["plan"].values()]
-
-    _supports_scaling = True
-
-    # -- by what tasks need --------------------------------------------------------------------------------------------
-
-    def adapt(
-        self,
-        Adaptive: type[Adaptive] = AgentAdaptive,
-        minimum: float = 0,
-        maximum: float = math.inf,
-        minimum_cores: int | None = None,
-        maximum_cores: int | None = None,
-        minimum_memory: str | None = None,
-        maximum_memory: str | None = None,
-        **kwargs: Any,
-    ) -> Adaptive:
-        """Give nodes the workers that tasks need, and no others, from now on.
-
-        Parameters
-        ----------
-        Adaptive : type
-            A class in place of :class:`agentcluster.client.adaptive.AgentAdaptive`. Where `worker_key` is given it is
-            dask's, which counts workers whatever their kind.
-        minimum, maximum : int
-            Workers to keep around at least, and at most.
-        minimum_cores, maximum_cores : int, optional
-            Threads of all workers together.
-        minimum_memory, maximum_memory : str, optional
-            Memory limits of all workers together, such as "100 GiB".
-        **kwargs
-            As for the class: ``modes``, limits by kind such as ``gpu=(0, 2)``, ``interval``, ``wait_count``,
-            ``target_duration``, ``idle_timeout``, ``up_delay``.
-
-        Returns
-        -------
-        Adaptive
-            Its ``stop()`` ends it; so do :meth:`scale`, :meth:`reprovision` and the end of the cluster.
-
-        Examples
-        --------
-        >>> adaptive = cluster.adapt(minimum=1, maximum=4)
-        >>> client.submit(sum, [1, 2, 3]).result()
-        6
-        >>> adaptive.stop()
-        """
-        if Adaptive is AgentAdaptive and kwargs.get("worker_key") is not None:
-            Adaptive = distributed.deploy.adaptive.Adaptive
-        self._adaptive_options: dict[str, Any] = {}  # what an earlier call asked for is not asked for any more
-        limits: dict[str, Any] = {
-            "minimum": minimum,
-            "maximum": maximum,
-            "minimum_cores": minimum_cores,
-            "maximum_cores": maximum_cores,
-            "minimum_memory": minimum_memory,
-            "maximum_memory": maximum_memory,
-        }
-        if issubclass(Adaptive, AgentAdaptive):
-            return Cluster.adapt(self, Adaptive, **limits, **kwargs)
-        return super().adapt(Adaptive, **limits, **kwargs)
-
-    def request(self, *, timeout: str | float = "5 minutes", **resources: int) -> Request:
-        """Hold room for tasks before they come, while :meth:`adapt` runs.
-
-        Parameters
-        ----------
-        timeout : str or float
-            Time that it may take until there is room.
-        **resources : int
-            How many tasks that need one of a resource there is to be room for, as in ``gpu=4`` or ``cpu=16``.
-
-        Returns
-        -------
-        Request
-            A context manager, asynchronous where the cluster is: there is room inside, and it is given up at its end.
-
-        Raises
-        ------
-        ConfigError
-            When entered: nothing adapts, or no node can ever have room.
-        TimeoutError
-            When entered: there was no room in time.
-
-        Examples
-        --------
-        >>> adaptive = cluster.adapt(minimum=1)
-        >>> with cluster.request(cpu=1):
-        ...     client.submit(sum, [1, 2, 3], resources={"CPU": 1}).result()
-        6
-        >>> adaptive.stop()
-        """
-        return Request(
-            self,
-            {_resource(name): count for name, count in resources.items()},
-            call_seconds("request", "timeout", timeout),
-        )
-
-    def adaptive_log(self) -> AdaptiveLog:
-        """Return what :meth:`adapt` decided and why, oldest first; a table as its repr."""
-        return AdaptiveLog(getattr(self._adaptive, "decisions", ()))
-
-    def _by_hand(self) -> None:
-        """Have :meth:`adapt` leave alone what was asked for by hand."""
-        adaptive = self._adaptive
-        if adaptive is not None and not (adaptive._adapting and not isinstance(adaptive, AgentAdaptive)):
-            adaptive.stop(reason="by hand")

@@ -19,6 +19,7 @@ from distributed.comm.core import Comm, CommClosedError, connect
 from distributed.core import clean_exception
 from distributed.security import Security
 
+from agentcluster.config import Config
 from agentcluster.errors import AgentClusterError, LaunchError, LaunchTimeout, VersionMismatch, one_line
 from agentcluster.launch.protocol import LogTail, Ready, Settings
 from agentcluster.model import Hardware
@@ -144,7 +145,7 @@ class Adopted:
 
     def __init__(self, comm: Comm, ready: Ready) -> None:
         self.ready = ready
-        self.log = LogTail()
+        self.log = LogTail(Config.load().log_lines)
         self._comm = comm
         self._ended = asyncio.create_task(self._follow(), name=f"attached to {ready.address}")
 

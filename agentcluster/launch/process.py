@@ -12,6 +12,7 @@ import re
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
+from agentcluster.config import Config
 from agentcluster.errors import ConfigError, LaunchError, LaunchTimeout
 from agentcluster.launch.protocol import LogTail, Reader, Ready, Settings, drain
 
@@ -60,8 +61,8 @@ class _Running:
 
     ready: Ready
 
-    def __init__(self, process: Process, where: str) -> None:
-        self.log = LogTail()
+    def __init__(self, process: Process, where: str, log: LogTail) -> None:
+        self.log = log
         self._where = where
         self._process = process
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
@@ -175,9 +176,10 @@ async def launch(
         The process has been ended and everything is closed.
     """
     running: _Running | None = None
+    log = LogTail(Config.load().log_lines)
     try:
         async with asyncio.timeout(timeout) as deadline:
-            running = _Running(await start(), where)
+            running = _Running(await start(), where, log)
             await running.start(settings)
     except BaseException as error:
         if running is not None:

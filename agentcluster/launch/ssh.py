@@ -21,13 +21,11 @@ from typing import Any
 
 import asyncssh
 
+from agentcluster.config import Config
 from agentcluster.errors import ConfigError, LaunchError, suggest
 from agentcluster.launch import Host
 from agentcluster.launch.process import GRACE, MODULE, launch
 from agentcluster.launch.protocol import Launched, Settings
-
-#: A network that died without a word is noticed after 4 x 15 s.
-KEEPALIVE: Mapping[str, Any] = {"keepalive_interval": 15, "keepalive_count_max": 4}
 
 #: Runs as ``sh -c START python``, whatever the login shell is. ``exec``: no shell stays in between. Python starts only
 #: at our word (an empty line), once its id is known here: what nobody could end any more is not begun.
@@ -71,8 +69,13 @@ class SSHLauncher:
 
     def _options(self) -> dict[str, Any]:
         """Return the keyword arguments of ``asyncssh.connect``."""
+        config = Config.load()
+        keepalive = {
+            "keepalive_interval": config.ssh_keepalive_interval,
+            "keepalive_count_max": config.ssh_keepalive_count,
+        }
         own = {"port": self._host.port, "username": self._host.user}
-        return {**KEEPALIVE, **self._host.connect_options, **{k: v for k, v in own.items() if v is not None}}
+        return {**keepalive, **self._host.connect_options, **{k: v for k, v in own.items() if v is not None}}
 
     async def _start(self) -> _RemoteProcess:
         try:
@@ -87,7 +90,8 @@ class SSHLauncher:
         except BaseException as error:
             await _hang_up(connection)
             if isinstance(error, OSError | asyncssh.Error):
-                raise LaunchError(self.where, f"it lets us in but runs no command: {error}") from error
+                reason = f"the login succeeded, but the host refused to run a command: {error}"
+                raise LaunchError(self.where, reason) from error
             raise
 
 

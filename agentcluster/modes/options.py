@@ -21,9 +21,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from dask.utils import parse_bytes
-
 from agentcluster.errors import ConfigError
+from agentcluster.units import parse_nbytes
 from agentcluster.wire import plain
 
 #: Options by name. Their values are of many types: each mode, and each worker class, has its own.
@@ -262,12 +261,7 @@ def memory_amount(value: object) -> float | int | None:
         try:
             value = float(value)
         except ValueError:
-            if not value.strip():
-                raise
-            nbytes = int(parse_bytes(value))
-            if nbytes < 0:
-                raise ValueError(value) from None
-            return nbytes
+            return parse_nbytes("memory_limit", value)
     if not is_number(value) or value < 0:
         raise ValueError(value)
     # As in dask, 1 is all of the node's memory and not one byte.

@@ -1,7 +1,8 @@
-"""Adaptive scaling: read the demand of a scheduler's tasks and the capacity of nodes, and call the pure planner.
+"""Adaptive scaling: read demand and capacity from the scheduler, and let the planner pack one onto the other.
 
-:mod:`agentcluster.scheduler.planning.binpacking` decides. Nothing is awaited between reading and deciding, so that a
-decision is about one moment.
+:class:`Demand` reads the tasks; :class:`Autoscaler` adds what nodes have and could have, calls
+:mod:`agentcluster.scheduler.planning.binpacking`, and explains the result; :class:`DemandWatch` wakes an adaptive
+cluster when a task has no worker.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeGuard
 
 from dask.typing import Key
 from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.scheduler import TaskState
 
 from agentcluster import modes
 from agentcluster.model import Hardware, Mode, WorkerSpec
@@ -26,72 +28,73 @@ from agentcluster.scheduler.planning.demand import Bounds, NodeCapacity, Resourc
 from agentcluster.scheduler.planning.nodes import Node
 from agentcluster.tables import count
 
-#: Number of tasks that are read of those that wait together; the others are taken to be like them, as in dask.
+#: Greatest number of tasks of a group that are read; the others are assumed to be alike, as dask does.
 SAMPLE = 100
-
-#: Nodes that are named for one reason; of more only the number is given.
-NAMED = 3
 
 Resources = frozenset[tuple[str, float]]
 
+#: Workers of a node in a mode, or the reason why it cannot have them.
+Offer = tuple[WorkerSpec, ...] | str
+
 
 class Demand:
-    """Demand of the tasks of a scheduler at this moment.
+    """Demand of the tasks that wait or run in a scheduler now.
 
     Parameters
     ----------
     scheduler
         The scheduler.
     target_duration
-        Seconds within which all known work should be done.
+        Seconds within which all tasks should be done.
 
     Attributes
     ----------
     requests
-        One for each set of resources that tasks ask for. Tasks that are restricted to workers or hosts are left out: no
-        other worker could run them.
-    running
-        Worker name -> position in `requests` -> number of tasks that the worker has.
+        One for each set of resources that tasks require. Waiting tasks that are bound to workers or hosts are left out:
+        no other worker could run them.
+    runs
+        Worker name -> position in `requests` -> number of tasks that it has.
     """
 
     def __init__(self, scheduler: Scheduler, target_duration: float) -> None:
-        self._scheduler: Any = scheduler
+        self._scheduler = scheduler
         self._tasks: defaultdict[Resources, float] = defaultdict(float)
         self._seconds: defaultdict[Resources, float] = defaultdict(float)
         self._example: dict[Resources, tuple[str, str]] = {}
         has: dict[str, dict[Resources, float]] = {}
         for ws in self._scheduler.workers.values():
             has[str(ws.name)] = self._add(ws.processing, len(ws.processing))
-        self._add((ts for ts in self._scheduler.unrunnable if not _restricted(ts)), None)
+        self._add((ts for ts in self._scheduler.unrunnable if not _bound(ts)), None)
         self._add(self._scheduler.queued, len(self._scheduler.queued))
         order = list(self._tasks)
         self.requests = [self._request(each, target_duration) for each in order]
-        self.running = {
+        self.runs = {
             name: {order.index(each): math.ceil(tasks) for each, tasks in groups.items()}
             for name, groups in has.items()
         }
 
-    def _add(self, tasks: Iterable[Any], count: int | None) -> dict[Resources, float]:
-        """Add tasks, or a sample of `count` of them, to the demand; return their number by resources."""
+    def _add(self, tasks: Iterable[TaskState], count: int | None) -> dict[Resources, float]:
+        """Add tasks, or a sample that stands for `count`; return the number of tasks per set of resources."""
         sample = list(tasks if count is None else islice(tasks, SAMPLE))
         weight = count / len(sample) if count and sample else 1.0
         found: defaultdict[Resources, float] = defaultdict(float)
         for ts in sample:
-            asked = frozenset((ts.resource_restrictions or {}).items())
-            found[asked] += weight
-            self._tasks[asked] += weight
-            self._seconds[asked] += weight * self._scheduler._get_prefix_duration(ts.prefix)
-            self._example.setdefault(asked, (str(ts.key), str(ts.prefix.name)))
+            required = frozenset((ts.resource_restrictions or {}).items())
+            found[required] += weight
+            self._tasks[required] += weight
+            self._seconds[required] += weight * self._scheduler._get_prefix_duration(ts.prefix)
+            self._example.setdefault(required, (str(ts.key), str(ts.prefix.name)))
         return found
 
-    def _request(self, asked: Resources, target_duration: float) -> ResourceRequest:
-        tasks = math.ceil(self._tasks[asked])
-        slots = min(tasks, max(1, math.ceil(self._seconds[asked] / target_duration)))
-        return ResourceRequest(dict(asked), slots, tasks, *self._example[asked])
+    def _request(self, required: Resources, target_duration: float) -> ResourceRequest:
+        """Return the request of all tasks that require the same resources."""
+        tasks = math.ceil(self._tasks[required])
+        slots = min(tasks, max(1, math.ceil(self._seconds[required] / target_duration)))
+        return ResourceRequest(dict(required), slots, tasks, *self._example[required])
 
 
-def _restricted(ts: Any) -> bool:
-    """Whether a task may run on some workers or hosts only."""
+def _bound(ts: TaskState) -> bool:
+    """Return whether a task can run on certain workers or hosts only."""
     return bool((ts.worker_restrictions or ts.host_restrictions) and not ts.loose_restrictions)
 
 
@@ -141,15 +144,18 @@ class DemandWatch(SchedulerPlugin):
 
 
 class Autoscaler:
-    """Decisions about the workers that tasks need; plans of nodes are kept from one decision to the next."""
+    """Decide which workers present tasks need, and explain demand that cannot be met.
+
+    The workers of a node in a mode are planned once, and again when its hardware has changed.
+    """
 
     def __init__(self) -> None:
-        self._plans: dict[tuple[str, str], tuple[Hardware, modes.Workers | str]] = {}
+        self._offers: dict[tuple[str, str], tuple[Hardware, Offer]] = {}
 
-    def look(
+    def decide(
         self, scheduler: Scheduler, nodes: Sequence[Node], asked: AdaptiveRequest, nbytes: Mapping[str, int]
     ) -> tuple[Packing, dict[str, Any]]:
-        """Decide which workers the tasks of a scheduler need.
+        """Pack the scheduler's demand onto nodes.
 
         Parameters
         ----------
@@ -158,23 +164,24 @@ class Autoscaler:
         nodes
             The nodes.
         asked
-            The limits, the workers that may leave, and the standby hosts.
+            Limits, resource requests, and the workers that may leave.
         nbytes
-            Worker -> bytes of data that it holds.
+            Worker name -> bytes of data that it holds.
 
         Returns
         -------
-        Packing, dict
-            The decision, and the answer to the client as plain data; see
-            :meth:`agentcluster.scheduler.controller.Controller.adapt`.
+        Packing
+            The workers that come and leave.
+        dict
+            Facts about the decision, see :meth:`agentcluster.scheduler.controller.Controller.adapt`.
         """
         demand = Demand(scheduler, asked.target_duration)
-        ahead = {name: ResourceRequest({name: 1}, slots) for name, slots in sorted(asked.requests.items())}
-        requests = [*demand.requests, *ahead.values()]
+        requested = {name: ResourceRequest({name: 1}, number) for name, number in sorted(asked.requests.items())}
+        requests = [*demand.requests, *requested.values()]
         capacities = [self._capacity(node, asked, demand, nbytes) for node in nodes]
-        bounds, may_leave = Bounds.of(asked), set(asked.may_go)
-        packing = pack(requests, capacities, bounds, may_leave.__contains__)
-        later = pack(requests, capacities, bounds)
+        bounds = Bounds.of(asked)
+        packing = pack(requests, capacities, bounds, frozenset(asked.may_go).__contains__)
+        if_all_may_leave = pack(requests, capacities, bounds)
         launch = select_hosts(
             asked,
             requests,
@@ -184,129 +191,147 @@ class Autoscaler:
         )
         waits = bool(packing.add or packing.modes or launch) and not asked.may_come
         unmet = {_key(each): self._explain(each, nodes, asked) for each in packing.unmet if not launch}
-        answers = {
+        granted = {
             name: unmet.get(_key(request)) or (index not in packing.missing and not waits)
-            for index, (name, request) in enumerate(ahead.items(), len(demand.requests))
+            for index, (name, request) in enumerate(requested.items(), len(demand.requests))
         }
-        add = {node.name: self._as_planned(packing, node, asked.modes) for node in nodes if node.name in packing.add}
-        return replace(packing, add=add), {
+        add = {node.name: self._without_host_resources(packing, node, asked.modes) for node in nodes}
+        self._forget_all_but({*asked.reserve, *(node.name for node in nodes)})
+        idle = {*if_all_may_leave.remove, *if_all_may_leave.modes} - {*packing.remove, *packing.modes}
+        return replace(packing, add={name: specs for name, specs in add.items() if name in packing.add}), {
             "saw": "; ".join(map(describe, requests)) or "no tasks",
-            "could_go": sorted({*later.remove, *later.modes} - {*packing.remove, *packing.modes}),
+            "could_go": sorted(idle),
             "unmet": unmet,
-            "short": [describe(requests[index]) for index in packing.missing if requests[index] not in packing.unmet],
-            "requests": answers,
+            "short": [describe(requests[i]) for i in packing.missing if requests[i] not in packing.unmet],
+            "requests": granted,
             "waits": waits,
             "launch": launch if asked.may_come else (),
         }
 
+    # -- capacity ------------------------------------------------------------------------------------------------------
+
+    def _capacity(self, node: Node, asked: AdaptiveRequest, demand: Demand, nbytes: Mapping[str, int]) -> NodeCapacity:
+        """Return the workers that a node has, and those that it could have."""
+        offers = {label(mode): self._offer(node, mode) for mode in asked.modes or [node.plan.mode]}
+        workers = {
+            name: RunningWorker(_with_host_resources(node, [spec])[0], nbytes.get(name, 0), demand.runs.get(name, {}))
+            for name, spec in node.plan.workers.items()
+        }
+        possible = {name: _with_host_resources(node, offer) for name, offer in offers.items() if _possible(offer)}
+        return NodeCapacity(node.name, label(node.plan.mode), workers, possible, node.name in asked.extra)
+
     def _capacity_of_host(
         self, name: str, hardware: Hardware, asked: AdaptiveRequest, nodes: Sequence[Node]
     ) -> NodeCapacity:
-        """Return the capacity of a standby host."""
+        """Return the workers that a standby host could have."""
         allowed = asked.modes or [nodes[-1].plan.mode if nodes else Mode("auto-cpu")]
-        plans = {label(mode): self._planned(mode, hardware, name) for mode in allowed}
-        offers = {key: plan for key, plan in plans.items() if not isinstance(plan, str)}
-        return NodeCapacity(name, next(iter(offers), ""), {}, offers, extra=True)
+        offers = {label(mode): self._offer_of_host(mode, hardware, name) for mode in allowed}
+        possible = {key: offer for key, offer in offers.items() if _possible(offer)}
+        return NodeCapacity(name, next(iter(possible), ""), {}, possible, extra=True)
 
-    def _capacity(self, node: Node, asked: AdaptiveRequest, demand: Demand, nbytes: Mapping[str, int]) -> NodeCapacity:
-        """Return the capacity of a node; its workers offer the resources of their host too."""
-        plans = {label(mode): self._plan(node, mode) for mode in asked.modes or [node.plan.mode]}
-        workers = {
-            name: RunningWorker(_offering(node, [spec])[0], nbytes.get(name, 0), demand.running.get(name, {}))
-            for name, spec in node.plan.workers.items()
-        }
-        offers = {name: _offering(node, plan) for name, plan in plans.items() if not isinstance(plan, str)}
-        return NodeCapacity(node.name, label(node.plan.mode), workers, offers, node.name in asked.extra)
+    def _offer(self, node: Node, mode: Mode) -> Offer:
+        """Return the workers of a node in a mode."""
+        return self._offer_of_host(mode, node.hardware, node.name)
 
-    def _plan(self, node: Node, mode: Mode) -> modes.Workers | str:
-        """Return the workers of a node in a mode, or the reason why it cannot have them."""
-        return self._planned(mode, node.hardware, node.name)
-
-    def _planned(self, mode: Mode, hardware: Hardware, name: str) -> modes.Workers | str:
-        """Return a plan, made once for the same hardware."""
+    def _offer_of_host(self, mode: Mode, hardware: Hardware, name: str) -> Offer:
+        """Return the workers of a host in a mode."""
         key = name, label(mode)
-        known = self._plans.get(key)
-        if known is None or known[0] != hardware:
-            self._plans[key] = known = (hardware, modes.try_plan(mode, hardware, node=name))
-        return known[1]
+        known = self._offers.get(key)
+        if known is not None and known[0] == hardware:
+            return known[1]
+        offer = modes.try_plan(mode, hardware, node=name)
+        self._offers[key] = hardware, offer
+        return offer
 
-    def _as_planned(self, packing: Packing, node: Node, allowed: Sequence[Mode]) -> modes.Workers:
-        """Return the workers that come to a node as their mode has them, without the resources of their host."""
+    def _forget_all_but(self, names: Collection[str]) -> None:
+        """Drop the offers of hosts that left."""
+        self._offers = {key: offer for key, offer in self._offers.items() if key[0] in names}
+
+    def _without_host_resources(self, packing: Packing, node: Node, allowed: Sequence[Mode]) -> tuple[WorkerSpec, ...]:
+        """Return the workers that come to a node as their mode has them; their host adds its resources itself."""
         wanted = packing.modes.get(node.name, label(node.plan.mode))
         mode = next((mode for mode in allowed if label(mode) == wanted), node.plan.mode)
-        plan = self._plan(node, mode)
-        assert not isinstance(plan, str)
-        offered = _offering(node, plan)
-        return tuple(plan[offered.index(spec)] for spec in packing.add[node.name])
+        offer = self._offer(node, mode)
+        if not _possible(offer):
+            return ()
+        offered = _with_host_resources(node, offer)
+        return tuple(offer[offered.index(spec)] for spec in packing.add.get(node.name, ()))
+
+    # -- explanations --------------------------------------------------------------------------------------------------
 
     def _explain(self, request: ResourceRequest, nodes: Sequence[Node], asked: AdaptiveRequest) -> str:
-        """Describe a request that no node can serve, with the reason of each node."""
-        reasons = [(node.name, self._reason(request, node, asked.modes or [node.plan.mode])) for node in nodes]
-        reasons += [(name, "a host in standby that would not have it either") for name in asked.reserve]
+        """Explain why no node can ever satisfy a request."""
+        why = [(node.name, self._reason(request, node, asked.modes or [node.plan.mode])) for node in nodes]
+        why += [(name, "a standby host that would not have it either") for name in asked.reserve]
         example = f" ({request.example})" if request.example else ""
-        return f"{describe(request)}{example}, which no node has: {_by_reason(reasons) or 'there is none'}"
+        return f"{describe(request)}{example}, which no node has: {_by_reason(why) or 'there is none'}"
 
     def _reason(self, request: ResourceRequest, node: Node, allowed: Sequence[Mode]) -> str:
-        """Return the reason why a node cannot serve a request, and what would help."""
+        """Return the reason why a node cannot satisfy a request, if possible with a remedy."""
         named = [mode.name for mode in allowed]
         others = [Mode(name) for name in ("auto-cpu", "auto-gpu", "mixed") if name not in named]
         for mode in others:
-            plan = self._plan(node, mode)
-            if not isinstance(plan, str) and any(map(request.slots_on, _offering(node, plan))):
+            offer = self._offer(node, mode)
+            if _possible(offer) and any(map(request.slots_on, _with_host_resources(node, offer))):
                 return f"it could in mode {mode.name!r}: adapt(modes={[*named, mode.name]})"
-        gpu = self._plan(node, Mode("auto-gpu"))
+        gpu = self._offer(node, Mode("auto-gpu"))
         if "GPU" in request.resources and isinstance(gpu, str):
             return gpu
-        plans = [_offering(node, plan) for mode in allowed if not isinstance(plan := self._plan(node, mode), str)]
+        offers = [_with_host_resources(node, offer) for mode in allowed if _possible(offer := self._offer(node, mode))]
         missing = [
-            name for name in request.resources if not any(name in spec.resources for plan in plans for spec in plan)
+            name for name in request.resources if not any(name in spec.resources for each in offers for spec in each)
         ]
         if missing:
             return f"no worker has {missing[0]}; a mode's option resources={{{missing[0]!r}: …}} gives it to them"
-        return "no worker has so much"
+        return "no worker has enough"
 
 
-def _offering(node: Node, plan: Sequence[WorkerSpec]) -> modes.Workers:
-    """Return workers with the resources that their host offers too."""
+def _possible(offer: Offer) -> TypeGuard[tuple[WorkerSpec, ...]]:
+    """Return whether an offer has workers, and is not a reason why there are none."""
+    return not isinstance(offer, str)
+
+
+def _with_host_resources(node: Node, specs: Sequence[WorkerSpec]) -> tuple[WorkerSpec, ...]:
+    """Return workers with the resources that their host adds to theirs."""
     if not node.resources:
-        return tuple(plan)
-    return tuple(replace(spec, resources=node.offers(spec)) for spec in plan)
+        return tuple(specs)
+    return tuple(replace(spec, resources=node.offers(spec)) for spec in specs)
 
 
 def _key(request: ResourceRequest) -> str:
-    """Return the key of a request in the answer to the client."""
+    """Return the resources of a request as a key of the answer."""
     return str(sorted(request.resources.items()))
 
 
-def _by_reason(reasons: Iterable[tuple[str, str]]) -> str:
-    """List nodes with their reasons, nodes of one reason together."""
+def _by_reason(why: Iterable[tuple[str, str]]) -> str:
+    """Join the reasons of nodes; nodes with the same reason are named together."""
     groups: dict[str, list[str]] = {}
-    for node, reason in reasons:
+    for node, reason in why:
         groups.setdefault(reason, []).append(node)
     return "; ".join(
-        f"{', '.join(nodes[:NAMED])}{f' and {len(nodes) - NAMED} more' if len(nodes) > NAMED else ''}: {reason}"
+        f"{', '.join(nodes[:3])}{f' and {len(nodes) - 3} more' if len(nodes) > 3 else ''}: {reason}"
         for reason, nodes in groups.items()
     )
 
 
 def describe(request: ResourceRequest) -> str:
-    """Describe a request, as in "60 'train' tasks need GPU=1".
+    """Describe the demand of tasks, as in "60 'train' tasks need GPU=1".
 
     Parameters
     ----------
     request
-        The request.
+        Their request.
     """
     what = ", ".join(f"{name}={amount:g}" for name, amount in sorted(request.resources.items())) or "any worker"
     if not request.tasks:
         return f"a request for {count(request.slots, 'task')} with {what}"
-    if request.tasks == 1:
-        return f"a {request.name!r} task needs {what}"
-    return f"{request.tasks} {request.name!r} tasks need {what}"
+    if request.tasks > 1:
+        return f"{request.tasks} {request.name!r} tasks need {what}"
+    return f"a {request.name!r} task needs {what}"
 
 
 def label(mode: Mode) -> str:
-    """Return the name of a mode in a :class:`NodeCapacity`; with other options it is another mode.
+    """Return the name of a mode within a decision: a mode with other options is another one.
 
     Parameters
     ----------

@@ -103,7 +103,7 @@ class Controller:
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     async def provision(self, node: Node) -> None:
-        """Give a node that joined its first workers; the reason of a failure is kept in :attr:`errors`.
+        """Provision a node that joined with its first workers; the reason of a failure is kept in :attr:`errors`.
 
         Parameters
         ----------
@@ -132,7 +132,7 @@ class Controller:
     async def reprovision(
         self, mode: Mode, names: Sequence[str] | str | None, policy: RolloutPolicy, *, remove_existing: bool = True
     ) -> Plain:
-        """Give nodes the workers that a mode means on them.
+        """Replace the workers of nodes with those of a mode.
 
         Parameters
         ----------
@@ -253,7 +253,7 @@ class Controller:
             return await self._roll("scale", changes, policy)
 
     async def adapt(self, asked: AdaptiveRequest, names: Sequence[str] | str | None, policy: RolloutPolicy) -> Plain:
-        """Give nodes the workers that present tasks need, and no others, within limits.
+        """Adapt the workers of nodes to the demand of present tasks, within limits.
 
         Parameters
         ----------
@@ -278,23 +278,23 @@ class Controller:
         async with self._nodes([name for name in known if names is None or name in names], policy) as nodes:
             there = sorted((node for node in nodes if node.state in ("ready", "standby")), key=lambda node: node.name)
             nbytes = stored_bytes(self.scheduler, [worker for node in there for worker in node.plan.workers])
-            fit, answer = self._autoscaler.look(self.scheduler, there, asked, nbytes)
-            changes = self._fitting_changes(fit, there, asked)
+            packing, answer = self._autoscaler.decide(self.scheduler, there, asked, nbytes)
+            changes = self._changes_of(packing, there, asked)
             answer["decided"] = _decided(changes)
             if changes:
                 await self._roll("adapt", changes, policy)
         return {**answer, "seconds": time.time() - began, "workers": sum(len(node.plan.workers) for node in there)}
 
-    def _fitting_changes(self, fit: Packing, nodes: Sequence[Node], asked: AdaptiveRequest) -> dict[str, NodeChange]:
-        """Return the changes of the nodes that change."""
+    def _changes_of(self, packing: Packing, nodes: Sequence[Node], asked: AdaptiveRequest) -> dict[str, NodeChange]:
+        """Return the changes of the nodes that a packing changes."""
         by_label = {label(mode): mode for mode in asked.modes}
         changes = {}
         for node in nodes:
-            name, come = node.name, fit.add.get(node.name, ()) if asked.may_come else ()
-            if name in fit.modes and (asked.may_come or not fit.add.get(name)):
-                changes[name] = change_to(node, by_label[fit.modes[name]], come)
-            elif name not in fit.modes and (come or not fit.remove.isdisjoint(node.plan.workers)):
-                changes[name] = change_without(node, node.plan.mode, fit.remove, come)
+            name, come = node.name, packing.add.get(node.name, ()) if asked.may_come else ()
+            if name in packing.modes and (asked.may_come or not packing.add.get(name)):
+                changes[name] = change_to(node, by_label[packing.modes[name]], come)
+            elif name not in packing.modes and (come or not packing.remove.isdisjoint(node.plan.workers)):
+                changes[name] = change_without(node, node.plan.mode, packing.remove, come)
         return changes
 
     async def undo(self, policy: RolloutPolicy) -> Plain:

@@ -84,9 +84,16 @@ class NodesPlot:
         self.names = FactorRange()
         self.workers, self.load, self.words = (ColumnDataSource(data) for data in self._data())
         about = [(field, f"@{field}") for field in ("node", "state", "mode", "shape", "data", "problem")]
-        self.figure = _figure("Workers by kind", self.names, "workers", toolbar_location=None, sizing_mode=sizing_mode)
+        self.widths = DataRange1d(start=0)
+        self.figure = _figure(
+            "Workers by kind",
+            self.names,
+            "workers",
+            x_range=self.widths,
+            toolbar_location=None,
+            sizing_mode=sizing_mode,
+        )
         self.figure.xaxis.ticker = _whole_numbers()
-        self.figure.x_range.start = 0
         bars = self.figure.hbar(
             y="node", left="left", right="right", height=0.7, color="color", legend_field="kind", source=self.workers
         )
@@ -122,7 +129,7 @@ class NodesPlot:
             self.names.factors = names
             self.figure.height = self.busy.height = FRAME + LINE * max(3, len(names))
         widest = max((len(node.plan.workers) for node in self.registry.nodes.values()), default=0)
-        self.figure.x_range.end = 2.6 * max(1, widest)  # room for the words beside the longest bar
+        self.widths.end = 2.6 * max(1, widest)  # room for the words beside the longest bar
         for source, new in zip((self.workers, self.load, self.words), data, strict=True):
             _put(source, new)
         self.summary.text = self._summary()
@@ -186,6 +193,7 @@ def _load(node: Node) -> list[Row]:
 
 
 def _part(used: int, whole: int) -> tuple[float, str]:
+    """Return a use of memory as a percentage and as text."""
     return (100 * used / whole if whole else 0.0, f"{format_bytes(used)} of {format_bytes(whole)}")
 
 
@@ -284,9 +292,10 @@ class Decisions:
         _put(self.points, points)
         if found:
             now = 1000 * int(time.time())  # the last decision still holds
+            when = [1000 * each["when"] for each in found]
             for kind, source in self.sources.items():
                 numbers = [_number(each["workers"], kind) for each in (*found, found[-1])]
-                _put(source, {"when": [*points["when"], max(now, points["when"][-1])], "number": numbers})
+                _put(source, {"when": [*when, max(now, when[-1])], "number": [*numbers]})
 
     def _points(self, found: Sequence[Message]) -> Columns:
         rows = [
@@ -300,6 +309,7 @@ class Decisions:
 
 
 def _number(workers: Mapping[str, int], kind: str) -> int:
+    """Return the number of workers of a kind."""
     if kind != "other":
         return workers.get(kind, 0)
     return sum(number for name, number in workers.items() if name not in KINDS)
@@ -310,7 +320,8 @@ def _downwards(names: Iterable[str]) -> list[str]:
     return sorted(names, key=natural_sort_key, reverse=True)
 
 
-def _figure(title: str, names: FactorRange, label: str | None, **settings: object) -> figure:
+def _figure(title: str, names: FactorRange, label: str | None, **settings: Any) -> figure:
+    """Return an empty plot with a row for each node."""
     drawn = figure(title=title, y_range=names, height=FRAME + 3 * LINE, tools="xpan,xwheel_zoom,reset", **settings)
     drawn.xaxis.axis_label = label
     drawn.ygrid.visible = False
@@ -326,11 +337,13 @@ def _legend(drawn: figure) -> None:
 
 
 def _clock() -> DatetimeTickFormatter:
+    """Return the format of a time axis."""
     near, far = "%H:%M:%S", "%H:%M"
     return DatetimeTickFormatter(milliseconds=f"{near}.%3N", seconds=near, minsec=near, minutes=far, hourmin=far)
 
 
 def _whole_numbers() -> BasicTicker:
+    """Return ticks at whole numbers only."""
     return BasicTicker(min_interval=1, num_minor_ticks=0)
 
 
@@ -341,6 +354,7 @@ def _put(source: ColumnDataSource, data: Columns) -> None:
 
 
 def _columns(rows: Sequence[Row], names: Sequence[str]) -> Columns:
+    """Return rows as columns."""
     return {name: [row[name] for row in rows] for name in names}
 
 
@@ -362,6 +376,7 @@ Make = Callable[[], Plot]
 
 
 def _nodes_page(makes: Sequence[Make], scheduler: Scheduler, extra: Mapping[str, object], doc: Document) -> None:
+    """Fill a document with the Nodes page."""
     _plots(makes, scheduler, extra, doc)
     doc.title = "Dask: Nodes"
     doc.template = env.get_template("simple.html")
@@ -369,6 +384,7 @@ def _nodes_page(makes: Sequence[Make], scheduler: Scheduler, extra: Mapping[str,
 
 
 def _plots(makes: Sequence[Make], scheduler: Scheduler, extra: Mapping[str, object], doc: Document) -> None:
+    """Fill a document with plots that update themselves."""
     parts = [make() for make in makes]
     for part in parts:
         part.update()
@@ -400,7 +416,7 @@ def publish(scheduler: Scheduler, registry: Registry, data_on: DataOn) -> None:
     nodes = functools.partial(NodesPlot, registry, data_on, sizing_mode=wide)
     rollouts = functools.partial(Rollouts, scheduler, sizing_mode=wide)
     adaptive = functools.partial(Decisions, scheduler, sizing_mode=wide)
-    ours = {
+    applications = {
         "/nodes": functools.partial(_nodes_page, (nodes, rollouts, adaptive)),
         "/individual-nodes": functools.partial(_plots, (nodes,)),
         "/individual-rollouts": functools.partial(_plots, (rollouts,)),
@@ -411,7 +427,7 @@ def publish(scheduler: Scheduler, registry: Registry, data_on: DataOn) -> None:
         menu["pages"].insert(menu["pages"].index("workers"), "nodes")
         menu["plots"] += [{"url": url, "name": name} for url, name in PLOTS.items()]
         menu["plots"].sort(key=lambda plot: plot["name"])
-    application = BokehApplication(ours, scheduler, prefix=pages.prefix, template_variables=menu)
+    application = BokehApplication(applications, scheduler, prefix=pages.prefix, template_variables=menu)
     web.add_application(application)
     application.initialize(IOLoop.current())
     application.start()

@@ -250,7 +250,7 @@ class _Leaving:
         self.hand_over_tasks()
 
     def uncordon(self) -> None:
-        """Give the workers that did not leave the status that they had before."""
+        """Restore the status of the workers that did not leave."""
         for ws in self.present():
             if ws.status is Status.closing_gracefully:
                 self._set_status(ws, self._before.get(ws, Status.running))
@@ -369,7 +369,7 @@ class _Leaving:
     # -- tasks ---------------------------------------------------------------------------------------------------------
 
     def hand_over_tasks(self) -> None:
-        """Give tasks that a leaving worker has not begun to others, by work stealing, which asks the worker first.
+        """Hand tasks that a leaving worker has not begun to others, by work stealing, which asks the worker first.
 
         Once is not enough: a task that dask was just moving to a leaving worker arrives later, and would stay there,
         because a cordoned worker begins no task.

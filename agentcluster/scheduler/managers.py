@@ -217,7 +217,7 @@ class ExternalNames:
         return [node for node in managed if node.name in words or words.issuperset(node.external_names)]
 
     async def keep(self, node: Node, staying: Iterable[str], leaving: Collection[str] = ()) -> dict[str, str]:
-        """Give each external name of a node to a worker that stays, or to a placeholder.
+        """Assign each external name of a node to a worker that stays, or to a placeholder.
 
         Parameters
         ----------
@@ -309,7 +309,7 @@ class WorkerCounts(SchedulerPlugin):
         Parameters
         ----------
         target_duration
-            Seconds within which the work should be done, or such a time as text.
+            Seconds within which the work should be done, or a time as text, like ``"5s"``.
         """
         target, there = int(self._adaptive_target(target_duration)), len(self.scheduler.workers)
         counted = sum(map(len, self._counted().values()))

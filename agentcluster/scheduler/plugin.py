@@ -24,7 +24,7 @@ from distributed.core import ErrorMessage, PooledRPCCall, error_message
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from agentcluster import modes
-from agentcluster.config import Config
+from agentcluster.config import Config, warn_untested
 from agentcluster.errors import AgentClusterError, LaunchError
 from agentcluster.model import HostMetrics, Mode, WorkerState
 from agentcluster.requests import AdaptiveRequest, NodeRegistration, RolloutPolicy, ScaleTarget
@@ -64,7 +64,7 @@ def _handler(call: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T | Error
     return handler
 
 
-class Tasks:
+class BackgroundTasks:
     """Background tasks, kept until they end and cancelled together."""
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class AgentConnections:
         Runs that in the background.
     """
 
-    def __init__(self, controller: Controller, tasks: Tasks) -> None:
+    def __init__(self, controller: Controller, tasks: BackgroundTasks) -> None:
         self._controller = controller
         self._registry = controller.registry
         self._events = controller.events
@@ -227,7 +227,7 @@ class AgentPlugin(SchedulerPlugin):
         self.registry = Registry(_parsed(mode))
         self._mode = mode
         self._events = NodeEvents()
-        self._tasks = Tasks()
+        self._tasks = BackgroundTasks()
 
     def __reduce__(self) -> tuple[type[AgentPlugin], tuple[Mode | None]]:
         return type(self), (self._mode,)
@@ -245,6 +245,7 @@ class AgentPlugin(SchedulerPlugin):
             return
         scheduler.extensions[PLUGIN] = self
         self.scheduler = scheduler
+        warn_untested()
         config = Config.load()
         names = managers.install(scheduler, self.registry, config.start_timeout)
         self.controller = Controller(scheduler, self.registry, config, self._events, names)
@@ -436,7 +437,7 @@ class AgentPlugin(SchedulerPlugin):
         remove_existing: bool = True,
         **terms: object,
     ) -> Plain:
-        """Give nodes the workers of a mode, in place of those that they have.
+        """Replace the workers of nodes with those of a mode.
 
         Parameters
         ----------
@@ -507,7 +508,7 @@ class AgentPlugin(SchedulerPlugin):
     async def adapt_nodes(
         self, asked: Mapping[str, object], nodes: Sequence[str] | None = None, **terms: object
     ) -> Plain:
-        """Give nodes the workers that present tasks need, and no others.
+        """Adapt the workers of nodes to the demand of present tasks.
 
         Parameters
         ----------

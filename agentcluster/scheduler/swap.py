@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 MOVING_GIVEN_UP = "the moving of data was given up"
 START_GIVEN_UP = "it was given up"
 
-Step = Literal["start", "drain", "retire", "stop"]
+TimedStep = Literal["start", "drain", "retire", "stop"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class RolloutContext:
 
 # -- outcomes ----------------------------------------------------------------------------------------------------------
 
-Outcome = Literal["changed", "both", "restored", "emptied", "unchanged", "refused"]
+NodeOutcome = Literal["changed", "both", "restored", "emptied", "unchanged", "refused"]
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ class PlanAfter:
     Attributes
     ----------
     old, new, restored
-        Whether the workers that were to leave, those that were to come, and those started in place of the old ones are
-        in the plan.
+        Whether the plan has the workers that the change removes, those that it adds, and those started in place of the
+        removed ones.
     new_mode
         Whether the node has the mode of the change.
     """
@@ -131,7 +131,7 @@ class PlanAfter:
 
 
 #: Outcome -> the plan that a node gets; None where its plan stays as it is.
-PLANS: Mapping[Outcome, PlanAfter | None] = {
+PLANS: Mapping[NodeOutcome, PlanAfter | None] = {
     "changed": PlanAfter(new=True, new_mode=True),
     "both": PlanAfter(old=True, new=True, new_mode=True),
     "restored": PlanAfter(restored=True),
@@ -141,7 +141,7 @@ PLANS: Mapping[Outcome, PlanAfter | None] = {
 }
 
 
-def outcome_of(wave: Wave, node: str, *, stopping: bool, planned: bool = True) -> Outcome:
+def outcome_of(wave: Wave, node: str, *, stopping: bool, planned: bool = True) -> NodeOutcome:
     """Return what a wave that has ended, or was interrupted, has made of a node.
 
     ========  ===========================================  =========
@@ -213,7 +213,7 @@ class _Record:
         Planned name of a worker -> its present one.
     """
 
-    seconds: dict[tuple[Step, str], float] = field(default_factory=dict)
+    seconds: dict[tuple[TimedStep, str], float] = field(default_factory=dict)
     states: dict[str, list[WorkerState]] = field(default_factory=dict)
     stopping: set[str] = field(default_factory=set)
     causes: list[AgentClusterError] = field(default_factory=list)
@@ -229,7 +229,7 @@ class _Record:
         planned = {now: name for name, now in self.renamed.items()}
         self.renamed |= {planned.get(before, before): now for before, now in renamed.items()}
 
-    def taken(self, step: Step, node: str) -> float:
+    def taken(self, step: TimedStep, node: str) -> float:
         """Return the time of a step on a node; 0.0 when it was not taken."""
         return max(0.0, self.seconds.get((step, node), 0.0))
 
@@ -495,7 +495,7 @@ class Swap:
     # -- the state afterwards ------------------------------------------------------------------------------------------
 
     def _settle(self, name: str, change: NodeChange) -> None:
-        """Give a node the plan that the outcome has for it, and let it leave the swap."""
+        """Set the plan of a node to that of its outcome, and end its swap."""
         node, record = change.node, self._record
         outcome = outcome_of(self.wave, name, stopping=name in record.stopping, planned=bool(node.plan.revision))
         if outcome == "refused":

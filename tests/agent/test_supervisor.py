@@ -208,7 +208,7 @@ async def test_the_agents_event_loop_is_measured_once(supervisor: Watched) -> No
         assert each.server.is_alive()
 
 
-async def test_ports_are_dealt_out(supervisor: Watched, scheduler: Scheduler) -> None:
+async def test_ports_are_assigned(supervisor: Watched, scheduler: Scheduler) -> None:
     """To those that start together in equal shares; to those that come beside them, what is free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -220,7 +220,7 @@ async def test_ports_are_dealt_out(supervisor: Watched, scheduler: Scheduler) ->
     }
     shares: dict[str, list[int]] = {}
     for names in (["a-0", "a-1"], ["b-0", "b-1", "b-2"]):
-        before = {port for each in supervisor._workers.values() for port in ports.in_use(each.server)}
+        before = {port for each in supervisor._workers.values() for port in ports.ports_in_use(each.server)}
         await supervisor.start({name: worker() for name in names}, START)
         for name in names:
             nanny = supervisor._workers[name].server
@@ -356,7 +356,7 @@ async def test_a_scheduler_that_is_not_there(supervisor: Watched) -> None:
     [
         (worker("no_such_package.Worker"), "cannot import worker class 'no_such_package.Worker' here"),
         (worker("distributed.NoSuchClass"), "cannot import worker class 'distributed.NoSuchClass' here"),
-        (worker("distributed.wait"), "is no class but function"),
+        (worker("distributed.wait"), "is not a class but a function"),
         (worker(options={"memory_limt": 1}), "Nanny has no option 'memory_limt'; did you mean 'memory_limit'?"),
         (worker("distributed.Worker", options={"envv": 1}), "Worker has no option 'envv'"),
         (worker(CUDA_WORKER), "use mode 'auto-gpu'"),

@@ -22,10 +22,12 @@ from distributed.security import Security
 
 from agentcluster import AgentCluster
 from agentcluster.cli.main import main
+from tests.support.inprocess import here
+from tests.support.plugin import SCHEDULER
 from tests.support.programs import ROOT
 
 ONE = {"nworkers": 1, "nthreads": 1, "memory_limit": "300MiB"}
-OPTIONS: dict[str, Any] = {"scheduler_options": {"dashboard_address": ":0"}}
+OPTIONS: dict[str, Any] = {"scheduler_options": SCHEDULER}
 
 Run = Callable[..., Result]
 
@@ -33,7 +35,7 @@ Run = Callable[..., Result]
 @pytest.fixture
 def cluster_options() -> dict[str, Any]:
     """Two nodes, two workers each."""
-    return {"hosts": ["local", "local"], "config": {**ONE, "nworkers": 2}, **OPTIONS}
+    return {"hosts": here(2), "config": {**ONE, "nworkers": 2}, **OPTIONS}
 
 
 @pytest.fixture
@@ -122,13 +124,13 @@ REFUSED: tuple[tuple[list[str], list[str]], ...] = (
     (["reprovision", "uniform", "--config", "{"], ["JSON"]),
     (["reprovision", "uniform", "--config", '{"nthreads": 99999}'], ["99999", "local", "cores"]),
     (["reprovision", "uniform", "--nodes", "box-*"], ["'box-*'", "local"]),
-    (["reprovision", "uniform", "--timeout", "soon"], ["timeout='soon'", "30s"]),
+    (["reprovision", "uniform", "--timeout", "soon"], ["--timeout is 'soon'", "30s"]),
     (["reprovision", "uniform", "--drain", "never"], ["--drain", "never"]),
     (["reprovision"], ["MODE"]),
     (["scale"], ["--kind"]),
     (["scale", "--kind", "gpu"], ["'gpu'", "gpu=2"]),
     (["scale", "--kind", "tpu=1"], ["tpu", "no node"]),
-    (["scale", "--memory", "much"], ["memory='much'", "64 GiB"]),
+    (["scale", "--memory", "much"], ["--memory is 'much'", "64 GiB"]),
     (["logs", "nobody"], ["'nobody'", "local"]),
 )
 
@@ -148,12 +150,12 @@ def test_no_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(code: int, *arguments: str) -> str:
         return said(CliRunner().invoke(main, ["nodes", *arguments], env={"DASK_SCHEDULER_ADDRESS": ""}), code)
 
-    assert "which scheduler? give --scheduler" in refused(2)
-    assert "'nonsense://x' is no address" in refused(2, "--scheduler", "nonsense://x")
+    assert "no scheduler: give --scheduler" in refused(2)
+    assert "'nonsense://x' is not an address" in refused(2, "--scheduler", "nonsense://x")
     assert "no scheduler answers at tcp://127.0.0.1:1" in refused(3, "--scheduler", "tcp://127.0.0.1:1")
     assert "speaks TLS; give --tls-ca-file" in refused(2, "--scheduler", "tls://127.0.0.1:1")
     (tmp_path / "file").write_text("{}")
-    assert "is no scheduler's" in refused(2, "--scheduler-file", str(tmp_path / "file"))
+    assert "was not written by a scheduler" in refused(2, "--scheduler-file", str(tmp_path / "file"))
     assert "give one of them" in refused(2, "--scheduler-file", str(tmp_path / "file"), "--scheduler", "tcp://x:1")
     with LocalCluster(n_workers=0, dashboard_address=":0") as plain:
         assert "has no agentcluster" in refused(3, "--scheduler", plain.scheduler_address)
@@ -161,7 +163,7 @@ def test_no_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_scheduler_file_and_tls(tmp_path: Path) -> None:
     security = Security.temporary()
-    with AgentCluster(config=ONE, security=security, **OPTIONS) as cluster:
+    with AgentCluster(hosts=here(), config=ONE, security=security, **OPTIONS) as cluster:
         (tmp_path / "scheduler.json").write_text(json.dumps({"address": cluster.scheduler_address}))
         files = {"ca-file": security.tls_ca_file, "cert": security.tls_client_cert, "key": security.tls_client_key}
         arguments = ["--scheduler-file", str(tmp_path / "scheduler.json")]

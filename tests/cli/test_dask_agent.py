@@ -649,7 +649,7 @@ WRONG = [
     ([NOWHERE, "--nworkers", "x"], ["nworkers", "'x'", "whole number"]),
     ([NOWHERE, "--memory-limit", "x"], ["memory_limit", "'x'", "4GiB"]),
     ([NOWHERE, "--resources", "GPU"], ["--resources 'GPU'", "GPU=2"]),
-    ([NOWHERE, "--death-timeout", "x"], ["--death-timeout 'x'", "such as 30"]),
+    ([NOWHERE, "--death-timeout", "x"], ["--death-timeout is 'x'", "such as '30s'"]),
     ([NOWHERE, "--scheduler-file", "x"], ["twice", "--scheduler-file 'x'"]),
     (["--scheduler-file", "/no/such/file", "--death-timeout", "1"], ["--scheduler-file '/no/such/file'"]),
     ([NOWHERE, "--standby"], ["--standby", f"'{NOWHERE}'"]),

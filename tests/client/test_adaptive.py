@@ -15,6 +15,7 @@ from distributed import Adaptive, Client
 from agentcluster import AgentCluster, Mode
 from agentcluster.client.adaptive import AgentAdaptive
 from agentcluster.errors import ConfigError
+from tests.support.inprocess import here
 from tests.support.waiting import wait_until
 
 QUIET: dict[str, Any] = {"scheduler_options": {"dashboard_address": ":0"}}
@@ -30,7 +31,7 @@ BIG = {
 @pytest.fixture
 def cluster_options() -> dict[str, Any]:
     """Two nodes, two workers each."""
-    return {"hosts": ["local", "local"], "mode": "uniform", "config": TWO}
+    return {"hosts": here(2), "mode": "uniform", "config": TWO}
 
 
 Slow = Callable[[int], int]
@@ -212,7 +213,7 @@ async def test_tasks_without_a_worker_are_not_kept_waiting_for_the_next_look(
         ({"modes": ["auto-cqu"]}, "did you mean 'auto-cpu'"),
         ({"gpu": 2}, r"gpu=\(0, 2\)"),
         ({"gpu": (3, 2)}, r"gpu=\(0, 2\)"),
-        ({"idle_timeout": "soon"}, "idle_timeout='soon'"),
+        ({"idle_timeout": "soon"}, r"idle_timeout=…\) is 'soon'"),
     ],
 )
 async def test_wrong_options(cluster: AgentCluster, options: dict[str, Any], said: str) -> None:

@@ -11,6 +11,8 @@ from rich.console import Console
 from agentcluster import AgentCluster
 from agentcluster.client.rollouts import watch
 from agentcluster.errors import PreflightError
+from tests.support.inprocess import here
+from tests.support.plugin import SCHEDULER
 
 
 def terminal() -> Console:
@@ -23,9 +25,8 @@ def drawn(console: Console) -> str:
 
 
 async def test_a_rollout_is_drawn_and_answers() -> None:
-    quiet = {"dashboard": False, "dashboard_address": ":0"}
     async with (
-        AgentCluster(config={"nworkers": 1}, asynchronous=True, scheduler_options=quiet) as cluster,
+        AgentCluster(hosts=here(), config={"nworkers": 1}, asynchronous=True, scheduler_options=SCHEDULER) as cluster,
         Client(cluster, asynchronous=True),
     ):
         console = terminal()

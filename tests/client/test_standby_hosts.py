@@ -15,22 +15,25 @@ from agentcluster import AgentCluster, Host
 from agentcluster.errors import ConfigError, NodeNotFound
 from agentcluster.launch.local import LocalLauncher
 from tests.support import ssh_servers
+from tests.support.census import children
+from tests.support.inprocess import InProcess, here
+from tests.support.plugin import SCHEDULER
 from tests.support.programs import gone
 from tests.support.waiting import wait_until
 
-QUIET: dict[str, Any] = {"asynchronous": True, "scheduler_options": {"dashboard_address": ":0"}}
+QUIET: dict[str, Any] = {"asynchronous": True, "scheduler_options": SCHEDULER}
 TWO = {"nworkers": 2, "nthreads": 1, "memory_limit": "300MiB"}
 FAST: dict[str, Any] = {"interval": "50ms", "wait_count": 2, "target_duration": "200ms"}
 
 
-def extra(name: str, **options: Any) -> LocalLauncher:
-    return LocalLauncher(name, standby=True, **options)
+def extra(name: str) -> InProcess:
+    return InProcess(name, standby=True)
 
 
 @pytest.fixture
 def cluster_options() -> dict[str, Any]:
     """One node with two workers, and two hosts in standby."""
-    return {"hosts": ["local", extra("b"), extra("c")], "config": TWO}
+    return {"hosts": [*here(), extra("b"), extra("c")], "config": TWO}
 
 
 def plan(cluster: AgentCluster) -> dict[str, int]:
@@ -129,7 +132,7 @@ async def test_nothing_but_standby(slow: Callable[[int], int]) -> None:
 
 
 async def test_one_that_cannot_be_launched_is_left_out(slow: Callable[[int], int], tmp_path: Path) -> None:
-    hosts = ["local", extra("bad", python="/no/such/python"), extra("good")]
+    hosts = [*here(), LocalLauncher("bad", python="/no/such/python", standby=True), extra("good")]
     async with AgentCluster(hosts=hosts, config=TWO, **QUIET) as cluster, Client(cluster, asynchronous=True) as client:
         with pytest.warns(UserWarning, match=r"host bad is left out: .*Python cannot be run"):
             await cluster.scale(3)
@@ -142,7 +145,13 @@ async def test_one_that_cannot_be_launched_is_left_out(slow: Callable[[int], int
         assert await client.gather(futures) == list(range(80))
 
 
-async def test_one_that_dies_goes_back(cluster: AgentCluster, client: Client, slow: Callable[[int], int]) -> None:
+async def test_one_that_dies_goes_back(slow: Callable[[int], int]) -> None:
+    hosts = [*here(), LocalLauncher("b", standby=True), extra("c")]
+    async with AgentCluster(hosts=hosts, config=TWO, **QUIET) as cluster, Client(cluster, asynchronous=True) as client:
+        await kill_and_replace(cluster, client, slow)
+
+
+async def kill_and_replace(cluster: AgentCluster, client: Client, slow: Callable[[int], int]) -> None:
     cluster.adapt(minimum=4, **FAST)
     await wait_until(lambda: plan(cluster) == {"local": 2, "b": 2}, 30)
     agent = cluster.workers["b"]
@@ -181,7 +190,7 @@ async def test_over_ssh(tmp_path: Path) -> None:
         host = Host(
             server.host, user=server.username, port=server.port, connect_options=server.connect_options, standby=True
         )
-        async with AgentCluster(hosts=["local", host], config=TWO, **QUIET) as cluster:
+        async with AgentCluster(hosts=[*here(), host], config=TWO, **QUIET) as cluster:
             assert cluster.standby == ("127.0.0.1",)
             await cluster.scale(4)
             assert plan(cluster) == {"local": 2, "127.0.0.1": 2}
@@ -190,13 +199,13 @@ async def test_over_ssh(tmp_path: Path) -> None:
 
 
 async def test_closing_while_hosts_are_being_launched(slow: Callable[[int], int]) -> None:
-    before = {each.pid for each in psutil.Process().children(recursive=True)}
+    before = children()
     async with (
-        AgentCluster(hosts=["local", extra("b"), extra("c")], config=TWO, **QUIET) as cluster,
+        AgentCluster(hosts=[*here(), extra("b"), extra("c")], config=TWO, **QUIET) as cluster,
         Client(cluster, asynchronous=True) as client,
     ):
         cluster.adapt(minimum=1, **FAST)
         futures = client.map(slow, range(100), pure=False)
         await wait_until(lambda: len(cluster.worker_spec) == 3, 30)
         del futures
-    await wait_until(lambda: {each.pid for each in psutil.Process().children(recursive=True)} <= before, 10)
+    await wait_until(lambda: children() <= before, 10)

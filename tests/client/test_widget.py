@@ -15,12 +15,14 @@ import pytest
 from distributed import Client
 
 from agentcluster import AgentCluster, Host
+from tests.support.inprocess import InProcess, here
+from tests.support.plugin import SCHEDULER
 from tests.support.waiting import wait_blocking
 
 ipywidgets = pytest.importorskip("ipywidgets", reason="ipywidgets is not installed (extra 'jupyter')")
 
 SMALL = {"nworkers": 2, "nthreads": 1, "memory_limit": "256MiB"}
-OPTIONS: dict[str, Any] = {"config": SMALL, "scheduler_options": {"dashboard_address": ":0"}}
+OPTIONS: dict[str, Any] = {"config": SMALL, "scheduler_options": SCHEDULER}
 
 
 class Screen:
@@ -61,7 +63,7 @@ class Screen:
 @pytest.fixture
 def cluster_options() -> dict[str, Any]:
     """Two nodes."""
-    return {"hosts": [Host("local", name="box-1"), Host("local", name="box-2")], **OPTIONS}
+    return {"hosts": [InProcess("box-1"), InProcess("box-2")], **OPTIONS}
 
 
 def test_a_change(sync_cluster: AgentCluster) -> None:
@@ -154,7 +156,7 @@ def test_scale(sync_cluster: AgentCluster) -> None:
     screen.says("Scale", "workers now: 4 cpu")
     screen.named("Scale", "workers").value = "1"
     screen.press("Scale", "Scale")
-    screen.says("Scale", "scaled")
+    screen.says("Scale", "scale(1): 1 worker, 2 nodes changed")
     screen.says("Scale", "workers now: 1 cpu")
     screen.named("Scale", "cpu workers").value = "3"
     screen.press("Scale", "Scale kinds")
@@ -165,7 +167,7 @@ def test_scale(sync_cluster: AgentCluster) -> None:
         screen.says("Scale", "is not a whole number")
     screen.named("Scale", "cpu workers").value = ""
     screen.press("Scale", "Scale kinds")
-    screen.says("Scale", "say how many")
+    screen.says("Scale", "enter the number of workers of a kind")
 
 
 @pytest.mark.filterwarnings("ignore:scale")
@@ -173,7 +175,7 @@ def test_scale_beyond_what_there_is(sync_cluster: AgentCluster) -> None:
     screen = Screen(sync_cluster)
     screen.named("Scale", "workers").value = "99"
     screen.press("Scale", "Scale")
-    screen.says("Scale", "room for 4 of 99")
+    screen.says("Scale", "scale(99): 4 workers", "room for 4 workers")
 
 
 def test_adapt(sync_cluster: AgentCluster) -> None:
@@ -189,16 +191,18 @@ def test_adapt(sync_cluster: AgentCluster) -> None:
     assert sync_cluster._adaptive.state == "stopped"
 
 
-def test_logs(sync_cluster: AgentCluster) -> None:
-    screen = Screen(sync_cluster)
-    wait_blocking(lambda: screen.named("Logs", "node").options == ("box-1", "box-2"))
-    screen.named("Logs", "node").value = "box-2"
-    screen.press("Logs", "Show")
-    screen.says("Logs", "<pre>", "box-2")
+def test_logs() -> None:
+    hosts = [InProcess("box-1"), Host("local", name="box-2")]  # only a process has a log of its own
+    with AgentCluster(hosts=hosts, mode="none", scheduler_options=SCHEDULER) as cluster:
+        screen = Screen(cluster)
+        wait_blocking(lambda: screen.named("Logs", "node").options == ("box-1", "box-2"))
+        screen.named("Logs", "node").value = "box-2"
+        screen.press("Logs", "Show")
+        screen.says("Logs", "<pre>", "box-2")
 
 
 def test_a_closed_cluster_says_so() -> None:
-    with AgentCluster(**OPTIONS) as cluster:
+    with AgentCluster(hosts=here(), **OPTIONS) as cluster:
         screen = Screen(cluster)
         wait_blocking(lambda: "running" in screen.header.value)
     assert "closed" in screen.header.value
@@ -206,7 +210,7 @@ def test_a_closed_cluster_says_so() -> None:
 
 
 def test_a_panel_that_is_first_shown_when_the_cluster_is_closed() -> None:
-    with AgentCluster(**OPTIONS) as cluster:
+    with AgentCluster(hosts=here(), **OPTIONS) as cluster:
         pass
     screen = Screen(cluster)
     assert "closed" in screen.header.value
@@ -229,7 +233,7 @@ def test_without_ipywidgets(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("agentcluster.client.widget")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    with AgentCluster(**OPTIONS) as cluster:
+    with AgentCluster(hosts=here(), **OPTIONS) as cluster:
         assert cluster._widget() is None
         assert "auto-cpu" in cluster._repr_html_()
         assert "nodes=1, workers=2" in repr(cluster)

@@ -18,6 +18,7 @@ from distributed import Client, get_worker
 
 from agentcluster import AgentCluster, Mode
 from agentcluster.launch.local import LocalLauncher
+from tests.support.plugin import SCHEDULER
 from tests.support.waiting import wait_until
 
 ONE = {"nworkers": 1, "nthreads": 4, "memory_limit": "300MiB"}
@@ -35,7 +36,7 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Age
             "gpu-2": Mode("auto-cpu", ONE),
             "large": Mode("auto-cpu", {**ONE, "resources": {"MEMORY": 100e9}}),
         },
-        scheduler_options={"dashboard_address": ":0"},
+        scheduler_options=SCHEDULER,
         asynchronous=True,
     ) as cluster:
         yield cluster
@@ -131,7 +132,7 @@ async def test_resources_by_environment_variable() -> None:
     """dask has their names in lower case then; what the mode says goes before what the host says."""
     env = {"DASK_DISTRIBUTED__WORKER__RESOURCES__MEM": "5", "DASK_DISTRIBUTED__WORKER__RESOURCES__GPU": "5"}
     mode = Mode("auto-cpu", {**ONE, "resources": {"gpu": 3}})
-    options: dict[str, Any] = {"scheduler_options": {"dashboard_address": ":0"}, "asynchronous": True}
+    options: dict[str, Any] = {"scheduler_options": SCHEDULER, "asynchronous": True}
     async with AgentCluster(hosts=[LocalLauncher("box", env=env)], mode=mode, **options) as cluster:
         (worker,) = cluster.scheduler.workers.values()
         assert worker.resources == {"CPU": 4, "gpu": 3, "mem": 5}

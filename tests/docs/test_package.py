@@ -6,12 +6,15 @@ import ast
 import configparser
 import importlib
 import json
+import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.version import Version
 
 import agentcluster
 from agentcluster import errors
@@ -72,21 +75,37 @@ def test_unknown_name_is_an_attribute_error() -> None:
         exec("from agentcluster import suggest")
 
 
-def test_the_version_has_one_source() -> None:
-    setup = configparser.ConfigParser()
-    assert setup.read(CHECKOUT / "setup.cfg")
-    assert agentcluster.__version__ == setup["metadata"]["version"]
-
-
-def test_a_checkout_that_is_not_installed_has_a_version() -> None:
+def version_of_a_checkout_that_is_not_installed(before: str = "") -> str:
+    """Return the version that a new Python reads where no metadata of the package are found."""
     code = (
+        "import sys\n"
         "from importlib import metadata\n"
         "def missing(name): raise metadata.PackageNotFoundError(name)\n"
         "metadata.version = missing\n"
+        f"{before}\n"
         "import agentcluster; print(agentcluster.__version__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CHECKOUT)
-    assert done.stdout.strip() == agentcluster.__version__
+    return done.stdout.strip()
+
+
+def test_the_version_comes_from_tags_and_nothing_else() -> None:
+    setup = configparser.ConfigParser()
+    assert setup.read(CHECKOUT / "setup.cfg")
+    assert "version" not in setup["metadata"]
+    assert agentcluster.__version__ == metadata.version("agentcluster")
+    assert agentcluster.__version__ == str(Version(agentcluster.__version__))
+
+
+def test_a_checkout_that_is_not_installed_has_the_version_of_its_tags() -> None:
+    import setuptools_scm
+
+    wanted = setuptools_scm.get_version(str(CHECKOUT), fallback_version="0+unknown")
+    assert version_of_a_checkout_that_is_not_installed() == wanted
+
+
+def test_without_setuptools_scm_that_version_is_unknown() -> None:
+    assert version_of_a_checkout_that_is_not_installed("sys.modules['setuptools_scm'] = None") == "0+unknown"
 
 
 def entry_points(group: str) -> dict[str, str]:
@@ -139,3 +158,41 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
     ):
         assert f"\n    {command}\n" in readme
         assert f"\n    {command}\n" in ci
+
+
+def listed(section: str, option: str) -> set[str]:
+    """Return the lines of a list in setup.cfg."""
+    setup = configparser.ConfigParser()
+    setup.read(CHECKOUT / "setup.cfg")
+    return set(setup[section][option].strip().splitlines())
+
+
+def test_conda_recipe_has_the_requirements_and_commands_of_the_package() -> None:
+    recipe = yaml.safe_load((CHECKOUT / "conda.recipe" / "recipe.yaml").read_text())
+    wanted = {line.replace("dask>", "dask-core>") for line in listed("options", "install_requires")}
+    run = {line.replace(" ", "") for line in recipe["requirements"]["run"]}
+    assert run == {"python" + listed("options", "python_requires").pop(), *wanted}
+    commands = dict(line.split(" = ") for line in recipe["build"]["python"]["entry_points"])
+    assert commands == entry_points("console_scripts")
+
+
+def test_hook_of_mypy_has_what_the_package_imports() -> None:
+    config = yaml.safe_load((CHECKOUT / ".pre-commit-config.yaml").read_text())
+    (mypy,) = (hook for repo in config["repos"] for hook in repo["hooks"] if hook["id"] == "mypy")
+    installed = {line for line in mypy["additional_dependencies"] if not line.startswith("mypy==")}
+    extras = {name: listed("options.extras_require", name) for name in ("dashboard", "lint")}
+    known = listed("options", "install_requires") | extras["dashboard"] | extras["lint"]
+    assert installed <= known
+    assert extras["dashboard"] <= installed
+    assert all(str(repo["rev"]).startswith("v") for repo in config["repos"] if repo["repo"] != "local")
+
+
+def test_workflows_call_steps_that_exist() -> None:
+    steps = set(re.findall(r"run_step (\w+)", (CHECKOUT / ".ci" / "run").read_text()))
+    called: set[str] = set()
+    for path in sorted((CHECKOUT / ".github" / "workflows").glob("*.yml")):
+        for job in yaml.safe_load(path.read_text())["jobs"].values():
+            called |= set(job.get("strategy", {}).get("matrix", {}).get("step", ()))
+            for command in re.findall(r"\.ci/run (.*)", "\n".join(step.get("run", "") for step in job["steps"])):
+                called |= {word for word in command.split() if word != '"$STEP"'}
+    assert called == steps

@@ -73,7 +73,7 @@ def test_the_panel(tmp_path: Path, theme: str) -> None:
         browser.press(f"{PANEL} .lm-TabBar-tab", "Scale")
         browser.find(f"{PANEL} input[type=text]").send_keys("3")
         browser.press(f"{PANEL} button", "^Scale$")
-        browser.find(f"{PANEL} p", "room for 2 of 3|scaled")
+        browser.find(f"{PANEL} p", r"scale\(3\): \d workers")
         browser.find(".jp-OutputArea-output", "still 100 keys")
 
 

@@ -8,14 +8,15 @@ import pytest
 
 from agentcluster import AgentCluster
 from agentcluster.errors import ConfigError
-from agentcluster.launch.local import LocalLauncher
+from tests.support.inprocess import InProcess, here
+from tests.support.plugin import SCHEDULER
 
 
 async def test_in_a_cluster() -> None:
     one = {"nworkers": 1, "nthreads": 1, "memory_limit": "300MiB"}
-    hosts = [LocalLauncher(f"box-{rack}", labels={"rack": rack}) for rack in "ab"]
-    options: dict[str, Any] = {"asynchronous": True, "scheduler_options": {"dashboard_address": ":0"}}
-    async with AgentCluster(hosts=[*hosts, "local"], config=one, **options) as cluster:
+    hosts = [InProcess(f"box-{rack}", labels={"rack": rack}) for rack in "ab"]
+    options: dict[str, Any] = {"asynchronous": True, "scheduler_options": SCHEDULER}
+    async with AgentCluster(hosts=[*hosts, *here()], config=one, **options) as cluster:
 
         def modes() -> dict[str, str]:
             return {name: node["mode"] for name, node in cluster.nodes.items()}

@@ -9,6 +9,7 @@ import pytest
 from distributed import Client
 
 from agentcluster import AgentCluster
+from tests.support.inprocess import here
 
 TWO = {"nworkers": 2, "nthreads": 1, "memory_limit": "300MiB"}
 OPTIONS: dict[str, Any] = {"asynchronous": True, "scheduler_options": {"dashboard_address": ":0"}}
@@ -18,7 +19,7 @@ OPTIONS: dict[str, Any] = {"asynchronous": True, "scheduler_options": {"dashboar
 async def test_scattering_through_swaps(size: int) -> None:
     sent: list[Any] = []
     async with (
-        AgentCluster(hosts=["local", "local"], config=TWO, **OPTIONS) as cluster,
+        AgentCluster(hosts=here(2), config=TWO, **OPTIONS) as cluster,
         Client(cluster, asynchronous=True) as client,
     ):
         done = asyncio.Event()

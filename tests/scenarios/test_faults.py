@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from distributed.core import Status
 from agentcluster import AgentCluster
 from agentcluster.errors import SwapError
 from agentcluster.scheduler.planning.nodes import SETTLED
+from tests.support.inprocess import here
 from tests.support.programs import AGENT, Start, gone, start_scheduler
 from tests.support.waiting import wait_until
 
@@ -167,7 +169,7 @@ class World:
         return asyncio.ensure_future(self.cluster.reprovision("uniform", {**LARGE, **(options or {})}, **terms))
 
     async def in_step(self, node: str, step: str) -> None:
-        await reached(self.cluster.rollout_status, node, step)
+        await reached(self.cluster.scheduler_comm.rollout_status, node, step)
 
     async def hold(self, worker: str) -> None:
         """Run a task on a worker, until :meth:`let_go`: what drains it waits."""
@@ -189,7 +191,10 @@ class World:
                 return None
             if any(ws.status is not Status.running for ws in self.cluster.scheduler.workers.values()):
                 return None
-            if any(len(listening(pid)) != len(self.nodes[name].plan.workers) for name, pid in self.agents.items()):
+            by_pid: Counter[int] = Counter()  # agents may share this process
+            for name, pid in self.agents.items():
+                by_pid[pid] += len(self.nodes[name].plan.workers)
+            if any(len(listening(pid)) != count for pid, count in by_pid.items()):
                 return None
             return {name: (node.state, sorted(node.plan.workers)) for name, node in self.nodes.items()}
 
@@ -206,11 +211,13 @@ class World:
 
 
 @asynccontextmanager
-async def world_of(nodes: int, config: dict[str, Any] | None = None) -> AsyncIterator[World]:
-    """Open a cluster, and put keys into its workers."""
+async def world_of(
+    nodes: int, config: dict[str, Any] | None = None, *, processes: bool = False
+) -> AsyncIterator[World]:
+    """Open a cluster, whose agents are processes where one of them is killed, and put keys into its workers."""
     async with (
         AgentCluster(
-            hosts=["local"] * nodes,
+            hosts=["local"] * nodes if processes else here(nodes),
             config={**SMALL, **(config or {})},
             scheduler_options={"dashboard": False, "dashboard_address": ":0"},
             asynchronous=True,
@@ -436,7 +443,7 @@ async def test_actors_come_after_the_check(gate: Gates) -> None:
 @pytest.mark.parametrize("step", STEPS)
 async def test_agent_is_killed(step: Step, gate: Gates) -> None:
     entry, end = gate("start"), gate("stop")
-    async with world_of(2, preloading(end.preload)) as world:
+    async with world_of(2, preloading(end.preload), processes=True) as world:
         if step != "start":
             entry.open()
         if step == "retire":
@@ -491,7 +498,7 @@ async def change_of_a_cluster(step: Step, gate: Gates, *hosts: str) -> AsyncIter
         change = asyncio.ensure_future(cluster.reprovision("uniform", {**LARGE, **preloading(entry.preload)}))
         await wait_until(lambda: entry.waiting == len(hosts), LATE)
         for name in list(cluster.nodes):
-            await reached(cluster.rollout_status, name, step)
+            await reached(cluster.scheduler_comm.rollout_status, name, step)
         if step == "stop":
             await wait_until(lambda: end.waiting == len(hosts), LATE)
         yield cluster, change

@@ -18,6 +18,8 @@ from distributed import Client, Future
 from agentcluster import AgentCluster, Mode
 from agentcluster.model import WorkerSpec
 from agentcluster.scheduler.planning.nodes import Node
+from tests.support.inprocess import here
+from tests.support.plugin import SCHEDULER
 
 FULL = os.environ.get("AGENTCLUSTER_TEST_FULL") == "1"
 CYCLES = 1000 if FULL else 12
@@ -25,7 +27,7 @@ CYCLES = 1000 if FULL else 12
 #: Seconds in which tasks that could run must be done; more are "stuck".
 PLENTY = 60.0
 
-QUIET: dict[str, Any] = {"asynchronous": True, "scheduler_options": {"dashboard_address": ":0"}}
+QUIET: dict[str, Any] = {"asynchronous": True, "scheduler_options": SCHEDULER}
 CPU = Mode("uniform", {"nworkers": 2, "nthreads": 1, "memory_limit": "300MiB"})
 
 
@@ -39,10 +41,7 @@ WISHES: tuple[dict[str, float] | None, ...] = ({}, {"BIG": 1}, {"BIG": 2}, {"WID
 
 
 @pytest.mark.timeout(7200 if FULL else 120)
-async def test_random_demand(monkeypatch: pytest.MonkeyPatch) -> None:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    dice = random.Random(seed)
+async def test_random_demand(dice: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: dict[bytes, Future] = {}
     wishes = []
     modes: dict[str, list[Mode]] = {}
@@ -61,7 +60,7 @@ async def test_random_demand(monkeypatch: pytest.MonkeyPatch) -> None:
         return number
 
     async with (
-        AgentCluster(hosts=["local"] * 3, mode=CPU, **QUIET) as cluster,
+        AgentCluster(hosts=here(3), mode=CPU, **QUIET) as cluster,
         Client(cluster, asynchronous=True) as client,
     ):
         cluster.adapt(

@@ -22,6 +22,7 @@ from distributed import Client, Event, SchedulerPlugin, secede, worker_client
 
 from agentcluster import AgentCluster
 from tests.support import nvml
+from tests.support.inprocess import here
 from tests.support.waiting import wait_until
 
 FULL = os.environ.get("AGENTCLUSTER_TEST_FULL") == "1"
@@ -78,11 +79,11 @@ class Watch(SchedulerPlugin):
 
 
 @asynccontextmanager
-async def cluster_of(nodes: int) -> AsyncIterator[tuple[AgentCluster, Client, Watch]]:
-    """Open a cluster of local nodes with two small workers each."""
+async def cluster_of(hosts: list[Any]) -> AsyncIterator[tuple[AgentCluster, Client, Watch]]:
+    """Open a cluster with two small workers on each node."""
     async with (
         AgentCluster(
-            hosts=["local"] * nodes,
+            hosts=hosts,
             mode=CPU[0],
             config=CPU[1],
             scheduler_options={"dashboard": False, "dashboard_address": ":0"},
@@ -152,7 +153,7 @@ def right(weights: list[int]) -> int:
 
 async def through_reprovisions(modes: list[tuple[str, Any]]) -> None:
     """Run the job while its nodes are reprovisioned, again and again until the last of those is over."""
-    async with cluster_of(3) as (cluster, client, watch):
+    async with cluster_of(["local"] * 3) as (cluster, client, watch):
         numbers = [7 * i for i in range(SCATTERED)]
         scattered = await client.scatter(numbers, hash=False)
         used = SCATTERED // 2
@@ -282,7 +283,7 @@ def in_step(cluster: AgentCluster, step: str) -> bool:
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("task", [plain, seceding, handing_out, *([sleeping] if FULL else [])])
 async def test_a_task_that_may_not_run_twice_runs_once(task: Any, diary: Path, by_value: Wrap) -> None:
-    async with cluster_of(1) as (cluster, client, watch):
+    async with cluster_of(here()) as (cluster, client, watch):
         future = client.submit(by_value(task), str(diary), "end", pure=False)
         await wait_until(lambda: diary.read_text() == "began\n")
         old = set(cluster.plan)
@@ -311,7 +312,7 @@ def long_call(path: str, holds_gil: bool) -> int:
 
 @pytest.mark.parametrize("holds_gil", [False, True], ids=["lock-free", "lock-held"])
 async def test_a_long_call_into_c_runs_once(holds_gil: bool, diary: Path, by_value: Wrap) -> None:
-    async with cluster_of(1) as (cluster, client, watch):
+    async with cluster_of(here()) as (cluster, client, watch):
         kept = await client.scatter(list(range(20)), hash=False)
         future = client.submit(by_value(long_call), str(diary), holds_gil, pure=False)
         await wait_until(lambda: diary.read_text() == "began\n")
@@ -328,7 +329,7 @@ async def test_a_long_call_into_c_runs_once(holds_gil: bool, diary: Path, by_val
 async def test_a_task_whose_time_is_up_runs_again_and_is_not_blamed(
     task: Any, drain: Any, diary: Path, by_value: Wrap
 ) -> None:
-    async with cluster_of(1) as (cluster, client, watch):
+    async with cluster_of(here()) as (cluster, client, watch):
         future = client.submit(by_value(task), str(diary), "end", pure=False)
         await wait_until(lambda: diary.read_text() == "began\n")
         report = await cluster.reprovision(*UNIFORM, drain=drain, drain_timeout=0.2)

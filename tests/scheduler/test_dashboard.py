@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from distributed import Client, Scheduler
 
-from agentcluster import AgentCluster, Host, dask_setup
+from agentcluster import AgentCluster, dask_setup
+from tests.support.inprocess import InProcess
 from tests.support.programs import AGENT, SCHEDULER_WITHOUT, programs, start_scheduler
 from tests.support.waiting import wait_until
 
@@ -25,7 +26,7 @@ SMALL = {"nworkers": 2, "nthreads": 1, "memory_limit": "256MiB"}
 def cluster_options() -> dict[str, Any]:
     """Two nodes, and a dashboard."""
     return {
-        "hosts": [Host("local", name="box-1"), Host("local", name="box-2")],
+        "hosts": [InProcess("box-1"), InProcess("box-2")],
         "config": SMALL,
         "scheduler_options": {"dashboard_address": ":0"},
     }
@@ -37,7 +38,7 @@ def fetched(address: str) -> str:
 
 
 async def test_the_plots_show_nodes_rollouts_and_decisions() -> None:
-    hosts = [Host("local", name="box-1"), Host("local", name="box-2")]
+    hosts = [InProcess("box-1"), InProcess("box-2")]
     options = {"dashboard_address": ":0"}
     async with AgentCluster(hosts=hosts, config=SMALL, scheduler_options=options, asynchronous=True) as cluster:
         plugin = cluster.scheduler.extensions["agentcluster"]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 from typing import Any
 
 import pytest
-from distributed import Client
+from distributed import Client, Scheduler
+from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 from tornado.httpclient import AsyncHTTPClient
 
-from agentcluster import AgentCluster
+from agentcluster import AgentCluster, dask_setup
 from agentcluster.errors import SwapError
+from agentcluster.model import Hardware
+from tests.support.inprocess import here
+from tests.support.plugin import SCHEDULER
 from tests.support.waiting import wait_until
 
 OPTIONS: dict[str, Any] = {"asynchronous": True, "scheduler_options": {"dashboard_address": ":0"}}
@@ -37,7 +40,7 @@ async def scraped(cluster: AgentCluster) -> Samples:
 
 async def test_nodes_swaps_and_what_they_moved() -> None:
     async with (
-        AgentCluster(hosts=["local", "local"], config=TWO, **OPTIONS) as cluster,
+        AgentCluster(hosts=here(2), config=TWO, **OPTIONS) as cluster,
         Client(cluster, asynchronous=True) as client,
     ):
         first = await scraped(cluster)
@@ -72,10 +75,21 @@ async def test_nodes_swaps_and_what_they_moved() -> None:
         await wait_until(counted, 20)
 
 
-async def test_the_last_scheduler_of_a_process_is_told_of_and_none_when_it_has_closed() -> None:
-    for name in ("one", "other"):
-        async with AgentCluster(hosts=["local"], config=TWO, name=name, **OPTIONS) as cluster:
-            assert (await scraped(cluster))[("nodes", "auto-cpu", "ready")] == 1
-    await asyncio.sleep(0)
-    async with AgentCluster(hosts=[], config=TWO, **OPTIONS) as cluster:
-        assert not [key for key in await scraped(cluster) if key[0] == "nodes"]
+def published() -> dict[str, float]:
+    """Return state of nodes -> how many, as the process tells of them now; empty when it tells of none."""
+    families = {family.name: family for family in REGISTRY.collect()}
+    nodes = families.get("dask_agentcluster_nodes")
+    return {} if nodes is None else {sample.labels["state"]: sample.value for sample in nodes.samples}
+
+
+async def test_last_scheduler_of_a_process_is_published_until_it_closes() -> None:
+    async with Scheduler(**SCHEDULER) as first:
+        await dask_setup(first)
+        async with Scheduler(**SCHEDULER) as second:
+            await dask_setup(second)
+            node = second.extensions["agentcluster"].registry.register("n", "tcp://n:1", Hardware("n", 1, 1), now=0.0)
+            assert published() == {node.state: 1}
+            await first.close()  # it is not published, and takes nothing away
+            assert published() == {node.state: 1}
+    names = {family.name for family in REGISTRY.collect()}
+    assert not [name for name in names if name.startswith("dask_agentcluster")]

@@ -21,8 +21,11 @@ from distributed.core import connect
 
 from agentcluster import AgentCluster
 from agentcluster.errors import ConfigError, PreflightError, RolloutBusy, SwapError
-from agentcluster.model import Mode
+from agentcluster.launch.local import LocalLauncher
+from agentcluster.model import Mode, RolloutStatus
 from agentcluster.wire import TOPIC, to_wire
+from tests.support.census import children
+from tests.support.inprocess import here
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("by_value")
@@ -40,9 +43,10 @@ EVENTS: WeakKeyDictionary[AgentCluster, int] = WeakKeyDictionary()
 
 
 @contextlib.asynccontextmanager
-async def nodes(count: int) -> AsyncIterator[AgentCluster]:
-    """Local agents with one worker of one thread each: ``local``, ``local.2``, ``local.3``."""
-    async with AgentCluster(hosts=["local"] * count, config=ONE, asynchronous=True, **QUIET) as cluster:
+async def nodes(count: int, process: str = "") -> AsyncIterator[AgentCluster]:
+    """Run agents with one worker of one thread each: ``local``, ``local.2``, ``local.3``; one may be a process."""
+    hosts = [LocalLauncher(each.name) if each.name == process else each for each in here(count)]
+    async with AgentCluster(hosts=hosts, config=ONE, asynchronous=True, **QUIET) as cluster:
         EVENTS[cluster] = len(cluster.scheduler.get_events(TOPIC))
         yield cluster
 
@@ -67,12 +71,6 @@ async def three() -> AsyncIterator[AgentCluster]:
 
 def names(cluster: AgentCluster) -> set[str]:
     return {str(ws.name) for ws in cluster.scheduler.workers.values()}
-
-
-def pids(cluster: AgentCluster) -> set[int]:
-    """Return every process under every agent."""
-    agents = [psutil.Process(node.launched.ready.pid) for node in cluster.workers.values()]
-    return {child.pid for agent in agents for child in agent.children(recursive=True)}
 
 
 def plans(cluster: AgentCluster) -> dict[str, str]:
@@ -113,12 +111,12 @@ def slow(tmp_path: Path) -> Iterator[dict[str, Any]]:
         yield preload(tmp_path, f"import fcntl; fcntl.flock(open({str(path)!r}), fcntl.LOCK_SH)")
 
 
-async def running(cluster: AgentCluster, **facts: Any) -> dict[str, Any]:
+async def running(cluster: AgentCluster, **facts: Any) -> RolloutStatus:
     """Wait until a rollout runs of which `facts` are true, and return its status."""
 
     async def found() -> Any:
         status = await cluster.rollout_status()
-        return status and facts.items() <= status.items() and status
+        return status and facts.items() <= vars(status).items() and status
 
     return await wait_until(found)
 
@@ -126,7 +124,7 @@ async def running(cluster: AgentCluster, **facts: Any) -> dict[str, Any]:
 async def at_step(cluster: AgentCluster, node: str, step: str) -> None:
     async def found() -> bool:
         status = await cluster.rollout_status()
-        return bool(status) and status["nodes"][node]["step"] == step
+        return status is not None and status.nodes[node].step == step
 
     await wait_until(found)
 
@@ -159,12 +157,12 @@ async def test_pause_resume_and_pause_again(three: AgentCluster) -> None:
     await running(three, state="running")
     await three.rollout.pause()
     status = await running(three, state="paused")
-    assert status["wave"] == 1
+    assert status.wave == 1
     await wait_until(lambda: plans(three) == {"local": "next", "local.2": "", "local.3": ""})
     await asyncio.gather(three.rollout.resume(), three.rollout.resume(), three.rollout.pause())
     await running(three, state="paused", wave=2)
     assert steps(three, "start") == ["local", "local.2"]
-    assert (await three.rollout.status())["state"] == "paused"
+    assert (await three.rollout.status()).state == "paused"
     await three.rollout.resume()
     report = await change
     assert steps(three, "start") == ["local", "local.2", "local.3"]
@@ -193,15 +191,15 @@ async def test_cancel_in_a_pause(two: AgentCluster, on_failure: Any) -> None:
 
 
 async def test_cancel_while_workers_start_leaves_the_old(two: AgentCluster, tmp_path: Path) -> None:
-    before, workers = pids(two), names(two)
+    before, workers = children(), names(two)
     with slow(tmp_path) as options:
         change = asyncio.ensure_future(two.reprovision("auto-cpu", options, timeout=50))
         await at_step(two, "local.2", "start")
-        await wait_until(lambda: len(pids(two)) > len(before))
+        await wait_until(lambda: len(children()) > len(before))
         await two.rollout.cancel()
         with pytest.raises(SwapError, match=r"it was cancelled; the workers that ran before still run"):
             await change
-        await wait_until(lambda: pids(two) == before)
+        await wait_until(lambda: children() == before)
     assert names(two) == workers == two.plan
     assert plans(two) == {"local": "", "local.2": ""}
     await two.reprovision("auto-cpu", NEXT)
@@ -260,7 +258,12 @@ async def test_nodes_of_one_wave_go_on_without_the_one_that_cannot(three: AgentC
     assert names(three) == three.plan
 
 
-async def test_a_node_lost_before_its_turn_fails_alone(three: AgentCluster) -> None:
+async def test_a_node_lost_before_its_turn_fails_alone() -> None:
+    async with nodes(3, process="local.2") as three:
+        await lose_a_node_before_its_turn(three)
+
+
+async def lose_a_node_before_its_turn(three: AgentCluster) -> None:
     change = asyncio.ensure_future(
         three.reprovision("auto-cpu", NEXT, nodes=ALL, max_parallel=1, on_failure="continue")
     )
@@ -277,7 +280,12 @@ async def test_a_node_lost_before_its_turn_fails_alone(three: AgentCluster) -> N
     assert plans(three) == {"local": "next", "local.2": "", "local.3": "next"}
 
 
-async def test_a_changed_node_that_is_lost_cannot_be_brought_back(three: AgentCluster, tmp_path: Path) -> None:
+async def test_a_changed_node_that_is_lost_cannot_be_brought_back(tmp_path: Path) -> None:
+    async with nodes(3, process="local") as three:
+        await lose_a_changed_node(three, tmp_path)
+
+
+async def lose_a_changed_node(three: AgentCluster, tmp_path: Path) -> None:
     options = broken(tmp_path, "local.3")
     change = asyncio.ensure_future(three.reprovision("auto-cpu", options, nodes=ALL, max_parallel=1))
     await running(three, state="running")
@@ -355,7 +363,7 @@ async def test_whoever_does_not_want_to_wait_is_told_for_what(one: AgentCluster,
             await one.reprovision("uniform", OTHER, wait=wait)
         assert caught.value.label == "auto-cpu"
         second = asyncio.ensure_future(one.reprovision("uniform", OTHER))
-        assert (await one.rollout_status())["mode"] == "auto-cpu"
+        assert (await one.rollout_status()).mode == "auto-cpu"
     assert (await change).nodes["local"].outcome == "changed"
     assert (await second).nodes["local"].outcome == "changed"
     assert plans(one) == {"local": "other"}
@@ -385,7 +393,7 @@ async def test_replace_loses_nothing_where_another_node_can_take_it(two: AgentCl
 async def test_replace_alone_is_refused_with_what_would_help(one: AgentCluster) -> None:
     async with Client(one, asynchronous=True) as client:
         scattered = await client.scatter({f"k{i}": i for i in range(10)})
-        before = pids(one)
+        before = children()
         with pytest.raises(
             PreflightError,
             match=r"its old workers must go before the new ones come \(asked for\), and no other worker could take the "
@@ -393,7 +401,7 @@ async def test_replace_alone_is_refused_with_what_would_help(one: AgentCluster) 
             r"drain='now'",
         ):
             await one.reprovision("auto-cpu", NEXT, strategy="replace")
-        assert pids(one) == before
+        assert children() == before
         assert sorted((await client.gather(scattered)).values()) == list(range(10))
         report = await one.reprovision("auto-cpu", NEXT, strategy="replace", drain="now")
         assert report.nodes["local"].outcome == "changed"
@@ -542,12 +550,12 @@ async def test_terms_that_cannot_be(one: AgentCluster) -> None:
 async def test_a_scheduler_that_closes_mid_rollout_ends_at_once(tmp_path: Path) -> None:
     async with (
         Scheduler(host="127.0.0.1", dashboard_address=":0", dashboard=False) as scheduler,
-        AgentCluster(scheduler=scheduler.address, config=ONE, asynchronous=True) as cluster,
+        AgentCluster(scheduler=scheduler.address, hosts=here(), config=ONE, asynchronous=True) as cluster,
     ):
         with slow(tmp_path) as options:
             change = asyncio.ensure_future(cluster.reprovision("auto-cpu", options, timeout=50))
             await at_step(cluster, "local", "start")
-            before = pids(cluster)
+            before = children()
             await asyncio.wait_for(scheduler.close(), 15)
             # What is closed later asks for it in vain.
             dask.config.set({"distributed.comm.timeouts.connect": "500ms"})

@@ -6,6 +6,7 @@ session, is found too.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
@@ -53,6 +54,16 @@ def _helpers() -> set[int]:
     tracker = multiprocessing.resource_tracker._resource_tracker
     server = multiprocessing.forkserver._forkserver
     return {pid for pid in (tracker._pid, server._forkserver_pid) if pid is not None}  # type: ignore[attr-defined]
+
+
+def children() -> set[int]:
+    """Return the pids of all processes below this one, without the two that multiprocessing keeps for it."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.add(process.pid)
+    return found - _helpers()
 
 
 def _processes() -> Iterator[tuple[tuple[int, float], str]]:

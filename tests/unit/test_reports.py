@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agentcluster.model import Gpu, Hardware, Mode, NodeReport, WorkerSpec
-from agentcluster.reports import Nodes, Report
+from agentcluster.reports import Nodes, RolloutReport
 from agentcluster.requests import NodeRegistration
 from agentcluster.scheduler.planning.nodes import Registry
 from agentcluster.tables import html_table, text_table
@@ -128,8 +128,8 @@ def test_nodes_in_html_have_bars_and_are_escaped() -> None:
     assert "<p>" not in Nodes({"b": snapshot([])})._repr_html_()
 
 
-def report(*nodes: NodeReport, **settings: Any) -> Report:
-    return Report("uniform", {node.node: node for node in nodes}, seconds=1.234, **settings)
+def report(*nodes: NodeReport, **settings: Any) -> RolloutReport:
+    return RolloutReport("uniform", {node.node: node for node in nodes}, seconds=1.234, **settings)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_what_was_unusual_is_shown_and_why() -> None:
     assert [(row["outcome"], row["tasks rerun"]) for row in table] == [("changed, replace", "2"), ("rolled back", "0")]
     notes = [
         "a: old workers went first: asked for",
-        "b: no worker could run these tasks any more: x (resources {'GPU': 1}), and 7 more",
+        "b: these tasks have no worker left that can run them: x (resources {'GPU': 1}), and 7 more",
     ]
     assert repr(done).splitlines()[-2:] == notes
     text = Cells(done._repr_html_()).text
@@ -228,6 +228,6 @@ def test_a_plan_tells_what_would_be() -> None:
 
 def test_a_report_in_html_is_escaped() -> None:
     node = NodeReport(EVIL, EVIL, old=(EVIL,), because=EVIL, bound=(EVIL,))
-    cells = Cells(Report(EVIL, {EVIL: node}, seconds=1)._repr_html_())
+    cells = Cells(RolloutReport(EVIL, {EVIL: node}, seconds=1)._repr_html_())
     assert cells.rows[1][:4] == [EVIL, EVIL, "unchanged", EVIL]
     assert cells.tags == {"div", "style", "p", "table", "tr", "th", "td"}

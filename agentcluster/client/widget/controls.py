@@ -1,25 +1,43 @@
-"""What the tabs of the panel are made of."""
+"""Parts that the panel's tabs share: their base class, fields, and messages."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ipywidgets
 
 from agentcluster.errors import ConfigError, one_line
-from agentcluster.reports import Nodes
-from agentcluster.tables import Markup, page, paragraph, toned
+from agentcluster.model import RolloutStatus
+from agentcluster.reports import Nodes, RolloutReport
+from agentcluster.tables import Markup, Tone, html_table, page, paragraph, scrolled, stacked, toned
 
 if TYPE_CHECKING:
     from agentcluster.client.widget import Panel
 
-#: What a button begins; returns what is to be shown of it.
+#: Work that a button begins; returns the HTML to show afterwards.
 Work = Callable[[], Awaitable[str]]
 
 
 class Part:
-    """One tab of the panel."""
+    """Tab of the panel.
+
+    Parameters
+    ----------
+    panel : Panel
+        The panel.
+
+    Attributes
+    ----------
+    TITLE : str
+        Title of the tab.
+    root : ipywidgets.Widget
+        The tab's widget.
+    message : ipywidgets.HTML
+        Place for the result of the last button.
+    buttons : list of ipywidgets.Button
+        The tab's buttons.
+    """
 
     TITLE = ""
     root: ipywidgets.Widget
@@ -30,52 +48,104 @@ class Part:
         self.message = ipywidgets.HTML()
         self.buttons: list[ipywidgets.Button] = []
 
+    def __repr__(self) -> str:
+        return f"<Tab {self.TITLE!r} of {self.panel!r}>"
+
     def button(self, label: str, pressed: Callable[[], None], style: str = "", tip: str = "") -> ipywidgets.Button:
-        """Make a button of this part."""
+        """Make a button of this tab.
+
+        Parameters
+        ----------
+        label
+            Text on the button.
+        pressed
+            Called when it is pressed.
+        style
+            Style of ipywidgets, such as ``primary``.
+        tip
+            Text shown beside the pointer; default is the label.
+
+        Returns
+        -------
+        Button
+            The button.
+        """
         made = ipywidgets.Button(description=label, button_style=style, tooltip=tip or label, layout={"width": "auto"})
         made.on_click(lambda _: pressed())
         self.buttons.append(made)
         return made
 
     def update(self, nodes: Nodes) -> None:
-        """Show what is true now."""
+        """Show the state of the nodes.
 
-    def progress(self, rollout: Mapping[str, Any] | None) -> None:
-        """Show how far a rollout is."""
+        Parameters
+        ----------
+        nodes
+            The nodes.
+        """
+
+    def progress(self, rollout: RolloutStatus | None) -> None:
+        """Show the progress of a rollout.
+
+        Parameters
+        ----------
+        rollout
+            The progress; None when no rollout runs.
+        """
 
     def close(self) -> None:
-        """Have nothing pressed any more."""
+        """Disable the buttons, because the cluster is closed."""
         for button in self.buttons:
             button.disabled = True
 
 
+# -- fields ------------------------------------------------------------------------------------------------------------
+
+
 def text_field(label: str, hint: str) -> ipywidgets.Text:
+    """Return a field for text, with a hint in it while it is empty."""
     return ipywidgets.Text(description=label, placeholder=hint)
 
 
 def number_field(label: str, value: str = "") -> ipywidgets.Text:
-    """Return a field that may also be left empty, unlike one for numbers only."""
+    """Return a field for a number that may also be left empty."""
     style = {"description_width": "90px"}
     return ipywidgets.Text(value=value, description=label, placeholder="-", style=style, layout={"width": "170px"})
 
 
-def listed(field: ipywidgets.Text) -> list[str]:
-    """Return what is between the commas."""
+def names_in(field: ipywidgets.Text) -> list[str]:
+    """Return the names in a field, which are separated by commas."""
     return [each.strip() for each in field.value.split(",") if each.strip()]
 
 
-def numbers(fields: Mapping[str, ipywidgets.Text]) -> dict[str, int]:
-    """Return the numbers of those fields that are not empty."""
-    return {key: whole(field) for key, field in fields.items() if field.value.strip()}
+def number_in(field: ipywidgets.Text) -> int:
+    """Return the number in a field.
 
-
-def wrong(error: Exception) -> Markup:
-    """Return an error for who pressed the button."""
-    return page(paragraph(toned(one_line(error), "bad")))
-
-
-def whole(field: ipywidgets.Text) -> int:
+    Raises
+    ------
+    ConfigError
+        When it is not a whole number.
+    """
     text = field.value.strip()
     if not text.isdecimal():
         raise ConfigError(f"{field.description}: {text!r} is not a whole number such as 4")
     return int(text)
+
+
+def numbers_in(fields: Mapping[str, ipywidgets.Text]) -> dict[str, int]:
+    """Return the numbers in those fields that are not empty."""
+    return {key: number_in(field) for key, field in fields.items() if field.value.strip()}
+
+
+# -- messages ----------------------------------------------------------------------------------------------------------
+
+
+def error_message(error: Exception) -> Markup:
+    """Return an error as HTML."""
+    return page(paragraph(toned(one_line(error), "bad")))
+
+
+def report_message(report: RolloutReport, tone: Tone) -> Markup:
+    """Return a report as HTML, with a dot of a tone before its summary."""
+    table = [scrolled(html_table(report.header(), report.rows()))] if report.nodes else []
+    return stacked([paragraph(toned(report.summary(), tone)), *table, *map(paragraph, report.notes())])

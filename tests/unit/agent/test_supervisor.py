@@ -22,9 +22,9 @@ def ranges() -> st.SearchStrategy[str]:
     count=st.integers(0, 6),
     taken=st.sets(st.integers(1, 40)),
 )
-def test_no_port_is_dealt_to_two(worker_port: Any, nanny_port: Any, count: int, taken: set[int]) -> None:
+def test_no_port_is_assigned_twice(worker_port: Any, nanny_port: Any, count: int, taken: set[int]) -> None:
     options = {"worker_port": worker_port, "nanny_port": nanny_port}
-    shares = ports.dealt(options, [f"w{number}" for number in range(count)], taken)
+    shares = ports.assign_ports(options, [f"w{number}" for number in range(count)], taken)
     assert len(shares) == count
     each = [port for share in shares.values() for key in share for port in share[key]]
     assert len(each) == len(set(each))

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from agentcluster.client.rollouts import RolloutProgress, reckon
+from agentcluster.client.rollouts import RolloutProgress, parse_status
+from agentcluster.model import NodeProgress, RolloutStatus
 
 
 def terminal() -> Console:
@@ -24,7 +25,7 @@ def drawn(console: Console) -> str:
     ("step", "done", "says"),
     [
         ({"step": "waiting"}, 0, "waiting"),
-        ({"step": "start", "workers": ["a-1"]}, 10, "start"),
+        ({"step": "start"}, 10, "start"),
         ({"step": "retire", "keys": 0, "all_keys": 0}, 40, "retire"),
         ({"step": "retire", "keys": 50, "all_keys": 100}, 65, "50 of 100 keys moved"),
         ({"step": "stop"}, 90, "stop"),
@@ -32,13 +33,50 @@ def drawn(console: Console) -> str:
     ],
 )
 def test_how_full_a_bar_is(step: dict[str, Any], done: float, says: str) -> None:
-    assert reckon(step) == (done, says)
+    progress = NodeProgress(**step)
+    assert (progress.percent, str(progress)) == (done, says)
+
+
+def test_the_status_of_a_rollout_is_parsed() -> None:
+    answer = {
+        "mode": "uniform",
+        "state": "running",
+        "pausing": False,
+        "seconds": 3.4,
+        "wave": 0,
+        "waves": [["a"], ["b"]],
+        "nodes": {"a": {"step": "retire", "keys": 1, "all_keys": 4, "nbytes": 1}, "b": {"step": "waiting"}},
+    }
+    status = parse_status(answer)
+    assert status is not None
+    assert status.nodes["a"] == NodeProgress("retire", keys=1, all_keys=4, nbytes=1)
+    assert repr(status).splitlines() == [
+        "rollout to uniform: running, wave 1 of 2, 3 s",
+        "node  progress",
+        "a     52%  1 of 4 keys moved",
+        "b     0%   waiting",
+    ]
+    assert parse_status({**answer, "nodes": {"a": {"step": "start", "workers": ["a-1"]}}}) is not None
+    assert parse_status(None) is None
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"state": "running", "pausing": True}, "rollout to uniform: pauses after wave 1 of 2, 0 s"),
+        ({"state": "paused", "wave": 1}, "rollout to uniform: paused before wave 2 of 2, 0 s"),
+        ({"state": "back"}, "rollout to uniform: rolling back, 0 s"),
+    ],
+)
+def test_the_state_of_a_rollout_in_one_line(state: dict[str, Any], said: str) -> None:
+    assert RolloutStatus("uniform", waves=(("a",), ("b",)), **state).summary() == said
 
 
 def test_one_bar_per_node_with_what_it_does() -> None:
     console = terminal()
     with RolloutProgress(console) as bars:
-        bars.update({"nodes": {"a": {"step": "start"}, "b": {"step": "retire", "keys": 1, "all_keys": 4}}})
+        nodes = {"a": NodeProgress("start"), "b": NodeProgress("retire", keys=1, all_keys=4)}
+        bars.update(RolloutStatus("uniform", "running", nodes=nodes))
         bars.update(None)
         bars.finish({"a": "changed", "b": "rolled back", "c": "changed"})
     text = drawn(console)
@@ -50,6 +88,6 @@ def test_one_bar_per_node_with_what_it_does() -> None:
 def test_nothing_is_drawn_in_a_file() -> None:
     console = Console(file=io.StringIO())
     with RolloutProgress(console) as bars:
-        bars.update({"nodes": {"a": {"step": "start"}}})
+        bars.update(RolloutStatus("uniform", "running", nodes={"a": NodeProgress("start")}))
         bars.finish({"a": "changed"})
     assert drawn(console) == ""

@@ -75,11 +75,11 @@ def test_a_worker_of_the_same_host_is_preferred_until_it_is_crowded() -> None:
     assert placed(tasks([GB], old), [far, crowded]) == {far.address: ["key-0"]}
 
 
-def test_who_has_more_room_takes_more() -> None:
-    old = worker("10.0.0.1", 1)
-    large, small = worker("10.0.0.2", 2, memory_limit=30 * GB), worker("10.0.0.2", 3, memory_limit=GB)
-    wanted = placed(tasks([GB // 4] * 16, old), [small, large])
-    assert len(wanted[large.address]) >= len(wanted.get(small.address, []))
+def test_recipients_fill_in_proportion_to_their_memory_limits() -> None:
+    old = [worker("10.0.0.1", port) for port in range(16)]  # one key of each, so that each key is placed alone
+    large, small = worker("10.0.0.2", 100, memory_limit=30 * GB), worker("10.0.0.2", 101, memory_limit=10 * GB)
+    wanted = placed(tasks([GB // 4] * 16, *old), [small, large])
+    assert {address: len(keys) for address, keys in wanted.items()} == {large.address: 12, small.address: 4}
 
 
 def test_small_keys_of_a_holder_stay_together() -> None:

@@ -147,7 +147,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.obey(command)
 
     def obey(self, command: RolloutCommand | None) -> None:
-        """Carry a rollout's command out as `Rolling` does."""
+        """Carry a rollout's command out as `RolloutRun` does."""
         match command:
             case RunWave(nodes):
                 assert nodes not in self.waves_run, f"{nodes} ran twice"

@@ -23,7 +23,7 @@ from agentcluster.scheduler.planning.wave import (
     advance,
     begin,
 )
-from agentcluster.scheduler.swap import PLANS, Outcome, PlanAfter, outcome_of
+from agentcluster.scheduler.swap import PLANS, NodeOutcome, PlanAfter, outcome_of
 
 HARDWARE = Hardware("host", 2, 10**9)
 SPEC = WorkerSpec("cpu", "distributed.Nanny", {}, nthreads=1, memory_limit=0)
@@ -54,11 +54,11 @@ def wave_of(strategy: Strategy, *nodes: str, tolerant: bool = False) -> Wave:
     return Wave(tuple(map(change, nodes)), strategy, tolerant)
 
 
-def outcomes(wave: Wave, stopping: set[str], **known: Any) -> dict[str, Outcome]:
+def outcomes(wave: Wave, stopping: set[str], **known: Any) -> dict[str, NodeOutcome]:
     return {each.name: outcome_of(wave, each.name, stopping=each.name in stopping, **known) for each in wave.changes}
 
 
-SURGE: list[tuple[str, list[Event], dict[str, Outcome]]] = [
+SURGE: list[tuple[str, list[Event], dict[str, NodeOutcome]]] = [
     ("not begun", [], {"a": "unchanged", "b": "unchanged"}),
     ("interrupted while one starts", [Started("a")], {"a": "unchanged", "b": "unchanged"}),
     ("interrupted while data moves", [Started("a"), Started("b")], {"a": "unchanged", "b": "unchanged"}),
@@ -96,7 +96,7 @@ SURGE: list[tuple[str, list[Event], dict[str, Outcome]]] = [
 
 GONE: list[Event] = [Retired(), Stopped("a"), Stopped("b")]
 
-REPLACE: list[tuple[str, list[Event], dict[str, Outcome]]] = [
+REPLACE: list[tuple[str, list[Event], dict[str, NodeOutcome]]] = [
     ("not begun", [], {"a": "unchanged", "b": "unchanged"}),
     ("data cannot be moved", [RetireRefused("no")], {"a": "unchanged", "b": "unchanged"}),
     ("interrupted while the old stop", [Retired(), Stopped("a")], {"a": "emptied", "b": "emptied"}),
@@ -121,12 +121,12 @@ REPLACE: list[tuple[str, list[Event], dict[str, Outcome]]] = [
 
 
 @pytest.mark.parametrize(("events", "expected"), [pytest.param(e, o, id=name) for name, e, o in SURGE])
-def test_surge(events: list[Event], expected: dict[str, Outcome]) -> None:
+def test_surge(events: list[Event], expected: dict[str, NodeOutcome]) -> None:
     assert outcomes(*after(wave_of("surge", "a", "b"), *events)) == expected
 
 
 @pytest.mark.parametrize(("events", "expected"), [pytest.param(e, o, id=name) for name, e, o in REPLACE])
-def test_replace(events: list[Event], expected: dict[str, Outcome]) -> None:
+def test_replace(events: list[Event], expected: dict[str, NodeOutcome]) -> None:
     assert outcomes(*after(wave_of("replace", "a", "b"), *events)) == expected
 
 
@@ -150,7 +150,7 @@ def test_a_node_that_never_had_a_plan_is_refused() -> None:
 
 
 def test_each_outcome_has_a_plan_and_old_workers_never_run_beside_restored_ones() -> None:
-    assert set(PLANS) == set(get_args(Outcome))
+    assert set(PLANS) == set(get_args(NodeOutcome))
     for after in PLANS.values():
         assert after is None or not (after.restored and (after.old or after.new))
     assert PLANS["emptied"] == PlanAfter()
