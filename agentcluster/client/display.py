@@ -12,8 +12,6 @@ from tornado.ioloop import PeriodicCallback
 from agentcluster.config import Config
 
 if TYPE_CHECKING:
-    import ipywidgets
-
     from agentcluster.client.cluster import AsyncCluster
     from agentcluster.client.widget import Panel
 
@@ -51,12 +49,12 @@ class Display:
         begin, sign, rest = line.rpartition(", workers=")
         return f"{begin}, nodes={len(self._cluster.nodes)}{sign}{rest}"
 
-    def panel(self) -> ipywidgets.Widget | None:
+    def panel(self) -> Panel | None:
         """Return the panel, and keep it current from now on.
 
         Returns
         -------
-        Widget or None
+        Panel or None
             None where ipywidgets is not installed.
         """
         if self._panel is None:
@@ -71,7 +69,7 @@ class Display:
                 self.close()
             else:
                 self._panel.loop.add_callback(self._keep, self._panel)
-        return self._panel.root
+        return self._panel
 
     async def _keep(self, panel: Panel) -> None:
         interval = parse_timedelta(dask.config.get("distributed.deploy.cluster-repr-interval"), default="ms")
