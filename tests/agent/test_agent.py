@@ -208,7 +208,7 @@ async def test_closing_while_workers_start_leaves_no_task_behind(scheduler: Sche
     complaints: list[Any] = []
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda loop, context: complaints.append(context))
-    specs = {cls.__name__: WorkerSpec("custom", f"test_agent.{cls.__name__}") for cls in (Hangs, Fails)}
+    specs = {cls.__name__: WorkerSpec("custom", f"{__name__}.{cls.__name__}") for cls in (Hangs, Fails)}
     before = asyncio.all_tasks()
     supervisor = Supervisor(scheduler.address)
     starting = asyncio.create_task(supervisor.start(specs, 30))

@@ -370,7 +370,7 @@ async def test_check(supervisor: Watched, spec: WorkerSpec, said: str) -> None:
 
 
 async def test_check_takes_what_can_be_started(supervisor: Watched) -> None:
-    good = [worker(), worker("distributed.Worker"), worker("test_supervisor.OwnNanny"), worker(pickled(OwnNanny))]
+    good = [worker(), worker("distributed.Worker"), worker(f"{__name__}.OwnNanny"), worker(pickled(OwnNanny))]
     assert supervisor.check({str(i): spec for i, spec in enumerate(good)}) == {}
     assert resolve(pickled(OwnNanny)) is OwnNanny
 
@@ -385,7 +385,7 @@ def own_class() -> type[Nanny]:
     return Local
 
 
-@pytest.mark.parametrize("cls", ["test_supervisor.OwnNanny", own_class()], ids=["path", "pickled"])
+@pytest.mark.parametrize("cls", [f"{__name__}.OwnNanny", own_class()], ids=["path", "pickled"])
 async def test_a_nanny_of_the_users_own_is_watched_too(supervisor: Watched, cls: Any) -> None:
     spec = worker(cls if isinstance(cls, str) else pickled(cls))
     await supervisor.start({"n-0": spec}, START)
@@ -423,12 +423,12 @@ async def test_a_process_that_cannot_be_made(supervisor: Watched) -> None:
 
 async def test_a_class_that_is_no_worker(supervisor: Watched) -> None:
     with pytest.raises(WorkerStartError, match="n-0: TypeError"):
-        await supervisor.start({"n-0": worker("test_supervisor.Plain")}, START)
+        await supervisor.start({"n-0": worker(f"{__name__}.Plain")}, START)
     assert supervisor.states() == ()
 
 
 async def test_a_class_that_does_not_end(supervisor: Watched) -> None:
-    spec = WorkerSpec(kind="custom", cls="test_supervisor.Abrupt")
+    spec = WorkerSpec(kind="custom", cls=f"{__name__}.Abrupt")
     supervisor.host_options = {}
     await supervisor.start({"n-0": spec, "n-1": worker()}, START)
     await supervisor.close(1.0)

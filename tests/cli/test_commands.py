@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import re
@@ -96,7 +97,8 @@ def test_scale(run: Run, sync_cluster: AgentCluster) -> None:
     assert len(sync_cluster.scheduler.workers) == 4
 
 
-def test_logs_and_events(run: Run) -> None:
+def test_logs_and_events(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "agentcluster")  # as agents have it in their processes
     said(run("reprovision", "uniform", "--config", json.dumps(ONE), "--nodes", "local"))
     said(run("reprovision", "auto-cpu", "--config", json.dumps({**ONE, "nworkers": 2})))
     lines = said(run("logs", "local")).splitlines()

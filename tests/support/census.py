@@ -22,6 +22,9 @@ import psutil
 MARK = "AGENTCLUSTER_TEST_PROCESS"
 os.environ[MARK] = uuid.uuid4().hex
 
+#: Processes that the tests keep, like the two of multiprocessing.
+KEPT: set[int] = set()
+
 #: Threads that dask and asyncio keep for the life of the process.
 PERMANENT_THREADS = ("Dask-Offload", "TCP-Executor", "asyncio_")
 
@@ -50,10 +53,10 @@ class Census:
 
 
 def _helpers() -> set[int]:
-    """Return the pids of the two processes that multiprocessing keeps for this one."""
+    """Return the pids of processes that stay: two that multiprocessing keeps for this one, and those of the tests."""
     tracker = multiprocessing.resource_tracker._resource_tracker
     server = multiprocessing.forkserver._forkserver
-    return {pid for pid in (tracker._pid, server._forkserver_pid) if pid is not None}  # type: ignore[attr-defined]
+    return {pid for pid in (tracker._pid, server._forkserver_pid) if pid is not None} | KEPT  # type: ignore[attr-defined]
 
 
 def children() -> set[int]:

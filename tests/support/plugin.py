@@ -23,10 +23,11 @@ from hypothesis import HealthCheck, settings
 
 from agentcluster import AgentCluster
 from tests.support import nvml, ssh_servers
-from tests.support.census import Census, kill_since
-from tests.support.programs import Start, programs, start_scheduler
+from tests.support.census import KEPT, Census, kill_since
+from tests.support.programs import ROOT, Start, programs, start_scheduler
 from tests.support.ssh_servers import SSHServer
 from tests.support.waiting import INTERVAL
+from tests.support.zygote import Zygote
 
 # How long one example takes says what else the machine does; a test has its deadline as a whole.
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -125,10 +126,21 @@ def by_value(request: pytest.FixtureRequest) -> Iterator[Callable[[Callable[...,
     cloudpickle.unregister_pickle_by_value(module)
 
 
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """A process that forks for each of the commands that `start` is called with."""
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("DASK_", "CUDA_"))}
+    zygote = Zygote(environ | {"PYTHONPATH": str(ROOT)})
+    KEPT.add(zygote.pid)
+    yield zygote
+    KEPT.discard(zygote.pid)
+    zygote.close()
+
+
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
+def start(tmp_path: Path, zygote: Zygote) -> Iterator[Start]:
     """A function that starts Python programs, which end with the test."""
-    with programs(tmp_path) as start:
+    with programs(tmp_path, zygote) as start:
         yield start
 
 

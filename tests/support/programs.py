@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from tests.support.waiting import wait_until
+from tests.support.zygote import Forked, Zygote
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +45,7 @@ SCHEDULER_AGAINST = (
 class Program:
     """A process that a test started; all it writes goes to a file."""
 
-    popen: subprocess.Popen[bytes]
+    popen: subprocess.Popen[bytes] | Forked
     log: Path
 
     @property
@@ -68,7 +69,9 @@ class Program:
     async def ended(self, timeout: float = 15.0) -> int:
         """Return its exit code once it has ended by itself."""
         await wait_until(lambda: self.popen.poll() is not None, timeout)
-        return self.popen.returncode
+        code = self.popen.returncode
+        assert code is not None
+        return code
 
     async def says(self, text: str, timeout: float = 15.0) -> str:
         """Return the first line with `text` in it once it is there."""
@@ -84,23 +87,37 @@ Start = Callable[..., Program]
 
 
 @contextmanager
-def programs(directory: Path) -> Iterator[Start]:
-    """Yield a function that starts Python with arguments, and kill what of it is left at the end."""
+def programs(directory: Path, zygote: Zygote | None = None) -> Iterator[Start]:
+    """Yield a function that starts Python with arguments, and kill what of it is left at the end.
+
+    Parameters
+    ----------
+    directory
+        The programs' directory, and that of their logs.
+    zygote
+        Forks for the commands that it has imported.
+    """
     started: list[Program] = []
 
     def start(*arguments: str, env: dict[str, str] | None = None) -> Program:
         log = directory / f"program-{len(started)}.log"
         environ = {key: value for key, value in os.environ.items() if not key.startswith(("DASK_", "CUDA_"))}
         environ |= {"PYTHONPATH": str(ROOT), **(env or {})}
-        with log.open("wb") as file:
-            popen = subprocess.Popen(
-                [sys.executable, *map(str, arguments)],
-                env=environ,
-                cwd=directory,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-            )
+        words = tuple(map(str, arguments))
+        popen: subprocess.Popen[bytes] | Forked
+        if zygote is not None and zygote.can_run(words, environ):
+            log.touch()
+            popen = zygote.start(words, environ, directory, log)
+        else:
+            with log.open("wb") as file:
+                popen = subprocess.Popen(
+                    [sys.executable, *words],
+                    env=environ,
+                    cwd=directory,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                )
         started.append(Program(popen, log))
         return started[-1]
 

@@ -7,6 +7,7 @@ The exception is ``agentcluster/__init__.py``, which resolves the public names o
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,6 +44,12 @@ IMPURE_IMPORTS = {"asyncio", "subprocess", "socket", "time", "threading", "distr
 
 #: These call pure functions of distributed, or read the signatures of its classes.
 PURE_PART_OF_DISTRIBUTED = ("modes.options", "modes.sizing")
+
+
+@functools.cache
+def package_modules() -> dict[str, ast.Module]:
+    """Return the modules of agentcluster; parsed once, for all rules."""
+    return modules(Path(agentcluster.__file__).parent)
 
 
 def modules(package: Path) -> dict[str, ast.Module]:
@@ -135,7 +142,7 @@ RULES: list[Callable[[dict[str, ast.Module]], Iterator[str]]] = [
 
 @pytest.mark.parametrize("rule", RULES)
 def test_package_follows_rule(rule: Callable[[dict[str, ast.Module]], Iterator[str]]) -> None:
-    assert list(rule(modules(Path(agentcluster.__file__).parent))) == []
+    assert list(rule(package_modules())) == []
 
 
 def test_no_folder_is_large() -> None:

@@ -10,7 +10,7 @@ import pytest
 from agentcluster import modes
 from agentcluster.errors import ConfigError
 from agentcluster.model import Gpu, Hardware, Mode, WorkerSpec
-from agentcluster.requests import ScaleTarget
+from agentcluster.requests import NodeRegistration, ScaleTarget
 from agentcluster.scheduler.planning.nodes import Node, Registry
 from agentcluster.scheduler.planning.scaling import ScalePlan, plan_scale
 
@@ -29,7 +29,7 @@ def node(name: str, mode: Mode | str, *, cpus: int = 4, gpus: int = 0, running: 
     cards = tuple(Gpu(str(i), f"GPU-{name}-{i}", "H200", 100 * GIB) for i in range(gpus))
     versions = {"dask-cuda": "26.10"} if gpus else {}
     hardware = Hardware(name, cpus, 16 * GIB, cards, "no driver" if not gpus else None, versions=versions)
-    found = Registry().register(name, f"tcp://{name}:1", hardware, now=0.0)
+    found = Registry().register(NodeRegistration(name, f"tcp://{name}:1", hardware), now=0.0)
     mode = modes.parse(mode)
     specs = modes.plan(mode, hardware, node=name)[:running]
     found.adopt(mode, dict(zip(found.take_names(len(specs)), specs, strict=True)))

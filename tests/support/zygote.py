@@ -1,0 +1,218 @@
+"""A process that has imported what commands import, and forks for each command that a test starts.
+
+A program: it reads requests from stdin, each a JSON line with a module, its arguments, an environment, a directory and
+a log file. It answers ``{"pid": …}`` on stdout, and ``{"ended": pid, "code": …}`` when that process has ended. A fork
+runs the module as ``python -m`` does; what is missing is the second that the imports take.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+#: Modules that a zygote runs.
+MODULES = ("agentcluster.cli.dask_agent", "distributed.cli.dask_scheduler")
+
+
+class Forked:
+    """A process that a zygote forked, with the calls of ``subprocess.Popen`` that tests use."""
+
+    def __init__(self, zygote: Zygote, pid: int) -> None:
+        self._zygote = zygote
+        self.pid = pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        return self._zygote.ended.get(self.pid)
+
+    def poll(self) -> int | None:
+        """Return its exit code as far as it is known now."""
+        self._zygote.read(0)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Return its exit code once it has ended."""
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a forked command", timeout)
+            self._zygote.read(0.1)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+class Zygote:
+    """The process, for the tests that start commands."""
+
+    def __init__(self, environ: dict[str, str]) -> None:
+        self.ended: dict[int, int] = {}
+        self._environ = environ
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__], env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
+        self._rest = b""
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def can_run(self, arguments: tuple[str, ...], environ: dict[str, str]) -> bool:
+        """Whether a fork is as good as a new Python: some variables count at the start of a process only."""
+
+        def at_start(each: dict[str, str]) -> dict[str, str]:
+            return {k: v for k, v in each.items() if k.startswith(("LD_", "PYTHON", "MALLOC_")) and k != "PYTHONPATH"}
+
+        return arguments[0] == "-m" and arguments[1] in MODULES and at_start(environ) == at_start(self._environ)
+
+    def start(self, arguments: tuple[str, ...], environ: dict[str, str], directory: Path, log: Path) -> Forked:
+        """Fork for a command, such as ``("-m", module, …)``."""
+        request = {"arguments": arguments[1:], "environ": environ, "directory": str(directory), "log": str(log)}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        while (pid := self.read(30)) is None:
+            assert self._process.poll() is None
+        return Forked(self, pid)
+
+    def read(self, timeout: float) -> int | None:
+        """Take answers as long as there are some; return the pid where one answers a request."""
+        assert self._process.stdout is not None
+        while select.select([self._process.stdout], [], [], timeout)[0]:
+            data = os.read(self._process.stdout.fileno(), 65536)
+            assert data, "the zygote has ended"
+            *lines, self._rest = (self._rest + data).split(b"\n")
+            found = None
+            for answer in map(json.loads, lines):
+                if "pid" in answer:
+                    found = int(answer["pid"])
+                    self.ended.pop(found, None)
+                else:
+                    self.ended[answer["ended"]] = answer["code"]
+            if found is not None:
+                return found
+            timeout = 0
+        return None
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(10)
+        self._process.stdout.close()
+
+
+def _say(**answer: Any) -> None:
+    os.write(1, json.dumps(answer).encode() + b"\n")
+
+
+def _fork(request: dict[str, Any]) -> None:
+    pid = os.fork()
+    if pid:
+        _say(pid=pid)
+        return
+    code = 1
+    try:
+        _become(request)
+        module, *arguments = request["arguments"]
+        sys.argv[1:] = arguments
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        _end(code)
+
+
+def _become(request: dict[str, Any]) -> None:
+    """Take on the streams, the environment and the directory of a new process."""
+    import dask.config
+
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    nothing, log = os.open(os.devnull, os.O_RDONLY), os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for old, new in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(old, new)
+    os.closerange(3, 256)
+    os.chdir(request["directory"])
+    os.environ.clear()
+    os.environ.update(request["environ"])
+    places = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    sys.path[:] = [request["directory"], *places, *(place for place in sys.path[1:] if place not in places)]
+    dask.config.refresh()
+
+
+def _end(code: int) -> NoReturn:
+    """End as a Python does that has run its main module."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def main() -> None:
+    import distributed.cli.dask_scheduler
+    import distributed.nanny  # noqa: F401
+
+    import agentcluster.agent.agent
+    import agentcluster.cli.dask_agent
+    import agentcluster.scheduler.plugin  # noqa: F401
+
+    for module in MODULES:  # each is executed anew, as the main module
+        del sys.modules[module]
+    gc.collect()
+    gc.freeze()
+    wake, waker = os.pipe()
+    for end in (wake, waker):
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(waker)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    rest = b""
+    while True:
+        ready, _, _ = select.select([0, wake], [], [])
+        if wake in ready:
+            os.read(wake, 65536)
+            while (ended := _reaped()) is not None:
+                _say(ended=ended[0], code=os.waitstatus_to_exitcode(ended[1]))
+        if 0 in ready:
+            data = os.read(0, 65536)
+            if not data:
+                return
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                _fork(json.loads(line))
+
+
+def _reaped() -> tuple[int, int] | None:
+    try:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return (pid, status) if pid else None
+
+
+if __name__ == "__main__":
+    main()
