@@ -30,9 +30,8 @@ from agentcluster.model import HostMetrics, Mode, WorkerState
 from agentcluster.requests import AdaptiveRequest, NodeRegistration, RolloutPolicy, ScaleTarget
 from agentcluster.scheduler import managers, metrics
 from agentcluster.scheduler.controller import Controller
-from agentcluster.scheduler.events import NodeEvents
 from agentcluster.scheduler.planning.nodes import SETTLED, Node, Registry
-from agentcluster.scheduler.rollouts import Plain
+from agentcluster.scheduler.rollouts import NodeEvents, Plain
 from agentcluster.wire import PLUGIN, RETIRED, check_protocol, from_wire, spoken, to_wire
 
 logger = logging.getLogger(__name__)

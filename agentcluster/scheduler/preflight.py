@@ -133,7 +133,7 @@ def immovable(scheduler: Scheduler, changes: Mapping[str, NodeChange], policy: R
     dict
         Node name -> the reason.
     """
-    if policy.drain == "now":
+    if policy.drain == "now" or not any(change.remove for change in changes.values()):
         return {}
     refusals = {}
     going = {name: each.old for name, each in changes.items()}
