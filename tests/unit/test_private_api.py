@@ -7,6 +7,7 @@ that derives from one of dask, another object's private name, and an import of w
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -88,6 +89,7 @@ def entries(text: str) -> list[Entry]:
 ENTRIES = entries(PAGE.read_text())
 
 
+@functools.cache
 def trees(package: Path) -> dict[str, ast.Module]:
     """Return file, such as ``agent/nanny``, -> syntax tree."""
     paths = {path.relative_to(package).with_suffix("").as_posix(): path for path in sorted(package.rglob("*.py"))}
@@ -117,16 +119,29 @@ def assigned(cls: type) -> set[str]:
     found = set()
     for base in cls.__mro__:
         if base.__module__.partition(".")[0] not in ("builtins", "abc", "typing", "agentcluster"):
-            found |= stored(ast.parse(textwrap.dedent(inspect.getsource(base))))
+            found |= stored_by(base)
     return found
+
+
+@functools.cache
+def stored_by(cls: type) -> set[str]:
+    return stored(ast.parse(textwrap.dedent(inspect.getsource(cls))))
 
 
 def stored(tree: ast.AST) -> set[str]:
     return {
         node.attr
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_name(node.value, "self")
     }
+
+
+def is_name(node: ast.AST, *names: str) -> bool:
+    return isinstance(node, ast.Name) and node.id in names
+
+
+def is_super(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and is_name(node.func, "super")
 
 
 def problem(entry: Entry) -> str | None:
@@ -186,7 +201,7 @@ def uses(found: Mapping[str, ast.Module], listed: Iterable[Entry]) -> Iterator[U
                         if undocumented or is_private(alias.name) or full in modules:
                             yield Use(alias.name, file, node.lineno)
                 case ast.Attribute(attr=name, value=value) if is_private(name):
-                    another = ast.unparse(value) not in ("self", "cls", "super()")
+                    another = not is_name(value, "self", "cls") and not is_super(value)
                     if name not in ours or (another and name in known and name not in own):
                         yield Use(name, file, node.lineno)
                 case ast.Call(
@@ -208,13 +223,14 @@ def inherited_uses(found: Mapping[str, ast.Module]) -> Iterator[Use]:
                     match inner:
                         case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) if name in theirs:
                             yield Use(name, file, inner.lineno)
-                        case ast.Attribute(attr=name, value=value) if ast.unparse(value) == "self" and name in theirs:
+                        case ast.Attribute(attr=name, value=value) if is_name(value, "self") and name in theirs:
                             yield Use(name, file, inner.lineno)
-                        case ast.Attribute(attr=name, value=value) if ast.unparse(value) == "super()":
+                        case ast.Attribute(attr=name, value=value) if is_super(value):
                             if is_private(name) and not provided_by_us(cls, name):
                                 yield Use(name, file, inner.lineno)
 
 
+@functools.cache
 def names_of_dask(cls: type) -> set[str]:
     bases = [base for base in cls.__mro__ if base.__module__.partition(".")[0] in DASK]
     return {name for base in bases for name in (*vars(base), *assigned(base)) if is_private(name)}
