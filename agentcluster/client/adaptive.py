@@ -232,7 +232,7 @@ class HeldRequest:
 
 
 class AgentAdaptive(Adaptive):
-    """Give an :class:`~agentcluster.AgentCluster` the workers that its tasks need, of the kind that they need.
+    """Adaptive scaling of an :class:`~agentcluster.AgentCluster`: the workers that tasks need, of the kind they need.
 
     Parameters
     ----------
@@ -431,7 +431,7 @@ class AgentAdaptive(Adaptive):
             self._requester = None
 
     def _grant(self, asked: Iterable[int], answer: AdaptAnswer) -> None:
-        """Tell requests whether the scheduler found capacity for them."""
+        """Resolve the requests for which the scheduler found capacity, or can never have any."""
         for number in asked:
             request = self._requests.get(number)
             if request is None or request.granted.done():

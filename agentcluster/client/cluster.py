@@ -603,7 +603,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         maximum_memory: str | None = None,
         **kwargs: Any,
     ) -> distributed.deploy.adaptive.Adaptive:
-        """Give nodes the workers that tasks need, from now on.
+        """Scale by demand: from now on nodes get the workers that tasks need.
 
         Parameters
         ----------

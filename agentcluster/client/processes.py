@@ -111,7 +111,7 @@ class LaunchedProcess(ProcessInterface):
 
     @property
     def ended(self) -> bool:
-        """Whether the process has ended, by itself or by :meth:`close`."""
+        """True when the process has ended, by itself or by :meth:`close`."""
         return self._event_finished.is_set()
 
     def lines(self) -> list[str]:

@@ -52,7 +52,7 @@ class NodeView:
 
     @property
     def kept(self) -> bool:
-        """Whether the view is being kept current."""
+        """True when the view is being kept current."""
         return self._keeper is not None
 
     def keep(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import dask
 import pytest
 import pytest_asyncio
-from conftest import wait_until
+from tests.support.waiting import wait_until
 from distributed import Client, Scheduler
 from distributed.core import Status
 
