@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from agentcluster.errors import ConfigError, ModeRefused, suggest
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.modes import builtin, spec
 from agentcluster.modes.options import (
+    CheckedOptions,
     OptionPath,
     Options,
     check_mapping,
@@ -38,7 +39,7 @@ GROUP = "agentcluster.modes"
 class _Rule(NamedTuple):
     """Functions of a built-in mode: the check of its options, and the plan of a node's workers."""
 
-    check: Callable[[OptionPath, Options], dict[str, Any]]
+    check: Callable[[OptionPath, Options], CheckedOptions]
     plan: Callable[[NodeHardware, Options], Workers]
 
 

@@ -6,7 +6,6 @@ Each mode has two functions: one checks its options when the mode is parsed, one
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from agentcluster.model import Gpu, WorkerSpec
 from agentcluster.modes.options import (
@@ -14,6 +13,7 @@ from agentcluster.modes.options import (
     CUDA_WORKER,
     NANNY,
     Check,
+    CheckedOptions,
     OptionPath,
     Options,
     check_devices,
@@ -35,43 +35,43 @@ UNIFORM: Mapping[str, Check] = {"nworkers": check_positive, **COMMON}
 # -- checks of options -------------------------------------------------------------------------------------------------
 
 
-def check_cpu(path: OptionPath, config: Options) -> dict[str, Any]:
+def check_cpu(path: OptionPath, config: Options) -> CheckedOptions:
     """Check the options of mode ``auto-cpu``; see :func:`~agentcluster.modes.options.check_options`."""
     return check_options(path, config, CPU, NANNY)
 
 
-def check_gpu(path: OptionPath, config: Options) -> dict[str, Any]:
+def check_gpu(path: OptionPath, config: Options) -> CheckedOptions:
     """Check the options of mode ``auto-gpu``; see :func:`~agentcluster.modes.options.check_options`."""
     return check_options(path, config, GPU, CUDA_WORKER)
 
 
-def check_uniform(path: OptionPath, config: Options) -> dict[str, Any]:
+def check_uniform(path: OptionPath, config: Options) -> CheckedOptions:
     """Check the options of mode ``uniform``; see :func:`~agentcluster.modes.options.check_options`."""
     return check_options(path, config, UNIFORM, NANNY)
 
 
-def check_none(path: OptionPath, config: Options) -> dict[str, Any]:
+def check_none(path: OptionPath, config: Options) -> CheckedOptions:
     """Check that mode ``none`` has no options; see :func:`~agentcluster.modes.options.check_options`."""
     return check_options(path, config, {})
 
 
-def _check_gpu_side(path: OptionPath, config: object) -> dict[str, Any]:
+def _check_gpu_side(path: OptionPath, config: object) -> CheckedOptions:
     return check_gpu(path, check_mapping(path, config, "a mapping of the options of auto-gpu"))
 
 
-def _check_cpu_side(path: OptionPath, config: object) -> dict[str, Any]:
+def _check_cpu_side(path: OptionPath, config: object) -> CheckedOptions:
     return check_cpu(path, check_mapping(path, config, "a mapping of the options of auto-cpu"))
 
 
 SIDES: Mapping[str, Check] = {"gpu": _check_gpu_side, "cpu": _check_cpu_side}
 
 
-def check_auto(path: OptionPath, config: Options) -> dict[str, Any]:
+def check_auto(path: OptionPath, config: Options) -> CheckedOptions:
     """Check the options of mode ``auto``; see :func:`~agentcluster.modes.options.check_options`."""
     return check_options(path, config, {**SIDES, **COMMON})
 
 
-def check_mixed(path: OptionPath, config: Options) -> dict[str, Any]:
+def check_mixed(path: OptionPath, config: Options) -> CheckedOptions:
     """Check the options of mode ``mixed``; see :func:`~agentcluster.modes.options.check_options`."""
     return check_options(path, config, SIDES)
 
@@ -173,7 +173,7 @@ def _gpu_workers(options: Options, gpus: tuple[Gpu, ...], limit: int) -> Workers
     )
 
 
-def _device_memory(gpu: Gpu) -> dict[str, Any]:
+def _device_memory(gpu: Gpu) -> CheckedOptions:
     """Return the default memory limit of a MIG device; dask-cuda would take that of the whole GPU."""
     return {"device_memory_limit": int(DEVICE_SHARE * gpu.memory)} if gpu.mig and gpu.memory else {}
 

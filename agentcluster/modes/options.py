@@ -28,6 +28,9 @@ from agentcluster.wire import plain
 #: Options by name. Their values are of many types: each mode, and each worker class, has its own.
 Options = Mapping[str, Any]
 
+#: Options that are set, as plain data.
+CheckedOptions = dict[str, Any]
+
 #: Length at which a value's repr is cut in a message.
 SHOWN = 200
 
@@ -144,7 +147,7 @@ Check = Callable[[OptionPath, object], object]
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether a value is a whole number, and no bool.
+    """Return whether a value is a whole number, and no bool.
 
     Parameters
     ----------
@@ -155,7 +158,7 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a number that a float can hold, and no bool.
+    """Return whether a value is a number that a float can hold, and no bool.
 
     Parameters
     ----------
@@ -392,7 +395,7 @@ def check_sendable(path: OptionPath, value: object) -> object:
     return found
 
 
-def check_mapping(path: OptionPath, value: object, allowed: str) -> dict[str, Any]:
+def check_mapping(path: OptionPath, value: object, allowed: str) -> CheckedOptions:
     """Check that a value is a mapping; its keys become text, as on the wire.
 
     Parameters
@@ -453,7 +456,7 @@ COMMON: Mapping[str, Check] = {
 
 def check_options(
     path: OptionPath, config: Options, known: Mapping[str, Check], cls: str | None = None
-) -> dict[str, Any]:
+) -> CheckedOptions:
     """Check options by name and value.
 
     Parameters

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from agentcluster.errors import ConfigError, ModeRefused
 from agentcluster.model import WorkerSpec
@@ -17,6 +16,7 @@ from agentcluster.modes.options import (
     NANNY,
     RESERVED,
     WORKER,
+    CheckedOptions,
     OptionPath,
     Options,
     canonical,
@@ -38,7 +38,7 @@ _EXAMPLE = '{"cls": "dask.distributed.Nanny", "opts": {…}}, or such mappings b
 _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
-def check_spec(path: OptionPath, config: Options) -> dict[str, Any]:
+def check_spec(path: OptionPath, config: Options) -> CheckedOptions:
     """Check a spec in any of its forms.
 
     Parameters
@@ -69,7 +69,7 @@ def check_spec(path: OptionPath, config: Options) -> dict[str, Any]:
     if config.get("spec") is None:
         raise path.error(f"spec is missing; give {_EXAMPLE}")
     entries = _entries(at_spec, config["spec"])
-    checked: dict[str, Any] = {"spec": entries}
+    checked: CheckedOptions = {"spec": entries}
     if config.get("nworkers") is not None:
         checked["nworkers"] = check_repetitions(path.at("nworkers"), config["nworkers"])
         if len(entries) > 1:
@@ -168,7 +168,7 @@ def _worker(node: NodeHardware, entry: Options, limit: int | None) -> WorkerSpec
     """Move options that :class:`WorkerSpec` has a field for to it; values that only the class can read stay options."""
     options = dict(entry["options"])
     path = OptionPath("spec")
-    lifted: dict[str, Any] = {}
+    lifted: CheckedOptions = {}
     for key in ("nthreads", "resources", "env"):
         if options.get(key) is not None:
             try:

@@ -30,8 +30,10 @@ from tests.support.waiting import INTERVAL
 from tests.support.zygote import Zygote
 
 # How long one example takes says what else the machine does; a test has its deadline as a whole.
-settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("shared machine")
+PATIENT: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("quick", max_examples=25, **PATIENT)
+settings.register_profile("thorough", max_examples=100, **PATIENT)
+settings.load_profile("thorough" if os.environ.get("CI") else "quick")
 
 #: Seconds that leftovers of a test have to go.
 SETTLE = 5.0

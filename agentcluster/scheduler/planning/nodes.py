@@ -301,7 +301,7 @@ class Node:
         return {**self.resources, **spec.resources}
 
     def matches(self, pattern: str) -> bool:
-        """Whether the node's name, or for ``key=value`` its label, matches a pattern.
+        """Return whether the node's name, or for ``key=value`` its label, matches a pattern.
 
         Parameters
         ----------

@@ -147,6 +147,6 @@ def test_amounts_are_whole_numbers(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"workers": 1, "nodes": 1}, {"cores": 1, "kinds": {"gpu": 1}}])
-def test_one_way_to_say_it(wrong: Any) -> None:
-    with pytest.raises(ConfigError, match="give one of them"):
+def test_one_target_at_a_time(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="cannot be combined with other targets; give one"):
         ScaleTarget(**wrong)
