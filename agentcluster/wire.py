@@ -122,7 +122,8 @@ def to_wire(value: object) -> Plain:
     """
     if isinstance(value, SCALARS):  # most values of a node, and 200 nodes can be read twice a second
         return value
-    if names := _fields(type(value)):
+    cls: Hint = type(value)
+    if names := _fields(cls):
         return {name: to_wire(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return {str(k): to_wire(v) for k, v in value.items()}
