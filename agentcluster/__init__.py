@@ -1,13 +1,13 @@
 """A Dask cluster of long-lived agents whose workers are swapped in place.
 
-This module owns the public names. Each is imported when it is first asked for: an agent's host needs no asyncssh, a
-client no GPU stack, and the first line of a launched agent must not wait for ``distributed``.
+This module has the public names. Each is imported at its first use: the host of an agent needs no asyncssh, a client no
+GPU libraries, and the first line of a launched agent must not wait for ``distributed``.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from agentcluster.agent.agent import Agent
@@ -65,9 +65,9 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
-        value: Any = _version()
+        value: object = _version()
     elif name in __all__:
         value = getattr(importlib.import_module(_HOMES.get(name, "agentcluster.errors")), name)
     else:

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import dask.config
 import yaml
@@ -24,15 +24,18 @@ __all__ = ["Config", "overrides", "warn_untested"]
 
 ROOT = "agentcluster"
 
-# Through the loader: in a scheduler the package may have no directory (:mod:`agentcluster.shipping`).
-defaults: dict[str, Any] = yaml.safe_load(pkgutil.get_data("agentcluster", "agentcluster.yaml") or b"")
+#: Options by name; those of a section are a mapping.
+Options: TypeAlias = dict[str, Any]
+
+# Through the loader: in a scheduler the package can be without a directory (:mod:`agentcluster.shipping`).
+defaults: Options = yaml.safe_load(pkgutil.get_data("agentcluster", "agentcluster.yaml") or b"")
 
 dask.config.update_defaults(defaults)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every option of the package, checked; times are seconds.
+    """Options of the package, checked; times are in seconds.
 
     The attributes are named like the options below ``agentcluster`` in :mod:`dask.config`, with ``_`` for ``.`` and
     ``-``.
@@ -52,29 +55,29 @@ class Config:
     stop_timeout
         Seconds for a worker to end by itself.
     drain_timeout
-        Seconds that tasks on the workers that go get to end.
+        Seconds for running tasks of leaving workers to end.
     retire_timeout
-        Seconds for moving data off the workers that go.
+        Seconds for moving data off leaving workers.
     node_name
-        Name of the node that an agent joins as; ``None`` for its hostname.
+        Name of an agent's node; ``None`` for its hostname.
     node_heartbeat_interval
-        Seconds between an agent's reports.
+        Seconds between an agent's heartbeats.
     node_ttl
-        Seconds of silence after which a node is lost.
+        Seconds without a heartbeat after which a node is lost.
     worker_restart_limit
-        Crashes within the window after which a worker is not started again.
+        Number of crashes within the window after which a worker is not restarted.
     worker_restart_window
         Seconds in which crashes are counted.
     worker_restart_backoff, worker_restart_backoff_max
-        Seconds before the first restart, and at most before any.
+        Seconds before the second restart, and the longest delay.
     forkserver_preload
         Names of the modules that a warm forkserver imports.
     log_lines
-        Last lines of output kept for each node.
+        Number of the last lines of output that are kept for each node.
     ssh_keepalive_interval
-        Seconds between the questions whether a host is still there.
+        Seconds between keepalive requests on an SSH connection.
     ssh_keepalive_count
-        Unanswered questions after which a connection is lost.
+        Number of unanswered keepalive requests after which an SSH connection is lost.
     """
 
     launch_timeout: float
@@ -96,25 +99,26 @@ class Config:
 
     @classmethod
     def load(cls) -> Config:
-        """Read the configuration that is in force now.
+        """Read the current configuration.
 
         Returns
         -------
         Config
-            The checked values; later changes of :mod:`dask.config` do not reach them.
+            The checked values; later changes of :mod:`dask.config` do not change them.
 
         Raises
         ------
         ConfigError
-            When there is an option that the package does not have, or a value that it cannot use. The message and
-            the error's `key` have the option's full name, such as ``agentcluster.node.ttl``.
+            For an unknown option, or a value that cannot be used. The message and the error's `key` have the full name
+            of the option, such as ``agentcluster.node.ttl``.
         """
         found = dict(_options(dask.config.get(ROOT, {}), defaults[ROOT], ROOT))
         config = cls(**{_attribute(key): _READERS[key](key, value) for key, value in found.items()})
         config._check_pairs(found)
         return config
 
-    def _check_pairs(self, found: Mapping[str, Any]) -> None:
+    def _check_pairs(self, found: Mapping[str, object]) -> None:
+        """Check the options that depend on each other."""
         ttl, interval = f"{ROOT}.node.ttl", f"{ROOT}.node.heartbeat-interval"
         if self.node_ttl <= self.node_heartbeat_interval:
             raise _wrong(ttl, found[ttl], f"a time longer than {interval} ({found[interval]!r})")
@@ -127,11 +131,11 @@ def _attribute(key: str) -> str:
     return key.removeprefix(f"{ROOT}.").replace(".", "_").replace("-", "_")
 
 
-def _options(given: Any, known: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+def _options(given: object, known: Mapping[str, object], where: str) -> Iterator[tuple[str, object]]:
     """Yield the full name and the value of each option below `where`; refuse names that `known` does not have."""
     if not isinstance(given, Mapping):
         raise _wrong(where, given, f"a mapping of {', '.join(sorted(known))}")
-    # dask.config takes "-" and "_" in a name for the same, and environment variables can only have "_".
+    # For dask.config, "-" and "_" in a name are the same, and environment variables can only have "_".
     named = {str(name).replace("_", "-"): (name, value) for name, value in given.items()}
     for name, (written, _) in named.items():
         if name not in known:
@@ -146,12 +150,14 @@ def _options(given: Any, known: Mapping[str, Any], where: str) -> Iterator[tuple
             yield key, value
 
 
-def _wrong(key: str, value: Any, allowed: str) -> ConfigError:
+def _wrong(key: str, value: object, allowed: str) -> ConfigError:
     return ConfigError(f"{key} is {value!r}, but must be {allowed}", key=key)
 
 
-def _integer(least: int) -> Callable[[str, Any], int]:
-    def read(key: str, value: Any) -> int:
+def _integer(least: int) -> Callable[[str, object], int]:
+    """Return a reader of whole numbers from `least`."""
+
+    def read(key: str, value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise _wrong(key, value, f"a whole number, {least} or more")
         return value
@@ -159,13 +165,15 @@ def _integer(least: int) -> Callable[[str, Any], int]:
     return read
 
 
-def _name(key: str, value: Any) -> str | None:
-    if value is not None and (not isinstance(value, str) or not value.strip()):
-        raise _wrong(key, value, "a name, or null for the hostname")
-    return value
+def _name(key: str, value: object) -> str | None:
+    """Read the name of a node."""
+    if value is None or (isinstance(value, str) and value.strip()):
+        return value
+    raise _wrong(key, value, "a name, or null for the hostname")
 
 
-def _modules(key: str, value: Any) -> tuple[str, ...]:
+def _modules(key: str, value: object) -> tuple[str, ...]:
+    """Read names of modules."""
     if isinstance(value, list | tuple) and all(
         isinstance(name, str) and all(part.isidentifier() for part in name.split(".")) for name in value
     ):
@@ -173,8 +181,8 @@ def _modules(key: str, value: Any) -> tuple[str, ...]:
     raise _wrong(key, value, "a list of module names")
 
 
-#: Full name of an option -> what checks and converts its value.
-_READERS: Mapping[str, Callable[[str, Any], Any]] = {
+#: Full name of an option -> function that checks and converts its value.
+_READERS: Mapping[str, Callable[[str, object], Any]] = {
     f"{ROOT}.launch-timeout": parse_seconds,
     f"{ROOT}.start-timeout": parse_seconds,
     f"{ROOT}.stop-timeout": parse_seconds,
@@ -224,16 +232,23 @@ def warn_untested() -> None:
         )
 
 
-def overrides() -> dict[str, Any]:
-    """Return the part of dask's configuration in force that differs from every library's defaults, nested."""
-    known: dict[str, Any] = {}
+def overrides() -> Options:
+    """Return the part of dask's configuration that differs from the defaults of all libraries.
+
+    Returns
+    -------
+    dict
+        The options, nested as in :mod:`dask.config`.
+    """
+    known: Options = {}
     for layer in dask.config.defaults:
         dask.config.update(known, layer)
     return _difference(dask.config.config, known)
 
 
-def _difference(values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
+def _difference(values: Mapping[str, object], known: Mapping[str, object]) -> Options:
+    """Return the values that `known` does not have, or has otherwise."""
+    found: Options = {}
     for key, value in values.items():
         default = known.get(key)
         if isinstance(value, Mapping) and isinstance(default, Mapping):

@@ -1,29 +1,28 @@
-"""Every error that agentcluster raises on purpose, in one tree.
+"""Exceptions of agentcluster, in one tree.
 
 ::
 
     AgentClusterError
-    ├── ConfigError (ValueError)      bad input: which value, where, what is allowed
-    │   ├── ModeRefused               a node cannot serve a mode: which node, why
-    │   └── VersionMismatch           two processes speak different versions of the protocol
-    ├── PreflightError (ValueError)   one or more refusals; nothing was touched
-    ├── NodeNotFound (LookupError)    no node of that name
-    ├── NodeExists (ValueError)       a node of that name is already there
-    ├── LaunchError (RuntimeError)    an agent did not come to run on a host
+    ├── ConfigError (ValueError)         a value cannot be used: the value, its place, what is allowed
+    │   ├── ModeRefused                  a node cannot serve a mode: the node, the reason
+    │   └── VersionMismatch              two processes have different versions of the protocol
+    ├── PreflightError (ValueError)      one or more nodes refused; nothing was changed
+    ├── NodeNotFound (LookupError)       no node of that name
+    ├── NodeExists (ValueError)          a node of that name is already registered
+    ├── LaunchError (RuntimeError)       an agent did not start on a host
     │   └── LaunchTimeout (TimeoutError)
     ├── WorkerStartError (RuntimeError)  an agent could not start a worker
-    ├── SwapError (RuntimeError)      a swap did not end as asked; says what is true now
-    ├── RolloutBusy (RuntimeError)    another rollout runs
-    └── SchedulerUnfit (RuntimeError) the scheduler cannot run agentcluster's plugin
+    ├── SwapError (RuntimeError)         a swap failed; has the state of the workers
+    ├── RolloutBusy (RuntimeError)       another rollout runs
+    └── SchedulerUnfit (RuntimeError)    the scheduler cannot run agentcluster's plugin
 
-Each stores its facts as attributes, reads as one sentence, and survives pickling (also with the keyword
-arguments of its constructor), because most of them travel from the scheduler to a client.
+Each stores its facts as attributes, has a message of one sentence, and can be pickled (also with the keyword arguments
+of its constructor), because most of them travel from the scheduler to a client.
 """
 
 from __future__ import annotations
 
 import difflib
-import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -46,14 +45,14 @@ __all__ = [
 
 
 def suggest(wrong: str, allowed: Iterable[str]) -> str:
-    """End a message about an unknown name: the closest allowed one, or all of them.
+    """Return the end of a message about an unknown name: the closest allowed name, and all of them.
 
     Parameters
     ----------
     wrong
-        What the user wrote.
+        Name that the user wrote.
     allowed
-        What could have been written.
+        Allowed names.
 
     Returns
     -------
@@ -74,35 +73,47 @@ def suggest(wrong: str, allowed: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says in one line, or its kind where it says nothing."""
+    """Return the message of an error in one line.
+
+    Parameters
+    ----------
+    error
+        The error.
+
+    Returns
+    -------
+    str
+        The message; the name of the error's class when it has none.
+    """
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _rebuild(cls: type[AgentClusterError], args: tuple[Any, ...], state: dict[str, Any]) -> AgentClusterError:
-    # `cls.__new__` is that of the first builtin in the order of bases, which an OSError's memory does not fit.
+def _rebuild(cls: type[AgentClusterError], args: tuple[object, ...], state: dict[str, object]) -> AgentClusterError:
+    """Make an error without calling its constructor."""
+    # `cls.__new__` is that of the first builtin base, which does not fit the memory layout of an OSError.
     builtin = OSError if issubclass(cls, OSError) else Exception
-    error: Any = builtin.__new__(cls)
+    error = builtin.__new__(cls)
     error.args = args
     error.__dict__.update(state)
-    return typing.cast(AgentClusterError, error)
+    return error
 
 
 class AgentClusterError(Exception):
-    """Base of every error of this package."""
+    """Base of all errors of this package."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
 class ConfigError(AgentClusterError, ValueError):
-    """A value that the user gave cannot be used.
+    """A value cannot be used.
 
     Parameters
     ----------
     message
-        The whole sentence: the value, the place it was given, the remedy.
+        The whole sentence: the value, its place, what is allowed.
     key
-        The name of the option as the user typed it, when there is one.
+        Name of the option as the user typed it, if there is one.
     """
 
     def __init__(self, message: str, *, key: str | None = None) -> None:
@@ -120,7 +131,7 @@ class ModeRefused(ConfigError):
     mode
         Name of the mode.
     reason
-        Why, and what would help.
+        The reason, and the remedy.
     """
 
     def __init__(self, node: str, mode: str, reason: str) -> None:
@@ -136,7 +147,7 @@ class PreflightError(AgentClusterError, ValueError):
     Parameters
     ----------
     mode
-        Name of the mode that was asked for.
+        Name of the requested mode.
     refusals
         Node name -> reason, for every node that refused.
     """
@@ -149,7 +160,15 @@ class PreflightError(AgentClusterError, ValueError):
 
 
 class NodeNotFound(AgentClusterError, LookupError):
-    """No node of that name is in the cluster."""
+    """No node of that name is in the cluster.
+
+    Parameters
+    ----------
+    name
+        The unknown name.
+    known
+        Names of the nodes.
+    """
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
         self.name = name
@@ -158,7 +177,15 @@ class NodeNotFound(AgentClusterError, LookupError):
 
 
 class NodeExists(AgentClusterError, ValueError):
-    """A node of that name is already registered by another agent."""
+    """A node of that name is already registered by another agent.
+
+    Parameters
+    ----------
+    name
+        The name.
+    address
+        Address of the other agent.
+    """
 
     def __init__(self, name: str, address: str) -> None:
         self.name = name
@@ -170,16 +197,16 @@ class NodeExists(AgentClusterError, ValueError):
 
 
 class LaunchError(AgentClusterError, RuntimeError):
-    """An agent (or a scheduler) did not come to run on a host.
+    """An agent (or a scheduler) did not start on a host.
 
     Parameters
     ----------
     host
         The host as the user wrote it.
     reason
-        What happened, and the remedy where one is known.
+        The reason, and the remedy where one is known.
     last_output
-        Last line that the process wrote, if it wrote any.
+        Last line that the process printed, if any.
     """
 
     def __init__(self, host: str, reason: str, last_output: str = "") -> None:
@@ -191,7 +218,7 @@ class LaunchError(AgentClusterError, RuntimeError):
 
 
 class LaunchTimeout(LaunchError, TimeoutError):
-    """An agent said nothing within the launch deadline."""
+    """An agent was not ready within the launch timeout."""
 
 
 class WorkerStartError(AgentClusterError, RuntimeError):
@@ -202,7 +229,7 @@ class WorkerStartError(AgentClusterError, RuntimeError):
     node
         Name of the node.
     failures
-        Worker name -> what it said last.
+        Worker name -> its last output.
     """
 
     def __init__(self, node: str, failures: Mapping[str, str]) -> None:
@@ -213,16 +240,16 @@ class WorkerStartError(AgentClusterError, RuntimeError):
 
 
 class SwapError(AgentClusterError, RuntimeError):
-    """A swap did not end as asked.
+    """A swap failed.
 
     Parameters
     ----------
     reason
-        What failed on which node.
+        The failure, and the node.
     state
-        What is true of the workers now.
+        State of the workers now.
     report
-        What was done on each node, as ``reprovision_nodes`` would have answered; None when nothing was begun.
+        Report on each node, as the answer of ``reprovision_nodes``; None when nothing was begun.
     """
 
     def __init__(self, reason: str, state: str, report: Mapping[str, Any] | None = None) -> None:
@@ -233,14 +260,14 @@ class SwapError(AgentClusterError, RuntimeError):
 
 
 class RolloutBusy(AgentClusterError, RuntimeError):
-    """Another rollout runs, and the caller did not want to wait for it (any longer).
+    """Another rollout runs, and the caller does not wait for it, or its wait has timed out.
 
     Parameters
     ----------
     label
-        The mode that the other one goes to.
+        Mode of the other rollout.
     seconds
-        How long it has run.
+        Seconds since it began.
     """
 
     def __init__(self, label: str, seconds: float) -> None:
@@ -253,7 +280,15 @@ class RolloutBusy(AgentClusterError, RuntimeError):
 
 
 class SchedulerUnfit(AgentClusterError, RuntimeError):
-    """The scheduler cannot run agentcluster's plugin."""
+    """The scheduler cannot run agentcluster's plugin.
+
+    Parameters
+    ----------
+    address
+        Address of the scheduler.
+    reason
+        The reason, and the remedy.
+    """
 
     def __init__(self, address: str, reason: str) -> None:
         super().__init__(f"scheduler at {address} cannot hold nodes: {reason}")
@@ -262,10 +297,10 @@ class SchedulerUnfit(AgentClusterError, RuntimeError):
 
 
 class VersionMismatch(ConfigError):
-    """Two processes speak different versions of agentcluster's protocol.
+    """Two processes have different versions of agentcluster's protocol.
 
     Parameters
     ----------
     message
-        The whole sentence: both processes with their versions, and which to upgrade.
+        The whole sentence: both processes with their versions, and the one to upgrade.
     """

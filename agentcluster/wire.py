@@ -12,14 +12,14 @@ import functools
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, NewType, TypeVar
+from typing import Any, Literal, NewType, TypeAlias, TypeVar
 
 import cloudpickle
 
 import agentcluster
 from agentcluster.errors import ConfigError, VersionMismatch, suggest
 
-#: Version of all that two processes of agentcluster send each other; both must have the same.
+#: Version of the protocol between two processes of agentcluster; both must have the same.
 PROTOCOL = 1
 
 PICKLED = "__cloudpickle__"
@@ -30,27 +30,52 @@ PLUGIN = "agentcluster"
 #: Topic of the scheduler's events about rollouts and adaptive decisions.
 TOPIC = "agentcluster"
 
-#: Message to an agent whose last worker was retired otherwise than by a change of its node's plan.
+#: Message to an agent whose last worker was retired, but not by a change of its node's plan.
 RETIRED = "retired"
 
 NO_PLUGIN = (
-    "it does not take the agentcluster plugin that was sent to it: install agentcluster where the scheduler runs "
+    "it refused the agentcluster plugin that was sent to it: install agentcluster where the scheduler runs "
     "(pip install agentcluster, same version), or start it with: dask scheduler --preload agentcluster"
 )
 
 T = TypeVar("T")
 
-#: What is plain data as it is.
+#: Plain data: None, a bool, a number, text, or a list or a mapping by text of plain data.
+Plain: TypeAlias = Any
+
+#: Types of plain data that contain no other.
 SCALARS = (str, int, float, bool, type(None))
 
 
-def pickled(value: Any) -> dict[str, str]:
-    """Wrap a value that is not plain data, so that it can travel as text to the agent that needs it."""
+def pickled(value: object) -> dict[str, str]:
+    """Wrap a value that is not plain data as text, for the agent that needs it.
+
+    Parameters
+    ----------
+    value
+        Any value that cloudpickle can pickle.
+
+    Returns
+    -------
+    dict
+        Plain data, for :func:`unpickled`.
+    """
     return {PICKLED: base64.b85encode(cloudpickle.dumps(value)).decode()}
 
 
-def unpickled(value: Any) -> Any:
-    """Undo :func:`pickled` in a value, at any depth; only an agent does this, on data of its own scheduler."""
+def unpickled(value: object) -> Plain:
+    """Restore the values that :func:`pickled` wrapped; called only by an agent, on data of its own scheduler.
+
+    Parameters
+    ----------
+    value
+        Plain data, with wrapped values at any depth.
+
+    Returns
+    -------
+    Plain
+        The data with the values restored.
+    """
     if isinstance(value, Mapping):
         if set(value) == {PICKLED}:
             return cloudpickle.loads(base64.b85decode(value[PICKLED]))
@@ -60,10 +85,18 @@ def unpickled(value: Any) -> Any:
     return value
 
 
-def plain(value: Any) -> Any:
-    """Return `value` as JSON-able data; what is not plain is :func:`pickled`.
+def plain(value: object) -> Plain:
+    """Convert a value to plain data.
 
-    A mapping's keys become text, a tuple a list.
+    Parameters
+    ----------
+    value
+        Any value.
+
+    Returns
+    -------
+    Plain
+        The data: keys of mappings are text, tuples are lists, and other values are :func:`pickled`.
     """
     if isinstance(value, SCALARS):
         return value
@@ -74,11 +107,22 @@ def plain(value: Any) -> Any:
     return pickled(value)
 
 
-def to_wire(value: Any) -> Any:
-    """Return a dataclass (or a container of them) as plain dicts and lists."""
-    if isinstance(value, SCALARS):  # most of what a node says, and 200 of them may be looked at twice a second
+def to_wire(value: object) -> Plain:
+    """Convert a dataclass, or a container of them, to plain data.
+
+    Parameters
+    ----------
+    value
+        The dataclass; its fields are dataclasses, containers, or values for :func:`plain`.
+
+    Returns
+    -------
+    Plain
+        The data, for :func:`from_wire`.
+    """
+    if isinstance(value, SCALARS):  # most values of a node, and 200 nodes can be read twice a second
         return value
-    cls: Any = type(value)
+    cls: Hint = type(value)
     if names := _fields(cls):
         return {name: to_wire(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
@@ -88,34 +132,43 @@ def to_wire(value: Any) -> Any:
     return plain(value)
 
 
+#: Resolved type hint, of which only :mod:`typing` knows the parts.
+Hint: TypeAlias = Any
+
+
 @functools.cache
-def _fields(cls: Any) -> tuple[str, ...]:
-    """Return the names of a dataclass's fields; of any other class, nothing."""
+def _fields(cls: Hint) -> tuple[str, ...]:
+    """Return the names of a dataclass's fields; none for another class."""
     return tuple(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else ()
 
 
 @functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, Hint]:
+    """Return the type hints of a class, resolved."""
     return typing.get_type_hints(cls)
 
 
-def from_wire(cls: type[T], data: Any, where: str = "") -> T:
+def from_wire(cls: type[T], data: object, where: str = "") -> T:
     """Parse plain data into the dataclass `cls`.
 
     Parameters
     ----------
     cls
-        One of this module's dataclasses.
+        The dataclass; its type hints are those of :mod:`agentcluster.model`.
     data
         A mapping of its fields.
     where
-        The place the data came from, for the message.
+        Source of the data, for messages.
+
+    Returns
+    -------
+    T
+        The dataclass.
 
     Raises
     ------
     ConfigError
-        When `data` is no mapping, has a key that `cls` does not have, lacks one that it needs, or a value has the
-        wrong type.
+        When `data` is not a mapping, has an unknown key, lacks a required one, or has a value of a wrong type.
     """
     place = where or cls.__name__
     if not isinstance(data, Mapping):
@@ -136,11 +189,12 @@ def from_wire(cls: type[T], data: Any, where: str = "") -> T:
     return cls(**values)
 
 
-def _parse(hint: Any, value: Any, where: str) -> Any:
-    """Check `value` against a type hint of one of the dataclasses above and convert what the wire flattened."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+def _parse(hint: Hint, value: object, where: str) -> Plain:
+    """Check a value against a type hint, and convert it to that type."""
+    origin: object = typing.get_origin(hint)
+    args = typing.get_args(hint)
     if hint is Any:
-        return plain(value)  # dask's wire makes lists tuples, which would differ from what was sent
+        return plain(value)  # dask's protocol turns lists into tuples
     if isinstance(hint, NewType):
         return _parse(hint.__supertype__, value, where)
     if origin in (types.UnionType, typing.Union):
@@ -166,7 +220,8 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _parse_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+def _parse_union(choices: tuple[Hint, ...], value: object, where: str) -> Plain:
+    """Parse a value as the first type that it has."""
     if value is None and type(None) in choices:
         return None
     problem: ConfigError | None = None
@@ -180,31 +235,31 @@ def _parse_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     raise problem
 
 
-def spoken() -> dict[str, Any]:
-    """Return this process's versions, to be sent with its first message to another.
+def spoken() -> dict[str, int | str]:
+    """Return the versions of this process, which its first message to another process has.
 
     Returns
     -------
     dict
-        The protocol's version, and the version of agentcluster.
+        ``protocol`` and ``version``: the versions of the protocol and of agentcluster.
     """
     return {"protocol": PROTOCOL, "version": agentcluster.__version__}
 
 
 def check_protocol(peer: str, protocol: object, version: object = None, *, here: str) -> None:
-    """Refuse a peer that speaks another version of the protocol.
+    """Check that a peer has the same version of the protocol.
 
     Parameters
     ----------
     peer, here
-        The two processes, such as ``"the agent on gpu-1"``.
+        Names of the two processes, such as ``"the agent on gpu-1"``.
     protocol, version
-        Versions of the protocol and of agentcluster that the peer sent; None where it sent none.
+        Versions of the protocol and of agentcluster that the peer sent; None when it sent none.
 
     Raises
     ------
     VersionMismatch
-        Names both versions, and which process to upgrade.
+        When the versions differ; the message has both, and the process to upgrade.
     """
     if protocol == PROTOCOL and not isinstance(protocol, bool):
         return

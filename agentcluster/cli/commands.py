@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agentcluster import modes
-from agentcluster.cli.connection import AS_JSON, Connection, operates, print_json, selection
+from agentcluster.cli.connection import AS_JSON, Connection, Facts, operates, print_json, selection
 from agentcluster.client.rollouts import parse_status, watch
 from agentcluster.errors import ConfigError
 from agentcluster.model import NodeProgress
@@ -216,7 +216,7 @@ def _after(before: Sequence[str], now: Sequence[str]) -> Sequence[str]:
     return now
 
 
-def _event_line(when: float, event: Mapping[str, Any]) -> str:
+def _event_line(when: float, event: Facts) -> str:
     """Format an event in one line."""
     clock = time.strftime("%H:%M:%S", time.localtime(when))
     if "adapt" in event:
@@ -281,7 +281,7 @@ async def top(there: Connection, interval: float, iterations: int | None, as_jso
             await asyncio.sleep(interval)
 
 
-def picture(address: str, nodes: Mapping[str, Mapping[str, Any]], rollout: Mapping[str, Any] | None) -> RenderableType:
+def picture(address: str, nodes: Mapping[str, Facts], rollout: Facts | None) -> RenderableType:
     """Draw one update of ``top``.
 
     Parameters

@@ -12,7 +12,7 @@ import functools
 import json
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import click
 import dask.config
@@ -34,6 +34,9 @@ from agentcluster.wire import TOPIC, check_protocol
 
 #: Seconds within which a scheduler must answer the first call.
 CONNECT = 10.0
+
+#: Plain data of the scheduler, by name.
+Facts: TypeAlias = Mapping[str, Any]
 
 FAILED, REFUSED, NO_SCHEDULER = 1, 2, 3
 
@@ -78,7 +81,7 @@ class Connection:
         self._scheduler = scheduler
         self._checked = False
 
-    async def call(self, name: str, **arguments: object) -> Mapping[str, Any]:
+    async def call(self, name: str, **arguments: object) -> Facts:
         """Make a call that answers with a mapping.
 
         Parameters
@@ -95,7 +98,7 @@ class Connection:
         """
         return dict(await self._call(name, **arguments))
 
-    async def nodes(self) -> dict[str, dict[str, Any]]:
+    async def nodes(self) -> Mapping[str, Facts]:
         """Return the nodes.
 
         Returns
@@ -104,9 +107,9 @@ class Connection:
             Node name -> its description, sorted by name.
         """
         found = await self._call("get_nodes")
-        return {name: dict(found[name]) for name in sorted(found, key=natural_sort_key)}
+        return {name: found[name] for name in sorted(found, key=natural_sort_key)}
 
-    async def rollout(self) -> Mapping[str, Any] | None:
+    async def rollout(self) -> Facts | None:
         """Return the progress of the rollout that runs.
 
         Returns
@@ -114,7 +117,7 @@ class Connection:
         mapping or None
             Fields of :class:`agentcluster.model.RolloutStatus`; None when no rollout runs.
         """
-        status: Mapping[str, Any] | None = await self._call("rollout_status")
+        status: Facts | None = await self._call("rollout_status")
         return status
 
     async def logs(self, nodes: Sequence[str] | None) -> Mapping[str, Sequence[str]]:
@@ -132,7 +135,7 @@ class Connection:
         """
         return await self.call("get_node_logs", nodes=nodes)
 
-    async def events(self) -> Sequence[tuple[float, Mapping[str, Any]]]:
+    async def events(self) -> Sequence[tuple[float, Facts]]:
         """Return the events of rollouts and of adaptive scaling that the scheduler has kept.
 
         Returns
@@ -180,7 +183,7 @@ def selection(patterns: Iterable[str]) -> list[str] | None:
 
 
 @contextlib.asynccontextmanager
-async def connected(options: Mapping[str, Any]) -> AsyncIterator[Connection]:
+async def connected(options: Mapping[str, str | None]) -> AsyncIterator[Connection]:
     """Open a connection to the scheduler that the options name.
 
     Parameters
@@ -210,7 +213,7 @@ async def connected(options: Mapping[str, Any]) -> AsyncIterator[Connection]:
         await scheduler.close_rpc()
 
 
-def _address(options: Mapping[str, Any]) -> str:
+def _address(options: Mapping[str, str | None]) -> str:
     """Return the address of the scheduler that the options, or dask's configuration, name."""
     file, given = options["scheduler_file"], options["scheduler"]
     if file and given:

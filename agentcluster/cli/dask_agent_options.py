@@ -298,7 +298,7 @@ def _read_spec(options: Values) -> object:
     return from_json("--spec", options["spec"]) if options["spec"] else None
 
 
-def from_json(option: str, text: str) -> dict[str, Any]:
+def from_json(option: str, text: str) -> Values:
     """Parse the JSON object that an option was given.
 
     Parameters

@@ -48,7 +48,7 @@ def main() -> None:
         _fail(f"{type(error).__name__}: {error}", error)
 
 
-def _preload(config: Mapping[str, Any]) -> Sequence[str]:
+def _preload(config: Mapping[str, object]) -> Sequence[str]:
     """Return the modules that the forkserver imports; the settings have them when they are not the defaults."""
     from agentcluster.agent import forkserver
 
@@ -145,7 +145,7 @@ async def _first(ended: asyncio.Event, other: asyncio.Future[Any]) -> bool:
     import asyncio
 
     end = asyncio.ensure_future(ended.wait())
-    await asyncio.wait([end, other], return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({end, other}, return_when=asyncio.FIRST_COMPLETED)
     end.cancel()
     return ended.is_set()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import click
 from distributed import Client, Future, wait
@@ -16,6 +16,9 @@ from agentcluster.errors import AgentClusterError, PreflightError
 from agentcluster.tables import count
 
 KEYS = 200
+
+#: Futures of keys in memory.
+Futures: TypeAlias = list[Future[Any]]
 
 
 @click.group()
@@ -74,7 +77,7 @@ def _demo(hosts: int) -> int:
     return lost
 
 
-def _to_none_and_back(cluster: AgentCluster, client: Client, futures: list[Future[Any]]) -> int:
+def _to_none_and_back(cluster: AgentCluster, client: Client, futures: Futures) -> int:
     """Show that the only node keeps its workers while they hold data, and removes them when they hold none."""
     try:
         _swap(cluster, "none")
@@ -90,7 +93,7 @@ def _to_none_and_back(cluster: AgentCluster, client: Client, futures: list[Futur
 
 
 def _swap(
-    cluster: AgentCluster, mode: str, config: dict[str, Any] | None = None, nodes: list[str] | None = None
+    cluster: AgentCluster, mode: str, config: Mapping[str, object] | None = None, nodes: list[str] | None = None
 ) -> None:
     """Reprovision; print the call, the report and the nodes."""
     more = f", {config!r}" if config else ""
@@ -99,7 +102,7 @@ def _swap(
     click.echo(f"{cluster.reprovision(mode, config, nodes=nodes)!r}\n\n{cluster.nodes!r}")
 
 
-def _remember(client: Client) -> list[Future[Any]]:
+def _remember(client: Client) -> Futures:
     """Put results in memory: scattered data, which only this client has, and results of tasks."""
     scattered = client.scatter([bytes([i]) * 10_000 for i in range(KEYS)], hash=False)
     computed = client.map(pow, range(KEYS), [2] * KEYS, pure=False)
@@ -108,14 +111,14 @@ def _remember(client: Client) -> list[Future[Any]]:
     return [*scattered, *computed]
 
 
-def _lost(client: Client, futures: Sequence[Future[Any]]) -> int:
+def _lost(client: Client, futures: Futures) -> int:
     """Print and return the number of keys whose value is lost or wrong."""
     wrong = _wrong(client, futures)
     click.echo(f"Keys lost: {wrong}")
     return wrong
 
 
-def _wrong(client: Client, futures: Sequence[Future[Any]]) -> int:
+def _wrong(client: Client, futures: Futures) -> int:
     """Return the number of keys whose value is lost or wrong."""
     expected = [*(bytes([i]) * 10_000 for i in range(KEYS)), *(i**2 for i in range(KEYS))]
     found = client.gather(futures, errors="skip")

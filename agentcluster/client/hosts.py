@@ -191,7 +191,7 @@ class Hosts:
 
     def _default_modes(self, names: Iterable[str]) -> dict[str, Plain]:
         """Return the cluster's mode for each node, where the scheduler's default mode is not the cluster's."""
-        return {} if self._cluster.shutdown_scheduler else dict.fromkeys(names, to_wire(self._mode))
+        return {} if self._cluster.shutdown_scheduler else {name: to_wire(self._mode) for name in names}
 
     async def add(self, host: object) -> str:
         """Launch or adopt one more agent, or add a standby host.

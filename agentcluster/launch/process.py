@@ -12,7 +12,6 @@ import re
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from agentcluster.config import Config
 from agentcluster.errors import ConfigError, LaunchError, LaunchTimeout
 from agentcluster.launch.protocol import LogTail, Reader, Ready, Settings, drain
 
@@ -178,6 +177,8 @@ async def launch(
     ConfigError
         When an option of the configuration cannot be used; nothing was started.
     """
+    from agentcluster.config import Config  # imports dask, which a process that only names launchers does not need
+
     running: _Running | None = None
     log = LogTail(Config.load().log_lines)
     try:

@@ -90,7 +90,7 @@ def test_a_plain_list(tmp_path: Path) -> None:
         ("hosts: [{host: a, standby: maybe}]", "standby 'maybe' is not true or false"),
         ("hosts: [{host: a, labels: [x]}]", "hosts: labels: expected a mapping, got ['x']"),
         ("hosts: ['a b']", "host 'a b' is not understood"),
-        ("hosts: ['gpu-[8-1]']", "[8-1] in 'gpu-[8-1]' is no range"),
+        ("hosts: ['gpu-[8-1]']", "[8-1] in 'gpu-[8-1]' is not a range"),
         ("hosts: ['gpu-[1-99999]']", "more than 10000 hosts"),
         ("hosts: [{host: 'gpu-[1-2]', name: x}]", "are 2 hosts, which cannot all have one name"),
         ("groups: {gpu: {hosts: [a], name: x}}", "groups: gpu: unknown key 'name'"),
@@ -110,7 +110,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="cannot be read: No such file"):
             launchers_for(str(tmp_path / name))
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="it is no text"):
+    with pytest.raises(ConfigError, match="it is not text"):
         launchers_for(tmp_path / "binary.txt")
 
 
@@ -121,7 +121,7 @@ def test_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names == ["rack1-node1", "rack1-node2", "rack2-node1", "rack2-node2"]
     monkeypatch.delenv("SLURM_JOB_NODELIST")
     monkeypatch.delenv("SLURM_NODELIST", raising=False)
-    with pytest.raises(ConfigError, match="this is no Slurm allocation"):
+    with pytest.raises(ConfigError, match="this is not a Slurm allocation"):
         launchers_for("slurm")
 
 
