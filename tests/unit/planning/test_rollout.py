@@ -384,7 +384,9 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=settings.default.max_examples * 3 // 2, stateful_step_count=40, deadline=None)
+TestAnyOrder.settings = settings(
+    max_examples=settings.default.max_examples * 3 // 2, stateful_step_count=40, deadline=None
+)
 
 
 # -- the arrows of the drawings ----------------------------------------------------------------------------------------
