@@ -12,13 +12,13 @@ from typing import Any
 import dask
 import pytest
 import pytest_asyncio
-from tests.support.waiting import wait_until
 from distributed import Client, Scheduler
 from distributed.core import Status
 
 from agentcluster import AgentCluster, Host, VersionMismatch, dask_setup
 from agentcluster.reports import ScaleReport
 from agentcluster.wire import PROTOCOL
+from tests.support.waiting import wait_until
 
 QUIET: dict[str, Any] = {"scheduler_options": {"dashboard": False, "dashboard_address": ":0"}}
 TWO = {"nworkers": 2, "nthreads": 1, "memory_limit": "300MiB"}
