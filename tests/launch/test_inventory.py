@@ -32,5 +32,5 @@ async def test_in_a_cluster() -> None:
         assert modes() == {"box-a": "uniform", "box-b": "uniform", "local": "auto-cpu"}
         await cluster.reprovision("auto-cpu", one, nodes=lambda node: node["labels"].get("rack") == "a")
         assert modes() == {"box-a": "auto-cpu", "box-b": "uniform", "local": "auto-cpu"}
-        with pytest.raises(ConfigError, match="fits no node"):
+        with pytest.raises(ConfigError, match="selects no node"):
             await cluster.reprovision("none", nodes=lambda node: node["hardware"]["cpus"] > 10**6)
