@@ -211,7 +211,7 @@ def warn_untested() -> None:
     """
     import distributed  # heavy, and only needed here
 
-    installed: str = vars(distributed)["__version__"]
+    installed = str(vars(distributed)["__version__"])
     found = re.match(r"(\d+)\.(\d+)\.(\d+)", installed)
     version = tuple(map(int, found.groups())) if found else ()
     first, last = TESTED

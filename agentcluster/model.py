@@ -15,7 +15,7 @@ NodeName = NewType("NodeName", str)
 WorkerName = NewType("WorkerName", str)
 Address = NewType("Address", str)
 
-#: What a worker is for: ``cpu`` and ``gpu`` carry our resource labels, ``custom`` is exactly what the user said.
+#: Kind of a worker: ``cpu`` and ``gpu`` have resources of these names, ``custom`` is as the user wrote it.
 Kind = Literal["cpu", "gpu", "custom"]
 
 
@@ -26,11 +26,11 @@ class Gpu:
     Attributes
     ----------
     visible_id
-        What ``CUDA_VISIBLE_DEVICES`` calls it: an index as text, or a UUID (always, for a MIG device).
+        Its name in ``CUDA_VISIBLE_DEVICES``: an index as text, or a UUID (always, for a MIG device).
     uuid, name
-        As NVML says them.
+        As NVML reports them.
     memory
-        Total device memory in bytes; 0 where the device has none of its own.
+        Total device memory in bytes; 0 where the device shares the host's.
     mig
         Whether it is a MIG device.
     """
@@ -44,12 +44,12 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What was detected on a node.
+    """Hardware detected on a node.
 
     Attributes
     ----------
     hostname
-        The machine's own name.
+        Name of the machine.
     cpus
         Cores that may be used (affinity and cgroup applied).
     memory
@@ -57,7 +57,7 @@ class Hardware:
     gpus
         GPUs and MIG devices, in ``CUDA_VISIBLE_DEVICES`` order.
     gpu_problem
-        Why there are none, when there are none.
+        Reason why there are none; None where there are some.
     versions
         Package name -> version, for python, dask, distributed, agentcluster and, where installed, dask-cuda.
     """
@@ -70,14 +70,14 @@ class Hardware:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """Say in a few words what the host has."""
+        """Return a short description, such as ``8 cores, 64.0 GiB, 2 GPUs``."""
         gpus = f", {len(self.gpus)} GPUs" if self.gpus else ""
         return f"{self.cpus} cores, {self.memory / 2**30:.1f} GiB{gpus}"
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A mode's name with its options.
+    """Mode's name with its options; inside the package as :func:`agentcluster.modes.parse` returns it.
 
     Attributes
     ----------
@@ -93,16 +93,17 @@ class Mode:
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """One worker's wanted settings.
+    """Settings of one worker.
 
     Attributes
     ----------
     kind
         ``cpu``, ``gpu`` or ``custom``.
     cls
-        Import path of the class, such as ``distributed.Nanny``, or a pickled class (see :func:`pickled`).
+        Import path of the class, such as ``distributed.Nanny``, or a pickled class (see
+        :func:`agentcluster.wire.pickled`).
     options
-        Keyword arguments of that class, less the fields below.
+        Keyword arguments of that class, without the fields below.
     nthreads, memory_limit
         Threads and bytes; ``None`` leaves them to the class. ``memory_limit=0`` means no limit, as in dask.
     resources
@@ -110,7 +111,7 @@ class WorkerSpec:
     env
         Environment variables of the worker's process.
     devices, device
-        For a GPU worker: all the node's device ids that the mode uses, and this worker's index among them.
+        For a GPU worker: ids of all the node's devices that the mode uses, and this worker's index among them.
     """
 
     kind: Kind
@@ -126,16 +127,16 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class NodePlan:
-    """The workers wanted on a node now.
+    """Workers wanted on a node.
 
     Attributes
     ----------
     revision
-        Grows by one with every change of the plan.
+        Number of the plan; each change adds one.
     mode
-        The mode that the workers came from.
+        Mode that the workers were planned by.
     workers
-        Worker name -> its settings.
+        Worker name -> settings.
     """
 
     revision: int
@@ -145,23 +146,22 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class WorkerState:
-    """One worker as its agent sees it.
+    """State of one worker, as its agent reports it.
 
     Attributes
     ----------
     name
-        The worker's name.
+        Name of the worker.
     state
-        ``starting``, ``running``, ``restarting``, ``stopping``, ``retired`` (closed by the scheduler on purpose) or
-        ``failed``.
+        ``starting``, ``running``, ``restarting``, ``stopping``, ``retired`` (closed by the scheduler) or ``failed``.
     address
-        The worker's address, once it has one.
+        Address of the worker, once it has one.
     pid
-        Process id of the worker itself.
+        Process id of the worker, not of its nanny.
     restarts
-        How often it was started again after a crash.
+        Number of starts after a crash.
     problem
-        Last words of a failed worker.
+        Last message of a failed worker.
     """
 
     name: str
@@ -174,7 +174,7 @@ class WorkerState:
 
 @dataclass(frozen=True)
 class HostMetrics:
-    """A host's load, as sent with each heartbeat.
+    """Load of a host, as each heartbeat reports it.
 
     Attributes
     ----------
@@ -194,31 +194,32 @@ class HostMetrics:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a reprovisioning did on one node.
+    """Report of a rollout on one node.
 
     Attributes
     ----------
     node
-        The node's name.
+        Name of the node.
     mode
-        Name of the mode that it was to have.
+        Name of the mode that the node was to get.
     outcome
         ``changed``, ``unchanged`` (planned only, not reached, or right as it was), ``failed`` (it has its old workers,
-        unless the error says otherwise) or ``rolled back``.
+        unless the error reports otherwise) or ``rolled back``.
     strategy, because
-        Whether new workers came before old ones went (``surge``) or after (``replace``), and why they could not before.
+        Whether new workers came before old ones left (``surge``) or after (``replace``), and the reason where they
+        could not come before.
     old, new
-        Names of the workers that went and that came.
+        Names of the workers that left and that came.
     shape
-        What those that came are, such as ``2 x 4 threads, 8.00 GiB``.
+        Description of those that came, such as ``2 x 4 threads, 8.00 GiB``.
     kept
         Names of the workers that stayed as they were.
     keys, nbytes
-        Keys that only the old workers held and that were moved, and their bytes.
+        Number of sole replicas that were moved off the old workers, and their bytes.
     rerun
-        Tasks that ran on old workers when their time was up, and were run again elsewhere.
+        Number of tasks that ran on old workers at the end of the drain timeout, and were run again elsewhere.
     bound
-        Tasks that no worker could run afterwards: key and what it asks for.
+        Tasks that no worker can run afterwards: key and restriction.
     start, drain, retire, stop
         Seconds that each step took.
     """
@@ -367,5 +368,18 @@ class RolloutStatus:
 
 
 def like_dask(name: str, count: int) -> list[str]:
-    """Return the names that ``dask worker --name NAME`` gives to `count` workers."""
+    """Return the names that ``dask worker --name NAME`` gives to its workers.
+
+    Parameters
+    ----------
+    name
+        The name.
+    count
+        Number of workers.
+
+    Returns
+    -------
+    list of str
+        The name itself for a single worker, else the name with a number.
+    """
     return [name] if count == 1 else [f"{name}-{number}" for number in range(count)]

@@ -1,6 +1,6 @@
-"""Arguments of the calls on the scheduler, shared by the client and the scheduler.
+"""Arguments of the calls on the scheduler, shared by clients, agents and the scheduler.
 
-Each is a frozen dataclass that checks itself and travels as plain data, see :mod:`agentcluster.wire`.
+Each is a frozen dataclass that checks its values and is sent as plain data, see :mod:`agentcluster.wire`.
 """
 
 from __future__ import annotations
@@ -19,29 +19,34 @@ Strategy = Literal["surge", "replace"]
 
 @dataclass(frozen=True)
 class RolloutPolicy:
-    """How a change is to be carried out; what a user can say beside the mode.
+    """Policy of a rollout: the order of its steps, their limits, and the handling of failures.
 
     Attributes
     ----------
     strategy
-        ``surge`` brings the new workers up before the old go, where both fit; ``replace`` never does.
+        ``surge`` starts the new workers before the old leave, where a node has capacity for both; ``replace`` after.
     drain
-        ``tasks`` waits for tasks that run on old workers, ``data`` only moves data, ``now`` does not even do that.
+        ``tasks`` waits for tasks that run on old workers, ``data`` only moves data, ``now`` does neither.
     drain_timeout
-        Seconds that running tasks get; None for the configured ones.
+        Seconds for running tasks to end; None for the configured ones.
     max_parallel
-        Nodes that change at the same time; None for all (``replace``: for one).
+        Number of nodes that change at the same time; None for all (``replace``: for one).
     on_failure
-        Whether nodes that have changed already are brought back (``rollback``) or left (``stop``), or the others go on
-        (``continue``).
+        Whether nodes that have changed are returned to their earlier plans (``rollback``) or left (``stop``), or the
+        others continue (``continue``).
     canary
-        Whether one node goes first, alone.
+        Whether one node changes first, alone.
     timeout
         Seconds for starting, and again for moving data; None for the configured ones.
     dry_run
-        Plan and check only.
+        Whether to plan and check only.
     wait
-        Whether to wait for a rollout that runs, True or False, or for how many seconds.
+        Whether to wait for a rollout that runs: True, False, or a number of seconds.
+
+    Raises
+    ------
+    ConfigError
+        For a negative time, or fewer than one node at a time.
     """
 
     strategy: Strategy = "surge"
@@ -65,12 +70,12 @@ class RolloutPolicy:
 
 @dataclass(frozen=True)
 class ScaleTarget:
-    """What is wanted; of workers, cores and memory at least as much of each as is said.
+    """Target of ``scale()``; of workers, cores and memory at least as much of each as is set.
 
     Attributes
     ----------
     workers
-        Number of workers, exactly where nothing else is said.
+        Number of workers; exactly this number where nothing else is set.
     cores
         Threads of all workers together.
     memory
@@ -78,10 +83,15 @@ class ScaleTarget:
     nodes
         Number of nodes that have all workers of their mode; the others have none.
     kinds
-        Number of workers of each kind: what they are (``cpu``, ``gpu``), a resource that they have, or the name that a
-        spec gives them. Those of other kinds stay as they are.
+        Number of workers of each kind: ``cpu`` or ``gpu``, a resource that they offer, or the name that a spec gives
+        them. Workers of other kinds stay as they are.
     extra
-        Nodes that are there only for what the others have no room for.
+        Nodes that are used only for demand that the others have no capacity for.
+
+    Raises
+    ------
+    ConfigError
+        For a value that is no whole number of 0 or more, and for targets that exclude each other.
     """
 
     workers: int | None = None
@@ -98,7 +108,7 @@ class ScaleTarget:
                 raise ConfigError(f"scale({key}={value!r}): give a whole number, 0 or more", key=key)
         ways = [self.nodes is not None, bool(self.kinds), {self.workers, self.cores, self.memory} != {None}]
         if sum(ways) > 1:
-            raise ConfigError(f"{self}: nodes= and kinds of workers are each for themselves; give one of them")
+            raise ConfigError(f"{self}: nodes= and kinds of workers cannot be combined with other targets; give one")
 
     def __str__(self) -> str:
         amounts = {"cores": self.cores, "memory": self.memory, "nodes": self.nodes, **self.kinds}
@@ -108,28 +118,28 @@ class ScaleTarget:
 
 @dataclass(frozen=True)
 class AdaptiveRequest:
-    """What an adaptive cluster asks the scheduler for, again and again.
+    """Request of an adaptive cluster for the workers that tasks need now.
 
     Attributes
     ----------
     modes
-        What nodes may run; () for what they do. The first that a node can have is the one that it goes back to.
+        Modes that nodes may have; () for the one that each has. A node returns to the first that it can have.
     target_duration
-        Seconds within which all that is to do should be done.
+        Seconds within which all known work should be done.
     least, most
         Workers, threads, and bytes of their memory limits, together; None for no limit.
     kinds
         Resource or kind of worker, in lower case -> the least and the greatest number of workers; None for no limit.
     requests
-        Resource -> how many tasks that need one of it there is to be room for, whether they are there or not.
+        Resource -> number of tasks that need one of it, for which there should be capacity before they come.
     may_go
-        Workers, and nodes that go back to their first mode, that have not been needed for long enough.
+        Workers, and nodes that would return to their first mode, that were unused for long enough to leave.
     may_come
         Whether workers may come.
     reserve
-        Host that may be launched, in the order in which they are -> its hardware; None where that is not known.
+        Standby hosts that may be launched, in order -> their hardware; None where it is not known.
     extra
-        Nodes on such hosts: they have workers only for what the others have no room for.
+        Nodes on such hosts; they are used only for demand that the others have no capacity for.
     """
 
     modes: tuple[Mode, ...] = ()

@@ -21,7 +21,7 @@ CPU = WorkerSpec("cpu", "distributed.Nanny", nthreads=4, memory_limit=8 * GIB, r
 GPU = WorkerSpec("gpu", "dask_cuda.CUDAWorker", nthreads=1, memory_limit=8 * GIB, resources={"GPU": 1.0})
 ANY, TRAIN = ResourceRequest({}, 16_000, 100_000), ResourceRequest({"GPU": 1.0}, 500, 5_000)
 
-#: Name -> needs, workers of each node that run a task, limits.
+#: Name -> requests, workers of each node that run a task, limits.
 CASES = {
     "nothing to do": ([], 0, Bounds()),
     "tasks for all": ([ANY], 2, Bounds()),
@@ -31,23 +31,23 @@ CASES = {
 }
 
 
-def nodes(count: int, busy: int) -> list[NodeCapacity]:
-    """Return so many nodes with four workers each, of which some run tasks of the first need."""
+def capacities(count: int, busy: int) -> list[NodeCapacity]:
+    """Return so many nodes with four workers each, of which some run tasks of the first request."""
     found = []
     for number in range(count):
-        seats = {f"n{number}-{i}": RunningWorker(CPU, i, {0: 2} if i < busy else {}) for i in range(4)}
+        workers = {f"n{number}-{i}": RunningWorker(CPU, i, {0: 2} if i < busy else {}) for i in range(4)}
         offers = {"auto-cpu": (CPU,) * 4} | ({"auto-gpu": (GPU,) * 2} if number % 2 else {})
-        found.append(NodeCapacity(f"n{number}", "auto-cpu", seats, offers))
+        found.append(NodeCapacity(f"n{number}", "auto-cpu", workers, offers))
     return found
 
 
 def milliseconds(count: int, case: str, turns: int) -> float:
     """Return the median CPU time of a decision."""
-    needs, busy, bounds = CASES[case]
-    spots, taken = nodes(count, busy), []
+    requests, busy, bounds = CASES[case]
+    nodes, taken = capacities(count, busy), []
     for _ in range(turns):
         began = time.process_time()
-        pack(needs, spots, bounds)
+        pack(requests, nodes, bounds)
         taken.append(1000 * (time.process_time() - began))
     return median(taken)
 

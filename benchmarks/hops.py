@@ -103,8 +103,9 @@ async def measure() -> dict[str, list[str]]:
     async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler:
         await dask_setup(scheduler)
         found["agent start"] = await traced(scheduler, lambda: _agent(scheduler.address))
-    async with AgentCluster([InProcess()], mode="none", asynchronous=True) as cluster:
-        found["reprovision"] = await traced(cluster.scheduler, lambda: cluster.reprovision("uniform", ONE))
+    async with AgentCluster([InProcess()], mode="uniform", config=ONE, asynchronous=True) as cluster:
+        two = {**ONE, "nthreads": 2}
+        found["reprovision"] = await traced(cluster.scheduler, lambda: cluster.reprovision("uniform", two))
     async with AgentCluster([InProcess()], mode="uniform", config=ONE, asynchronous=True) as cluster:
         await cluster.scale(0)
         found["adapt"] = await traced(cluster.scheduler, lambda: _adapt(cluster))

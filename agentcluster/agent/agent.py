@@ -251,7 +251,7 @@ class Agent(Server):
             # A server hides the reason in "Agent failed to start".
             cause = error.__cause__ or error
             if isinstance(cause, MemoryError):  # of a peer with another protocol: its first bytes are read as a length
-                raise SchedulerUnfit(str(self.scheduler_address), "what answers there is no scheduler") from None
+                raise SchedulerUnfit(str(self.scheduler_address), "the server there is not a scheduler") from None
             raise cause from None
         return self
 

@@ -141,7 +141,8 @@ class SupervisedNanny(Nanny):
 
     supervision: Supervision
     crashes: list[float]
-    problem: str | None = None  #: The process is ended by this nanny, so that its end is no crash.
+    problem: str | None = None
+    #: The process is ended by this nanny, so that its end is no crash.
     _killed: bool = False
     #: The worker closes because it lost the scheduler, which the agent has not.
     _cut_off: bool = False
@@ -163,7 +164,7 @@ class SupervisedNanny(Nanny):
             self.periodic_callbacks.pop(measured, None)
 
     def close_gracefully(self, reason: str = "nanny-close-gracefully") -> None:
-        """Let the worker go; but start it again if it goes only because it lost the scheduler and the agent did not."""
+        """Allow the worker to end; but start it again if it alone lost the scheduler, and the agent did not."""
         if reason in LOST_SCHEDULER and self.supervision.in_touch():
             self._cut_off = True
         else:

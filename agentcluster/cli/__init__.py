@@ -1,1 +1,1 @@
-"""The command lines: ``dask-agent``, ``agentcluster``, and what launchers start."""
+"""Command lines: ``dask-agent``, ``agentcluster``, and the process that launchers start."""

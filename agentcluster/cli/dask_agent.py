@@ -1,4 +1,4 @@
-"""``dask-agent``, also ``dask agent``: one host's agent, started by hand or by anything that starts ``dask worker``."""
+"""Command ``dask-agent``, also ``dask agent``: the agent of a host, with the command line of ``dask worker``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 from dask.config import get as dask_config
@@ -26,9 +27,19 @@ from agentcluster.agent.agent import Agent
 from agentcluster.agent.logs import log_to_stderr, quiet_ends
 from agentcluster.agent.options import LIKE_DASK_WORKER, PORT_OPTIONS, read_scheduler_file, slots
 from agentcluster.agent.systemd import Notifier
-from agentcluster.cli import dask_agent_options as cuda
-from agentcluster.cli import dask_agent_options as spec
-from agentcluster.cli.dask_agent_options import FLAGS, FOR_WORKERS, OURS, SECTIONS, SHAPE
+from agentcluster.cli.dask_agent_options import (
+    CUDA_ARGUMENT,
+    FLAGS,
+    FOR_WORKERS,
+    OURS,
+    SHAPE,
+    DaskAgentCommand,
+    IsGiven,
+    Values,
+    from_json,
+    is_given,
+    with_spec,
+)
 from agentcluster.errors import AgentClusterError, ConfigError, one_line, suggest
 from agentcluster.model import Mode
 from agentcluster.modes import names, parse
@@ -37,55 +48,54 @@ from agentcluster.units import parse_seconds
 logger = logging.getLogger("agentcluster.cli")
 
 
-def _from_dask_worker() -> list[click.Parameter]:
-    return [parameter for parameter in dask_worker.params if parameter.name not in OURS]
-
-
-class _Command(cuda.Command):
-    """Leaves options that it does not know to a preload, where one is given; shows its help in sections."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        options = [each for each in self.get_params(ctx) if isinstance(each, click.Option)]
-        rows = {each.name: row for each in options if (row := each.get_help_record(ctx))}
-        for title, section in SECTIONS.items():
-            with formatter.section(title):
-                formatter.write_dl([rows.pop(name) for name in section if name in rows])
-        with formatter.section("Other options"):
-            formatter.write_dl(list(rows.values()))
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.ignore_unknown_options = any(arg.partition("=")[0] == "--preload" for arg in args)
-        return super().parse_args(ctx, args)
-
-
 @click.command(
     name="agent",
-    cls=_Command,
-    params=_from_dask_worker(),
-    epilog="Without any option that says what runs it has the mode that was set for the scheduler's nodes; when none "
-    "was set it starts what `dask worker` would: one worker with all threads. On SIGTERM it has the data of its "
-    "workers moved to others before it ends, on SIGINT it ends at once.",
+    cls=DaskAgentCommand,
+    params=[parameter for parameter in dask_worker.params if parameter.name not in OURS],
+    epilog="Without options for the first workers, the node gets the mode that was set for the scheduler's nodes, and "
+    "otherwise one worker with all threads, as `dask worker` starts it. On SIGTERM the data of the workers is moved to "
+    "other nodes before the agent ends; on SIGINT the agent ends at once.",
 )
-@click.option("--mode", default=None, help="What runs here first, one of: auto-cpu, auto-gpu, auto, mixed, …")
-@click.option("--config", "mode_config", default=None, help="Options of the mode, as JSON.")
-@click.option("--spec", default=None, help="Workers as `dask spec` takes them, as JSON; implies --mode spec.")
-@click.option("--spec-file", default=None, type=click.Path(dir_okay=False), help="The same, from a YAML or JSON file.")
-@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="By which nodes are chosen, as in rack=a.")
+@click.option("--mode", default=None, help="Mode of the first workers, such as auto-cpu, auto-gpu, mixed or none.")
+@click.option("--config", "mode_config", default=None, metavar="JSON", help="Options of the mode.")
 @click.option(
-    "--standby", is_flag=True, help="Join no scheduler: wait to be adopted by AgentCluster(hosts=['tcp://…'])."
+    "--spec",
+    default=None,
+    metavar="JSON",
+    help="Specification of the workers, as for `dask spec`; implies --mode spec.",
+)
+@click.option(
+    "--spec-file",
+    default=None,
+    type=click.Path(dir_okay=False),
+    help="YAML or JSON file with the specification; implies --mode spec.",
+)
+@click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Label of the node, by which it can be selected, such as rack=a; repeatable.",
+)
+@click.option(
+    "--standby",
+    is_flag=True,
+    help="Join no scheduler, but wait until a cluster adopts the agent: AgentCluster(hosts=['tcp://…']).",
 )
 @click.option(
     "--listen-address",
     default=None,
-    help="Where the worker listens, when it is one, such as tcp://0.0.0.0:9000. In standby: where the agent does.",
+    metavar="ADDRESS",
+    help="Address at which the worker listens, if there is one worker, such as tcp://0.0.0.0:9000. With --standby: "
+    "address at which the agent listens.",
 )
 @click.version_option(package_name="agentcluster")
 @click.pass_context
 def main(context: click.Context, /, **options: Any) -> None:
-    """Run this host's agent.
+    """Run the agent of this host.
 
-    It joins the scheduler at SCHEDULER (an address such as tcp://10.0.0.1:8786), starts the workers of its first mode,
-    and changes them when a client asks the scheduler to.
+    The agent joins the scheduler at SCHEDULER (an address such as tcp://10.0.0.1:8786), starts the workers of its first
+    mode, and changes them when a client asks the scheduler to.
     """
     notify = Notifier()
     log_to_stderr()
@@ -93,7 +103,7 @@ def main(context: click.Context, /, **options: Any) -> None:
     enable_proctitle_on_current()
     enable_proctitle_on_children()
     try:
-        arguments = _arguments(options, lambda name: _given(context, name))
+        arguments = _arguments(options, partial(is_given, context))
         if options["pid_file"]:
             _write_pid_file(options["pid_file"])
     except ConfigError as error:
@@ -112,13 +122,14 @@ def main(context: click.Context, /, **options: Any) -> None:
 
 
 class _Refused(click.ClickException):
-    """A start that cannot be, said as ``dask worker`` says it."""
+    """A command line that cannot be used; its message is that of ``dask worker``."""
 
-    def show(self, file: Any = None) -> None:
+    def show(self, file: IO[str] | None = None) -> None:
         click.echo(f"dask-agent: Failed to launch worker. {self.message}", err=True)
 
 
 def _write_pid_file(path: str) -> None:
+    """Write the process id to a file, which is removed at exit."""
     try:
         Path(path).write_text(str(os.getpid()))
     except OSError as error:
@@ -126,15 +137,11 @@ def _write_pid_file(path: str) -> None:
     atexit.register(Path(path).unlink, missing_ok=True)
 
 
-def _given(context: click.Context, name: str) -> bool:
-    return context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-
-
-def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
-    """Return the keyword arguments of :class:`Agent` that the options mean."""
-    options = spec.with_spec(options)
+def _arguments(options: Values, given: IsGiven) -> Values:
+    """Return keyword arguments of :class:`Agent` for the options of the command line."""
+    options = with_spec(options)
     scheduler = _scheduler(options)
-    options = {**options, **_places(options)}
+    options = {**options, **_addresses(options)}
     mode = _mode(options, given)
     _check_ports(options, mode)
     security = {
@@ -149,12 +156,10 @@ def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
     arguments = {
         "scheduler": scheduler,
         "lasting": options["standby"] or None,
-        "name": _number(options["name"]),
+        "name": _as_number(options["name"]),
         "mode": mode,
         "security": security,
-        "death_timeout": parse_seconds("--death-timeout", options["death_timeout"])
-        if options["death_timeout"]
-        else None,
+        "death_timeout": _death_timeout(options),
         "resources": _resources(options["resources"]) if options["resources"] else None,
         "labels": _labels(options["labels"]) or None,
         "worker_class": _worker_class(options["worker_class"]) if given("worker_class") else None,
@@ -166,7 +171,13 @@ def _arguments(options: dict[str, Any], given: Any) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if value is not None}
 
 
+def _death_timeout(options: Values) -> float | None:
+    timeout = options["death_timeout"]
+    return parse_seconds("--death-timeout", timeout) if timeout else None
+
+
 def _worker_class(name: str) -> str:
+    """Check that a worker class can be imported."""
     try:
         import_term(name)
     except (ImportError, AttributeError, ValueError) as error:
@@ -174,16 +185,18 @@ def _worker_class(name: str) -> str:
     return name
 
 
-def _resources(text: str) -> Any:
+def _resources(text: str) -> dict[str, float]:
+    """Parse abstract resources."""
     try:
-        return parse("auto-cpu", {"resources": text}).config["resources"]
+        return dict(parse("auto-cpu", {"resources": text}).config["resources"])
     except ConfigError:
         raise ConfigError(f"--resources {text!r}: give amounts by name, such as 'GPU=2 MEM=10e9'") from None
 
 
-def _labels(given: Iterable[str]) -> dict[str, str]:
+def _labels(texts: Iterable[str]) -> dict[str, str]:
+    """Parse labels of the node."""
     found = {}
-    for text in given:
+    for text in texts:
         key, equals, value = text.partition("=")
         if not key or not equals:
             raise ConfigError(f"--label {text!r}: give a key and a value, such as rack=a")
@@ -191,7 +204,8 @@ def _labels(given: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _scheduler(options: dict[str, Any]) -> str | None:
+def _scheduler(options: Values) -> str | None:
+    """Return the address of the scheduler; None in standby."""
     scheduler, file = options["scheduler"], options["scheduler_file"]
     if options["standby"]:
         if scheduler is not None or file is not None:
@@ -200,27 +214,26 @@ def _scheduler(options: dict[str, Any]) -> str | None:
     if scheduler is not None and file is not None:
         raise ConfigError(f"the scheduler is given twice, as {scheduler!r} and --scheduler-file {file!r}; give one")
     if file is not None:
-        timeout = options["death_timeout"]
-        return read_scheduler_file(file, None if timeout is None else parse_seconds("--death-timeout", timeout))
+        return read_scheduler_file(file, _death_timeout(options))
     scheduler = scheduler or dask_config("scheduler-address", None)
     if scheduler is None:
         raise ConfigError("no scheduler: give its address (dask-agent tcp://HOST:8786), --scheduler-file, or --standby")
     return str(scheduler)
 
 
-def _places(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that say where workers listen, in the form that all workers take."""
+def _addresses(options: Values) -> Values:
+    """Return the options of addresses in the form that all workers take."""
     address, contact = options["listen_address"], options["contact_address"]
     if options["standby"]:
         return {}
     if contact and not address:
-        raise ConfigError("--contact-address cannot go without --listen-address: it is how others reach that")
+        raise ConfigError("--contact-address cannot be given without --listen-address: others reach it there")
     if not address:
         return {}
     if options["n_workers"] not in (None, "1"):
-        raise ConfigError("--listen-address cannot go with --nworkers above 1: it is where one worker listens")
+        raise ConfigError("--listen-address cannot be given with --nworkers above 1: it is the address of one worker")
     if options["worker_port"]:
-        raise ConfigError("--listen-address cannot go with --worker-port: both say where to listen")
+        raise ConfigError("--listen-address cannot be given with --worker-port: both set the port of the worker")
     listen = _listen(address, options)
     if contact:
         _split("--contact-address", contact)
@@ -232,15 +245,17 @@ def _places(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _listen(address: str, options: dict[str, Any]) -> dict[str, Any]:
+def _listen(address: str, options: Values) -> Values:
+    """Return the host and the port of ``--listen-address``."""
     if options["host"] or options["interface"]:
-        raise ConfigError("--listen-address cannot go with --host or --interface: both say where to listen")
+        raise ConfigError("--listen-address cannot be given with --host or --interface: both set the address")
     protocol, host, port = _split("--listen-address", address)
-    # host and protocol are those of the workers as well; they are reached otherwise than at the agent's 0.0.0.0
+    # Not as host and protocol: workers have those as well, and are not reached at the agent's 0.0.0.0.
     return {"listen_host": f"{protocol}://{host}" if protocol else host, "port": port}
 
 
 def _split(option: str, address: str) -> tuple[str, str, int]:
+    """Split an address into protocol, host and port."""
     protocol, _, rest = address.rpartition("://")
     if rest.startswith(":"):
         rest = f"0.0.0.0{rest}"
@@ -251,21 +266,23 @@ def _split(option: str, address: str) -> tuple[str, str, int]:
     return protocol, f"[{host}]" if ":" in host else host, port
 
 
-def _mode(options: dict[str, Any], given: Any) -> Mode | None:
-    """Return the first mode that was given by hand; None leaves it to the scheduler, or to who adopts this agent."""
+def _mode(options: Values, given: IsGiven) -> Mode | None:
+    """Return the mode of the first workers; None leaves it to the scheduler, or to the adopting cluster."""
     if options["standby"]:
         for option in FLAGS:
             if given(option):
-                raise ConfigError(f"{FLAGS[option]} cannot go with --standby: the cluster that adopts says what runs")
+                raise ConfigError(
+                    f"{FLAGS[option]} cannot be given with --standby: the adopting cluster chooses the workers"
+                )
         return None
     name, workers = options["mode"], options["spec"]
     if name is not None and name not in names():
         raise ConfigError(f"--mode {name!r}: unknown mode; {suggest(name, names())}")
-    config = spec.from_json("--config", options["mode_config"]) if options["mode_config"] else {}
+    config = from_json("--config", options["mode_config"]) if options["mode_config"] else {}
     shape = {key: options[option] for option, key in SHAPE.items() if given(option)}
     if workers is not None:
         if name not in (None, "spec"):
-            raise ConfigError(f"--spec says what runs, so --mode {name!r} cannot be given with it")
+            raise ConfigError(f"--spec implies --mode spec, so --mode {name!r} cannot be given with it")
         name, config = "spec", {"spec": workers, **config}
     if name is None:
         if not config and not shape and options["nanny"]:
@@ -276,11 +293,11 @@ def _mode(options: dict[str, Any], given: Any) -> Mode | None:
     if shape.get("nworkers") == "auto":
         del shape["nworkers"]
         config.pop("nworkers", None)
-    return parse(name, {**config, **options[cuda.ARGUMENT], **{key: _number(value) for key, value in shape.items()}})
+    return parse(name, {**config, **options[CUDA_ARGUMENT], **{key: _as_number(value) for key, value in shape.items()}})
 
 
-def _check_ports(options: dict[str, Any], mode: Mode | None) -> None:
-    """Refuse ranges with fewer ports than workers here, as ``dask worker`` does: before a scheduler is asked."""
+def _check_ports(options: Values, mode: Mode | None) -> None:
+    """Refuse ranges with fewer ports than workers before anything starts, as ``dask worker`` does."""
     count = mode.config.get("nworkers") if mode is not None and mode.name == LIKE_DASK_WORKER.name else None
     given = {key: options[key] for key in PORT_OPTIONS if options[key] is not None}
     ports = slots(given)
@@ -289,24 +306,26 @@ def _check_ports(options: dict[str, Any], mode: Mode | None) -> None:
         raise ConfigError(f"Not enough ports in range {ranges} for {count} workers: there are ports for {ports}")
 
 
-def _without_nanny(mode: str, options: dict[str, Any], shape: dict[str, Any]) -> Mode:
-    """Return the mode that runs one worker in the agent's own process; what is reprovisioned later has nannies."""
+def _without_nanny(mode: str, options: Values, shape: Values) -> Mode:
+    """Return the mode with one worker in the agent's process; workers of later modes have nannies."""
     if mode != LIKE_DASK_WORKER.name:
-        raise ConfigError(f"--no-nanny cannot go with mode {mode!r}: it is for one worker in mode auto-cpu")
-    if _number(shape.pop("nworkers", 1)) != 1:
-        raise ConfigError("--no-nanny cannot go with --nworkers above 1: the worker runs in the agent's process")
-    settings = {"nthreads": CPU_COUNT, **{key: _number(value) for key, value in shape.items()}}
+        raise ConfigError(f"--no-nanny cannot be given with mode {mode!r}: it is for one worker in mode auto-cpu")
+    if _as_number(shape.pop("nworkers", 1)) != 1:
+        raise ConfigError("--no-nanny cannot be given with --nworkers above 1: the worker runs in the agent's process")
+    settings = {"nthreads": CPU_COUNT, **{key: _as_number(value) for key, value in shape.items()}}
     return parse("spec", {"spec": {"cls": options["worker_class"], "opts": settings}})
 
 
-def _number(value: Any) -> Any:
+def _as_number(value: object) -> object:
+    """Return a whole number for the text of one; another value as it is."""
     try:
-        return int(value)
-    except (TypeError, ValueError):
+        return int(value) if isinstance(value, str | int) else value
+    except ValueError:
         return value
 
 
-async def _run(arguments: dict[str, Any], notify: Notifier) -> None:
+async def _run(arguments: Values, notify: Notifier) -> None:
+    """Run an agent until it ends, or a signal comes."""
     ended, hurry = asyncio.Event(), asyncio.Event()
 
     def end(number: signal.Signals, *events: asyncio.Event) -> None:
@@ -335,6 +354,7 @@ async def _run(arguments: dict[str, Any], notify: Notifier) -> None:
 
 
 async def _live(agent: Agent, notify: Notifier) -> None:
+    """Start an agent, announce that it is ready, and wait for its end."""
     await agent
     if agent.scheduler_address is None:
         click.echo(f"Standing by at {agent.address}", err=True)

@@ -1,4 +1,8 @@
-"""Which options of ``dask-agent`` mean what, and the order in which ``--help`` shows them."""
+"""Options of ``dask-agent``: sections of its help, options of ``dask cuda worker``, specifications of ``dask spec``.
+
+The options of ``dask worker`` come from the installed distributed, those of ``dask cuda worker`` from the installed
+dask-cuda, which is imported only when a command line needs it.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,8 @@ import functools
 import importlib.util
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import click
 import dask
@@ -15,12 +19,20 @@ import yaml
 from distributed.cli.dask_worker import main as dask_worker
 
 from agentcluster.agent.options import take_scheduler
-from agentcluster.errors import ConfigError
+from agentcluster.errors import ConfigError, one_line
 
-#: Parameters of ``dask worker`` that mean more, or another thing, here.
+#: Parameter name -> value, as click parsed the command line.
+Values: TypeAlias = dict[str, Any]
+
+#: Whether the parameter of that name is on the command line.
+IsGiven: TypeAlias = Callable[[str], bool]
+
+# -- the help ----------------------------------------------------------------------------------------------------------
+
+#: Parameters of ``dask worker`` that dask-agent defines itself.
 OURS = ("listen_address", "version")
 
-#: Options of ``dask worker`` that every worker gets as they are, whatever its mode.
+#: Options of ``dask worker`` that all workers of the host get, whatever their mode.
 FOR_WORKERS = (
     "host",
     "interface",
@@ -40,7 +52,7 @@ FOR_WORKERS = (
     "contact_address",
 )
 
-#: The options that say what runs, as the user types them.
+#: Parameters that choose the first workers -> the option as the user types it.
 FLAGS = {
     "mode": "--mode",
     "mode_config": "--config",
@@ -50,52 +62,120 @@ FLAGS = {
     "nthreads": "--nthreads",
     "memory_limit": "--memory-limit",
 }
-#: Options that are the first mode's -> their names there.
+#: Parameters that are options of the first mode -> their names there.
 SHAPE = {"n_workers": "nworkers", "nthreads": "nthreads", "memory_limit": "memory_limit"}
 
-#: The sections of ``--help``, and what each has; an option of ``dask worker`` that is new to us comes last.
+#: Sections of ``--help`` -> their parameters; options of ``dask worker`` that are not here come last.
 SECTIONS = {
-    "What runs here first": ("mode", "mode_config", "spec", "spec_file", *SHAPE, "nanny", "worker_class"),
-    "Which scheduler": ("scheduler_file", "standby", "name", "labels", "death_timeout", "scheduler_sni"),
-    "Where it listens": (
+    "First workers": ("mode", "mode_config", "spec", "spec_file", *SHAPE, "nanny", "worker_class"),
+    "Scheduler and node": ("scheduler_file", "standby", "name", "labels", "death_timeout", "scheduler_sni"),
+    "Addresses and ports": (
         *("host", "interface", "protocol", "listen_address", "contact_address", "worker_port", "nanny_port"),
         *("dashboard", "dashboard_address"),
     ),
     "Encryption": ("tls_ca_file", "tls_cert", "tls_key"),
-    "For all workers, whatever runs": (
+    "All workers, in every mode": (
         *("resources", "local_directory", "preload", "preload_argv", "preload_nanny"),
         *("lifetime", "lifetime_stagger", "lifetime_restart"),
     ),
 }
 
 
-#: The mode that the options belong to.
-MODE = "auto-gpu"
+class DaskAgentCommand(click.Command):
+    """The command, with its help in sections, options of a preload, and those of dask-cuda where they are needed.
 
-#: Parameters of ``dask worker`` that have no meaning there any more, and still have one for dask-cuda's command.
+    Notes
+    -----
+    The command's function gets one more argument, :data:`CUDA_ARGUMENT`: the options of ``dask cuda worker`` that were
+    given, as keyword arguments of ``CUDAWorker``.
+    """
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the parameters, with those of dask-cuda when this command line needs them."""
+        return [*super().get_params(ctx), *ctx.meta.get(CUDA_ARGUMENT, ())]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options in sections."""
+        options = [each for each in self.get_params(ctx) if isinstance(each, click.Option)]
+        rows = {each.name: row for each in options if (row := each.get_help_record(ctx))}
+        for title, section in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([rows.pop(name) for name in section if name in rows])
+        with formatter.section("Other options"):
+            formatter.write_dl(list(rows.values()))
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse a command line; unknown options are left to a preload, when one is given."""
+        ctx.ignore_unknown_options = any(arg.partition("=")[0] == "--preload" for arg in args)
+        if _needs_dask_cuda(args, self.params):
+            ctx.meta[CUDA_ARGUMENT] = _loaded()[0]
+        try:
+            left = super().parse_args(ctx, args[:])
+        except click.NoSuchOption as error:
+            raise _explained(error, args) from None
+        names = [str(parameter.name) for parameter in ctx.meta.get(CUDA_ARGUMENT, ())]
+        options = {name: ctx.params.pop(name) for name in names if name in ctx.params}
+        given = functools.partial(is_given, ctx)
+        mode = ctx.params.get("mode")
+        if mode == CUDA_MODE:
+            options |= {name: ctx.params[name] for name in SHARED}
+        else:
+            _refuse(filter(given, options), mode, ctx)
+        options = {name: value for name, value in options.items() if given(name)}
+        # The other options keep their defaults, which CUDAWorker has itself.
+        ctx.params[CUDA_ARGUMENT] = {name: value for name, value in options.items() if name not in _CONFIGURED}
+        ctx.meta[_CONFIG] = {_CONFIGURED[name]: value for name, value in options.items() if name in _CONFIGURED}
+        return left
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command with the configuration that dask-cuda's options set.
+
+        Workers of the agent are still forked from its warm server: this is only the configuration that they see.
+        """
+        with dask.config.set(ctx.meta.get(_CONFIG, {})):
+            return super().invoke(ctx)
+
+
+def is_given(ctx: click.Context, name: str) -> bool:
+    """Return whether a parameter is on the command line.
+
+    Parameters
+    ----------
+    ctx
+        Context of the command.
+    name
+        Name of the parameter.
+
+    Returns
+    -------
+    bool
+        False when the parameter has its default.
+    """
+    return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+
+# -- options of dask cuda worker ---------------------------------------------------------------------------------------
+
+#: Mode that the options of ``dask cuda worker`` belong to.
+CUDA_MODE = "auto-gpu"
+
+#: Name of the argument with the options of ``dask cuda worker``.
+CUDA_ARGUMENT = "cuda_worker"
+
+#: Parameters of ``dask worker`` that are deprecated there, and still used by ``dask cuda worker``.
 SHARED = ("dashboard_prefix",)
 
-#: The argument that a :class:`Command`'s function gets.
-ARGUMENT = "cuda_worker"
+#: Options that ``dask cuda worker`` sets in dask's configuration, and does not pass to ``CUDAWorker`` -> the key.
+_CONFIGURED = {"multiprocessing_method": "distributed.worker.multiprocessing-method"}
 
 _CONFIG = "cuda_worker.config"
 
 _EXTRA = 'pip install "agentcluster[gpu-cu13]" (CUDA 13) or "agentcluster[gpu-cu12]" (CUDA 12)'
 
-#: Options that dask-cuda's command sets in dask's configuration instead of giving them to ``CUDAWorker`` -> the key.
-_CONFIGURED = {"multiprocessing_method": "distributed.worker.multiprocessing-method"}
-
-
-def parameters() -> list[click.Parameter]:
-    """Return the options of ``dask cuda worker`` that ``dask worker`` does not have; none where there is no dask-cuda.
-
-    Imports dask-cuda.
-    """
-    return list(_loaded()[0])
-
 
 @functools.cache
 def _loaded() -> tuple[tuple[click.Parameter, ...], str | None]:
+    """Import dask-cuda; return the options that only ``dask cuda worker`` has, or the reason why there are none."""
     if importlib.util.find_spec("dask_cuda") is None:
         return (), f"dask-cuda is not installed here; run: {_EXTRA}"
     try:
@@ -111,31 +191,23 @@ def _loaded() -> tuple[tuple[click.Parameter, ...], str | None]:
     ), None
 
 
-def _needed(arguments: Sequence[str], known: Iterable[click.Parameter]) -> bool:
-    """Whether a command line has a long option that is not known, or asks for help about the mode.
-
-    Parameters
-    ----------
-    arguments
-        The command line, without the command.
-    known
-        The parameters that need no dask-cuda.
-    """
+def _needs_dask_cuda(arguments: Sequence[str], known: Iterable[click.Parameter]) -> bool:
+    """Return whether a command line has an unknown long option, or asks for the help of the mode."""
     flags = {*_flags(known), "--help"}
     given = [argument.partition("=")[0] for argument in _before_dashes(arguments)]
     return any(flag.startswith("--") and flag not in flags for flag in given) or (
-        "--help" in given and _asked(arguments)
+        "--help" in given and _has_cuda_mode(arguments)
     )
 
 
-def _asked(arguments: Sequence[str]) -> bool:
-    """Whether a command line asks for the mode that the options belong to."""
+def _has_cuda_mode(arguments: Sequence[str]) -> bool:
+    """Return whether a command line gives the mode of the options."""
     before = _before_dashes(arguments)
-    return f"--mode={MODE}" in before or ("--mode", MODE) in itertools.pairwise(before)
+    return f"--mode={CUDA_MODE}" in before or ("--mode", CUDA_MODE) in itertools.pairwise(before)
 
 
 def _before_dashes(arguments: Sequence[str]) -> list[str]:
-    """Leave out what follows ``--``, which are a preload's own arguments."""
+    """Return the arguments before ``--``; those after it belong to a preload."""
     arguments = list(arguments)
     return arguments[: arguments.index("--")] if "--" in arguments else arguments
 
@@ -144,105 +216,57 @@ def _flags(known: Iterable[click.Parameter]) -> list[str]:
     return [flag for parameter in known for flag in (*parameter.opts, *parameter.secondary_opts)]
 
 
-def worker_options(options: Mapping[str, Any], given: Callable[[str], bool]) -> dict[str, Any]:
-    """Return keywords of ``CUDAWorker``, as dask-cuda's command passes them.
-
-    Parameters
-    ----------
-    options
-        Name -> value, of the :func:`parameters` and of what :data:`SHARED` has.
-    given
-        Whether an option is on the command line: the others keep the default, which ``CUDAWorker`` has itself.
-    """
-    return {name: value for name, value in options.items() if given(name) and name not in _CONFIGURED}
-
-
-def configuration(options: Mapping[str, Any], given: Callable[[str], bool]) -> dict[str, Any]:
-    """Return what dask-cuda's command sets in dask's configuration for the options.
-
-    The processes of an agent's workers are still forked from its warm server: this is what they find configured.
-    """
-    return {_CONFIGURED[name]: value for name, value in options.items() if given(name) and name in _CONFIGURED}
-
-
-class Command(click.Command):
-    """A command that has the options of dask-cuda where its command line needs them.
-
-    The function gets those that were given as one more argument, :data:`ARGUMENT`: options of the mode, by name.
-    """
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        return [*super().get_params(ctx), *ctx.meta.get(ARGUMENT, ())]
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if _needed(args, self.params):
-            ctx.meta[ARGUMENT] = parameters()
-        try:
-            left = super().parse_args(ctx, args[:])
-        except click.NoSuchOption as error:
-            raise _explained(error, args) from None
-        names = [str(parameter.name) for parameter in ctx.meta.get(ARGUMENT, ())]
-        options = {name: ctx.params.pop(name) for name in names if name in ctx.params}
-
-        def given(name: str) -> bool:
-            return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-
-        mode = ctx.params.get("mode")
-        if mode == MODE:
-            options |= {name: ctx.params[name] for name in SHARED}
-        else:
-            _refuse(filter(given, options), mode, ctx)
-        ctx.params[ARGUMENT] = worker_options(options, given)
-        ctx.meta[_CONFIG] = configuration(options, given)
-        return left
-
-    def invoke(self, ctx: click.Context) -> Any:
-        with dask.config.set(ctx.meta.get(_CONFIG, {})):
-            return super().invoke(ctx)
-
-
 def _refuse(names: Iterable[str], mode: str | None, ctx: click.Context) -> None:
-    """Refuse options that are on the command line of another mode."""
+    """Refuse options of ``dask cuda worker`` on the command line of another mode."""
     for name in names:
-        flag = "/".join(_flags(parameter for parameter in parameters() if parameter.name == name))
-        remedy = f"give --mode {MODE} with it"
+        flag = "/".join(_flags(parameter for parameter in _loaded()[0] if parameter.name == name))
+        remedy = f"give --mode {CUDA_MODE} with it"
         if mode in ("auto", "mixed"):
             remedy = f'give it as {{"gpu": {{"{name}": …}}}} in --config'
-        said = "no --mode was given" if mode is None else f"--mode {mode!r} was given"
-        raise click.UsageError(f"{flag} is an option of mode {MODE!r}, and {said}; {remedy}", ctx)
+        given = "no --mode was given" if mode is None else f"--mode {mode!r} was given"
+        raise click.UsageError(f"{flag} is an option of mode {CUDA_MODE!r}, and {given}; {remedy}", ctx)
 
 
 def _explained(error: click.NoSuchOption, arguments: Sequence[str]) -> click.UsageError:
-    """Return click's error about an option that is not known, which says why where dask-cuda is missing."""
-    why = _loaded()[1] if _asked(arguments) else None
+    """Return an error about an unknown option, with the reason why the options of dask-cuda are missing."""
+    why = _loaded()[1] if _has_cuda_mode(arguments) else None
     if why is None:
         return error
     return click.UsageError(f"{error.format_message()} Those of 'dask cuda worker' are not known: {why}.", error.ctx)
 
 
-#: Every path that leads to the class that ``dask spec`` also starts, and which is no worker.
-_SCHEDULER = ("dask.distributed.Scheduler", "distributed.Scheduler", "distributed.scheduler.Scheduler")
+# -- specifications of dask spec ---------------------------------------------------------------------------------------
+
+#: Paths of the scheduler's class, which ``dask spec`` also starts.
+_SCHEDULERS = ("dask.distributed.Scheduler", "distributed.Scheduler", "distributed.scheduler.Scheduler")
 
 
-def with_spec(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options with the spec read, and with what it says of the whole node said by the node's own options.
+def with_spec(options: Values) -> Values:
+    """Read the specification of ``--spec`` or ``--spec-file``.
 
     Parameters
     ----------
     options
-        All options of the command line: parameter name -> value. The new ``spec`` is None where neither was given.
+        All options of the command line.
+
+    Returns
+    -------
+    dict
+        The options, with the specification as ``spec`` (None when neither was given); the scheduler and the name that
+        it has are options of the node.
 
     Raises
     ------
     ConfigError
-        For text that is not JSON, a file that cannot be read, a class that is no worker, and what is said twice.
+        For text that is not JSON, a file that cannot be read, a class that is not a worker, and a value that is given
+        twice.
     """
-    found = _read(options)
+    found = _read_spec(options)
     options = {**options, "spec": found}
     if not isinstance(found, dict):
         return options
     for entry in (found, *found.values()):
-        if isinstance(entry, dict) and entry.get("cls") in _SCHEDULER:
+        if isinstance(entry, dict) and entry.get("cls") in _SCHEDULERS:
             raise ConfigError(f"the spec has {entry['cls']}, and an agent runs workers; `dask spec` starts a scheduler")
     if "cls" not in found:
         return options
@@ -251,7 +275,7 @@ def with_spec(options: dict[str, Any]) -> dict[str, Any]:
         return options
     own = dict(found[key])
     options["spec"] = {**found, key: own}
-    if isinstance(own.get("nanny"), bool):  # an option of `dask worker`; the class says it here
+    if isinstance(own.get("nanny"), bool):  # an option of `dask worker`, for which the spec has the class
         del own["nanny"]
     for option, value in (("scheduler", take_scheduler(own)), ("name", own.pop("name", None))):
         if value is not None and options[option] not in (None, value):
@@ -260,21 +284,40 @@ def with_spec(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _read(options: dict[str, Any]) -> Any:
+def _read_spec(options: Values) -> object:
+    """Return the content of ``--spec`` or ``--spec-file``."""
     if options["spec"] and options["spec_file"]:
         raise ConfigError("--spec and --spec-file cannot be given together; give exactly one of them")
     if options["spec_file"]:
         try:
             with open(options["spec_file"]) as file:
-                return yaml.safe_load(file)
+                found: object = yaml.safe_load(file)
+                return found
         except (OSError, yaml.YAMLError) as error:
-            text = " ".join(str(error).split())
-            raise ConfigError(f"--spec-file {options['spec_file']!r} cannot be read: {text}") from error
+            raise ConfigError(f"--spec-file {options['spec_file']!r} cannot be read: {one_line(error)}") from error
     return from_json("--spec", options["spec"]) if options["spec"] else None
 
 
 def from_json(option: str, text: str) -> dict[str, Any]:
-    """Return the JSON object that an option was given."""
+    """Parse the JSON object that an option was given.
+
+    Parameters
+    ----------
+    option
+        The option, for messages.
+    text
+        Its value.
+
+    Returns
+    -------
+    dict
+        The object.
+
+    Raises
+    ------
+    ConfigError
+        When `text` is not a JSON object.
+    """
     try:
         found = json.loads(text)
     except ValueError as error:

@@ -1,9 +1,10 @@
-"""The process that a launcher starts on a host: an agent, or a scheduler.
+"""Process that a launcher starts on a host: an agent, or a scheduler.
 
-``python -m agentcluster.cli.launched`` reads one :class:`~agentcluster.launch.protocol.Settings` line from stdin, says
-one :class:`~agentcluster.launch.protocol.Ready` line on stdout, logs to stderr, and lives until stdin ends or SIGTERM
-comes; then it stops its workers and exits with 0. On SIGTERM it first has their data moved to other nodes; when stdin
-ended the cluster is gone, and nobody wants them. When it cannot start it says why in one line and exits with 1.
+``python -m agentcluster.cli.launched`` reads one :class:`~agentcluster.launch.protocol.Settings` line from stdin,
+prints one :class:`~agentcluster.launch.protocol.Ready` line on stdout, logs to stderr, and runs until stdin ends or
+SIGTERM comes; then it stops its workers and exits with 0. On SIGTERM the data of the workers is moved to other nodes
+first; when stdin ends, the cluster is gone and its data with it. When the process cannot start, it prints the reason in
+one line and exits with 1.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    from distributed.security import Security
 
     from agentcluster.launch.protocol import Ready, Settings
 
 
 def main() -> None:
-    """Run the process; see the module."""
-    # Nothing heavy is imported before the forkserver runs: its imports go on beside ours. And stdin is read from the
-    # start, so that a launcher that dies while we import is noticed.
+    """Run the process, as the module's description says."""
+    # Nothing heavy is imported before the forkserver runs, so that its imports run in parallel to those of this
+    # process. And stdin is read from the start, so that the end of the launcher is noticed during the imports.
     line = sys.stdin.readline()
     if not line:
         sys.exit(0)
@@ -41,28 +44,31 @@ def main() -> None:
         _run(settings, lifeline)
     except (AgentClusterError, OSError, TimeoutError, ValueError) as error:
         _fail(str(error), error)
-    except Exception as error:  # such as a TypeError from an option; the launcher shows the last line to its user
+    except Exception as error:  # such as a TypeError from an option; the launcher shows the user the last line
         _fail(f"{type(error).__name__}: {error}", error)
 
 
 def _preload(config: Mapping[str, Any]) -> Sequence[str]:
-    """Return the modules that the forkserver imports: those of the settings, which hold them when they differ."""
+    """Return the modules that the forkserver imports; the settings have them when they are not the defaults."""
     from agentcluster.agent import forkserver
 
-    found: Any = config
+    found: object = config
     for key in ("agentcluster", "forkserver", "preload"):
         found = found.get(key) if isinstance(found, dict) else None
-    # What is no list of names is refused with the rest of the configuration, once that can be imported.
-    good = isinstance(found, list) and all(isinstance(name, str) for name in found)
-    return found if good else forkserver.PRELOAD
+    # A wrong value is refused with the rest of the configuration, once that can be imported.
+    if isinstance(found, list) and all(isinstance(name, str) for name in found):
+        return found
+    return forkserver.PRELOAD
 
 
 def _fail(why: str, error: Exception) -> NoReturn:
+    """Print the reason in one line, and exit with 1."""
     print(" ".join(why.split()) or type(error).__name__, file=sys.stderr, flush=True)
     sys.exit(1)
 
 
 def _watch_stdin(lifeline: threading.Event) -> None:
+    """Set the event, and call the callbacks, when stdin ends."""
     while sys.stdin.readline():
         pass
     lifeline.set()
@@ -70,10 +76,11 @@ def _watch_stdin(lifeline: threading.Event) -> None:
         callback()
 
 
-_at_end: list[Any] = []
+_at_end: list[Callable[[], object]] = []
 
 
 def _run(settings: Settings, lifeline: threading.Event) -> None:
+    """Set dask's configuration, and run the event loop."""
     import dask.config
     from distributed.compatibility import asyncio_run
     from distributed.config import get_loop_factory
@@ -87,6 +94,7 @@ def _run(settings: Settings, lifeline: threading.Event) -> None:
 
 
 async def _serve(settings: Settings, lifeline: threading.Event) -> None:
+    """Run the server until it ends, stdin ends, or a signal comes."""
     import asyncio
     import signal
 
@@ -124,6 +132,7 @@ async def _serve(settings: Settings, lifeline: threading.Event) -> None:
 
 
 async def _started(starting: asyncio.Future[Any]) -> None:
+    """Wait for the start of a server; raise the reason when it fails."""
     try:
         await starting
     except RuntimeError as error:
@@ -132,7 +141,7 @@ async def _started(starting: asyncio.Future[Any]) -> None:
 
 
 async def _first(ended: asyncio.Event, other: asyncio.Future[Any]) -> bool:
-    """Wait for either; return whether it is the end."""
+    """Wait for the end or for `other`; return whether the end has come."""
     import asyncio
 
     end = asyncio.ensure_future(ended.wait())
@@ -141,7 +150,8 @@ async def _first(ended: asyncio.Event, other: asyncio.Future[Any]) -> bool:
     return ended.is_set()
 
 
-def _server(settings: Settings, security: Any) -> Any:
+def _server(settings: Settings, security: Security) -> Any:
+    """Make the agent or the scheduler."""
     from agentcluster.wire import unpickled
 
     if settings.role == "agent":
@@ -155,6 +165,7 @@ def _server(settings: Settings, security: Any) -> Any:
 
 
 def _introduce(settings: Settings, server: Any) -> Ready:
+    """Return the Ready line's content."""
     from agentcluster.launch.protocol import Ready
 
     if settings.role == "scheduler":

@@ -1,4 +1,4 @@
-"""``agentcluster``: the operator's command; here is ``demo``, which shows on this machine what this is for."""
+"""Command ``agentcluster``: its subcommands on a running cluster, and ``demo``, which starts one on this machine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from distributed import Client, Future, wait
 from agentcluster.cli.commands import events, logs, nodes, reprovision, scale, top
 from agentcluster.client.cluster import AgentCluster
 from agentcluster.errors import AgentClusterError, PreflightError
+from agentcluster.tables import count
 
 KEYS = 200
 
@@ -20,12 +21,12 @@ KEYS = 200
 @click.group()
 @click.version_option(package_name="agentcluster")
 def main() -> None:
-    """Dask on machines that you hold: agents, modes, swaps in place.
+    """Show and change a Dask cluster of agents, whose workers are swapped in place.
 
-    The scheduler is the one of --scheduler, --scheduler-file, or dask's configuration (DASK_SCHEDULER_ADDRESS).
+    The scheduler is named by --scheduler, by --scheduler-file, or in dask's configuration (DASK_SCHEDULER_ADDRESS).
 
-    Exit codes: 0, done. 1, begun, and it went wrong. 2, refused; nothing was touched. 3, no scheduler to ask, or none
-    with agentcluster.
+    Exit codes: 0, done. 1, begun and failed. 2, refused; nothing was changed. 3, no scheduler answers, or it has no
+    agentcluster, or one of another protocol version.
     """
 
 
@@ -34,9 +35,9 @@ for command in (nodes, reprovision, scale, logs, events, top):
 
 
 @main.command()
-@click.option("--hosts", default=1, show_default=True, type=click.IntRange(1, 16), help="How many local agents.")
+@click.option("--hosts", default=1, show_default=True, type=click.IntRange(1, 16), help="Number of local agents.")
 def demo(hosts: int) -> None:
-    """Put results in memory, swap the workers under them through several modes, and count what is still there."""
+    """Put results in memory, swap the workers through several modes, and count the results that are lost."""
     try:
         lost = _demo(hosts)
     except (AgentClusterError, OSError, TimeoutError) as error:
@@ -46,9 +47,10 @@ def demo(hosts: int) -> None:
 
 
 def _demo(hosts: int) -> int:
+    """Run the demo; return the number of lost keys."""
     began = time.perf_counter()
     with AgentCluster(hosts=["local"] * hosts) as cluster, Client(cluster) as client:
-        click.echo(f"{_count(hosts, 'local agent')} up in {time.perf_counter() - began:.2f} s\n\n{cluster.nodes!r}")
+        click.echo(f"{count(hosts, 'local agent')} up in {time.perf_counter() - began:.2f} s\n\n{cluster.nodes!r}")
         futures = _remember(client)
         lost = 0
         for mode, config in (
@@ -60,7 +62,7 @@ def _demo(hosts: int) -> int:
         if hosts == 1:
             lost += _to_none_and_back(cluster, client, futures)
         else:
-            # With other nodes there, the data has somewhere to go.
+            # The data can be moved to the other nodes.
             last = list(cluster.nodes)[-1]
             for mode in ("none", "auto-cpu"):
                 _swap(cluster, mode, nodes=[last])
@@ -73,13 +75,13 @@ def _demo(hosts: int) -> int:
 
 
 def _to_none_and_back(cluster: AgentCluster, client: Client, futures: list[Future[Any]]) -> int:
-    """Show that the only node keeps its workers as long as they hold data, and lets them go when they hold none."""
+    """Show that the only node keeps its workers while they hold data, and removes them when they hold none."""
     try:
         _swap(cluster, "none")
     except PreflightError as error:
         click.echo(f"refused: {error}")
     lost = _lost(client, futures)
-    click.echo("\nThe results are fetched and released, so the workers can go.")
+    click.echo("\nThe results are released, so the workers can leave.")
     client.cancel(futures)
     futures.clear()
     _swap(cluster, "none")
@@ -90,6 +92,7 @@ def _to_none_and_back(cluster: AgentCluster, client: Client, futures: list[Futur
 def _swap(
     cluster: AgentCluster, mode: str, config: dict[str, Any] | None = None, nodes: list[str] | None = None
 ) -> None:
+    """Reprovision; print the call, the report and the nodes."""
     more = f", {config!r}" if config else ""
     more += f", nodes={nodes!r}" if nodes else ""
     click.echo(f"\n>>> cluster.reprovision({mode!r}{more})")
@@ -97,7 +100,7 @@ def _swap(
 
 
 def _remember(client: Client) -> list[Future[Any]]:
-    """Put results in memory: data that only this client can give again, and data that tasks made."""
+    """Put results in memory: scattered data, which only this client has, and results of tasks."""
     scattered = client.scatter([bytes([i]) * 10_000 for i in range(KEYS)], hash=False)
     computed = client.map(pow, range(KEYS), [2] * KEYS, pure=False)
     wait([*scattered, *computed], timeout=60)
@@ -106,22 +109,19 @@ def _remember(client: Client) -> list[Future[Any]]:
 
 
 def _lost(client: Client, futures: Sequence[Future[Any]]) -> int:
-    """Count the keys whose value is gone or wrong."""
+    """Print and return the number of keys whose value is lost or wrong."""
     wrong = _wrong(client, futures)
     click.echo(f"Keys lost: {wrong}")
     return wrong
 
 
 def _wrong(client: Client, futures: Sequence[Future[Any]]) -> int:
+    """Return the number of keys whose value is lost or wrong."""
     expected = [*(bytes([i]) * 10_000 for i in range(KEYS)), *(i**2 for i in range(KEYS))]
     found = client.gather(futures, errors="skip")
     if len(found) < len(futures):
         return len(futures) - len(found)
     return sum(1 for value, right in zip(found, expected, strict=True) if value != right)
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' if number > 1 else ''}"
 
 
 if __name__ == "__main__":

@@ -395,7 +395,7 @@ class AgentAdaptive(Adaptive):
             await asyncio.wait([request.granted, expiry], return_when=asyncio.FIRST_COMPLETED)
             if not request.granted.done():
                 needs = ", ".join(f"{name}={amount}" for name, amount in resources.items())
-                raise TimeoutError(f"no capacity for {needs} within {timeout:g} s; see adaptive_log()")
+                raise TimeoutError(f"no room for {needs} within {timeout:g} s; see adaptive_log()")
             request.granted.result()
         except BaseException:
             self.release(number)

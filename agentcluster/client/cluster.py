@@ -188,20 +188,26 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         self.display = Display(inside)
         self._rollout: RolloutControl[AsyncT] = RolloutControl(self)
         self._was_up = False
-        super().__init__(
-            workers={each.name: blueprint.node(each) for each in launchers if not in_standby(each)},
-            scheduler=blueprint.scheduler(
-                scheduler, dict(scheduler_options or {}), loopback=not remote and not attached
-            ),
-            security=blueprint.security,
-            name=name,
-            asynchronous=asynchronous,
-            loop=loop,
-            silence_logs=silence_logs,
-            shutdown_on_close=shutdown_on_close,
-            shutdown_scheduler=not joined,
-            scheduler_sync_interval=scheduler_sync_interval,
-        )
+        try:
+            super().__init__(
+                workers={each.name: blueprint.node(each) for each in launchers if not in_standby(each)},
+                scheduler=blueprint.scheduler(
+                    scheduler, dict(scheduler_options or {}), loopback=not remote and not attached
+                ),
+                security=blueprint.security,
+                name=name,
+                asynchronous=asynchronous,
+                loop=loop,
+                silence_logs=silence_logs,
+                shutdown_on_close=shutdown_on_close,
+                shutdown_scheduler=not joined,
+                scheduler_sync_interval=scheduler_sync_interval,
+            )
+        except BaseException:
+            # dask itself closes a synchronous cluster only when a worker fails, not when the scheduler does.
+            if hasattr(self, "status"):
+                self.close()
+            raise
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -574,7 +580,13 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
     ) -> distributed.deploy.adaptive.Adaptive: ...
     @overload
     def adapt(
-        self, Adaptive: type[AgentAdaptive] = ..., minimum: float = 0, maximum: float = ..., **options: Any
+        self,
+        Adaptive: type[AgentAdaptive] = ...,
+        minimum: float = 0,
+        maximum: float = ...,
+        *,
+        worker_key: None = None,
+        **options: Any,
     ) -> AgentAdaptive: ...
     @overload
     def adapt(

@@ -1,6 +1,6 @@
-"""Which launcher brings an agent to which host: the forms in which hosts are given, checked and named.
+"""Hosts as users give them, and the launcher of each: parsing, checks and node names.
 
-Nothing heavy is imported here; asyncssh only when a host is reached by SSH.
+Nothing heavy is imported here; asyncssh only for a host that is reached by SSH.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar
 
 from agentcluster.errors import ConfigError
 
 if TYPE_CHECKING:
     from agentcluster.launch.protocol import Launcher
 
+    #: A checked item of ``hosts``; text is ``local``, or the address of a running agent.
+    Item: TypeAlias = "str | Host | Launcher"
+
 __all__ = ["Host", "launchers_for"]
+
+T = TypeVar("T")
 
 FORMS = "host, user@host, host:port, user@host:port, with an IPv6 address in brackets ([::1]:22)"
 ALL_FORMS = f"'local', {FORMS}, tcp://host:port, tls://host:port"
@@ -32,26 +37,26 @@ _ADDRESS = re.compile(rf"(?:tcp|tls)://(?:\[(?P<v6>[^\s\]]+)\]|(?P<host>{_PART})
 
 @dataclass(frozen=True)
 class Host:
-    """A host that is reached by SSH, or ``local``, this machine; with its own options.
+    """A host that is reached by SSH, or ``local``, this machine.
 
     Attributes
     ----------
     host
         Name or address, or an alias of ``~/.ssh/config``.
     user, port
-        As ``~/.ssh/config`` and SSH's defaults say when ``None``.
+        User and port of the connection; ``None`` for those of ``~/.ssh/config``, or SSH's defaults.
     name
-        The node's name; by default the host's.
+        Name of the node; by default the host's.
     remote_python
-        Path of the Python there; by default the path of this one.
+        Path of the Python interpreter on the host; by default the path of this one.
     connect_options
-        Keyword arguments of ``asyncssh.connect``. Not in the repr: a password may be among them.
+        Keyword arguments of ``asyncssh.connect``. Not in the repr: they can have a password.
     env
-        Environment variables of the agent and its workers there. Not in the repr.
+        Environment variables of the agent and its workers. Not in the repr.
     standby
-        Launch nothing there until its workers are needed, and end it when they are not any more.
+        Launch the agent only when its workers are needed, and end it when they are no longer needed.
     labels
-        Words about it, such as ``{"rack": "a"}``, by which nodes can be chosen.
+        Labels of the node, such as ``{"rack": "a"}``, by which it can be selected.
 
     Raises
     ------
@@ -94,12 +99,22 @@ class Host:
 
     @classmethod
     def parse(cls, text: str) -> Host:
-        """Read a host as it is typed, such as ``user@gpu-1:2222``.
+        """Parse a host such as ``user@gpu-1:2222``.
+
+        Parameters
+        ----------
+        text
+            The host as the user wrote it.
+
+        Returns
+        -------
+        Host
+            The host.
 
         Raises
         ------
         ConfigError
-            When it has none of the allowed forms, which the message names.
+            When `text` has none of the allowed forms, which the message names.
 
         Examples
         --------
@@ -124,6 +139,7 @@ class Host:
 
 
 def _check_text(host: Host, key: str, pattern: str) -> None:
+    """Check an attribute of a host that is text."""
     value = getattr(host, key)
     if value is None and key != "host":
         return
@@ -142,29 +158,35 @@ def launchers_for(
     Parameters
     ----------
     hosts
-        A list, or one item alone; the name of a file of hosts (``.yaml``, ``.yml``, ``.txt``, or any path), see
-        :mod:`agentcluster.launch.inventory`; or ``"slurm"``, the hosts of the allocation that this runs in. Items:
-        ``"local"``; ``"tcp://host:port"`` or ``"tls://host:port"`` of an agent that runs; other text as
-        :meth:`Host.parse` reads it; a :class:`Host`; an object with the interface of
+        A list, or a single item; the name of a file of hosts (``.yaml``, ``.yml``, ``.txt``, or any path), see
+        :mod:`agentcluster.launch.inventory`; or ``"slurm"``, the hosts of this process's allocation. Items:
+        ``"local"``; ``"tcp://host:port"`` or ``"tls://host:port"`` of a running agent; other text as for
+        :meth:`Host.parse`; a :class:`Host`; an object with the interface of
         :class:`~agentcluster.launch.protocol.Launcher`. ``None`` is one local agent.
     connect_options
         Keyword arguments of ``asyncssh.connect`` for all SSH hosts, or a list with one mapping per host. Those of a
-        :class:`Host` go first.
+        :class:`Host` override them.
     remote_python
-        Path of the Python on all SSH hosts, or a list with one per host. That of a :class:`Host` goes first.
+        Path of the Python interpreter on all SSH hosts, or a list with one per host. That of a :class:`Host` overrides
+        it.
+
+    Returns
+    -------
+    list of Launcher
+        The launchers, in the order of the hosts.
 
     Raises
     ------
     ConfigError
-        When a host or an option cannot be used, or two hosts have been given the same name.
+        When a host or an option cannot be used, or two hosts have the same explicit name.
 
     Notes
     -----
-    A node's name is its host's; the second of that name is ``name.2``, and so on. Names given by hand stay.
+    A node is named after its host; a second one of that name is ``name.2``, and so on. Explicit names are kept.
     """
     items = _items(hosts)
     parsed = [_parse(item) for item in items]
-    options = _per_host(connect_options, Mapping, len(items), "connect_options")
+    options = _per_host(connect_options, Mapping, len(items), "connect_options")  # type: ignore[type-abstract]
     pythons = _per_host(remote_python, str, len(items), "remote_python")
     launchers = []
     for item, name, own_options, python in zip(parsed, _names(parsed), options, pythons, strict=True):
@@ -179,13 +201,14 @@ def launchers_for(
     return launchers
 
 
-def _items(hosts: object) -> list[object]:
+def _items(hosts: object) -> Sequence[object]:
+    """Return the items of the argument `hosts`."""
     from agentcluster.launch.inventory import hosts_in, is_file, slurm_hosts
 
     if hosts is None:
         return ["local"]
     if hosts == "slurm":
-        return list(slurm_hosts())
+        return slurm_hosts()
     if isinstance(hosts, str | os.PathLike) and is_file(hosts):
         return hosts_in(hosts)
     if isinstance(hosts, str | Host) or _is_launcher(hosts):
@@ -195,11 +218,12 @@ def _items(hosts: object) -> list[object]:
     raise ConfigError(f"hosts={hosts!r} is not a list of hosts; each is {ALL_FORMS}, a Host or a launcher", key="hosts")
 
 
-def _is_launcher(item: object) -> bool:
+def _is_launcher(item: object) -> TypeGuard[Launcher]:
+    """Return whether an item has the interface of a launcher."""
     return not isinstance(item, type) and callable(getattr(item, "launch", None)) and hasattr(item, "name")
 
 
-def _parse(item: object) -> Any:
+def _parse(item: object) -> Item:
     """Return a Host, a launcher, or the text of ``local`` and addresses."""
     if isinstance(item, Host) or _is_launcher(item):
         return item
@@ -217,8 +241,8 @@ def _parse(item: object) -> Any:
     return item
 
 
-def _per_host(value: Any, kind: type, count: int, key: str) -> list[Any]:
-    """Give each host its own of what may be one for all or a list; messages hold no values, they may be secret."""
+def _per_host(value: object, kind: type[T], count: int, key: str) -> list[T | None]:
+    """Return the value of each host, from one for all or a list; messages have no values, they can be secret."""
     if value is None or isinstance(value, kind):
         return [value] * count
     if not isinstance(value, list | tuple) or not all(v is None or isinstance(v, kind) for v in value):
@@ -230,11 +254,11 @@ def _per_host(value: Any, kind: type, count: int, key: str) -> list[Any]:
     return list(value)
 
 
-def _names(items: Sequence[Any]) -> list[str]:
-    """Return each item's node name: the one given by hand, else the host's, numbered where it is taken."""
-    by_hand = [None if isinstance(item, str) else item.name for item in items]
+def _names(items: Sequence[Item]) -> list[str]:
+    """Return the node name of each item: the explicit one, or the host's, numbered when it is taken."""
+    explicit: list[object] = [None if isinstance(item, str) else item.name for item in items]
     taken: set[str] = set()
-    for name in by_hand:
+    for name in explicit:
         if name is None:
             continue
         if not isinstance(name, str) or not name:
@@ -243,25 +267,30 @@ def _names(items: Sequence[Any]) -> list[str]:
             raise ConfigError(f"two hosts have the name {name!r}; each node needs its own", key="hosts")
         taken.add(name)
     names = []
-    for item, name in zip(items, by_hand, strict=True):
-        names.append(_free(_default_name(item), taken) if name is None else name)
+    for item, name in zip(items, explicit, strict=True):
+        names.append(name if isinstance(name, str) else _free(_default_name(item), taken))
         taken.add(names[-1])
     return names
 
 
 def _free(base: str, taken: set[str]) -> str:
+    """Return a name that is not taken, numbered where needed."""
     numbered = (f"{base}.{number}" for number in itertools.count(2))
     return next(name for name in itertools.chain([base], numbered) if name not in taken)
 
 
-def _default_name(item: str | Host) -> str:
-    if isinstance(item, Host):
-        return item.host
+def _default_name(item: Item) -> str:
+    """Return the name of the host."""
+    if not isinstance(item, str):
+        return item.host if isinstance(item, Host) else item.where
     match = _ADDRESS.fullmatch(item)
     return (match["v6"] or match["host"]) if match else item
 
 
-def _launcher(item: Any, name: str) -> Launcher:
+def _launcher(item: Item, name: str) -> Launcher:
+    """Return the launcher of an item."""
+    if item == "local":
+        item = Host("local")
     if isinstance(item, Host) and item.host == "local":
         from agentcluster.launch.local import LocalLauncher
 
@@ -270,12 +299,8 @@ def _launcher(item: Any, name: str) -> Launcher:
         from agentcluster.launch.ssh import SSHLauncher
 
         return SSHLauncher(item)
-    if item == "local":
-        from agentcluster.launch.local import LocalLauncher
-
-        return LocalLauncher(name)
     if isinstance(item, str):
         from agentcluster.launch.adopt import AttachedLauncher
 
         return AttachedLauncher(item, name=name)
-    return cast("Launcher", item)
+    return item

@@ -1,7 +1,8 @@
-"""Adopts an agent that already runs (``dask-agent --standby``), for as long as the cluster lives.
+"""Adoption of agents in standby (``dask-agent --standby``), running already or started by another system.
 
-One connection to the agent is held open; its end, for whatever reason, stops the workers and returns the agent to
-standby. Nothing is started here, and nothing secret is sent: the agent joins with the credentials that it has.
+One connection to the agent stays open; its end, for any reason, stops the workers and returns the agent to standby.
+Nothing secret is sent: the agent joins with its own credentials. :class:`AttachedLauncher` adopts an agent that runs;
+:class:`ManagedLauncher` first asks another system to start one, and returns it to that system at the end.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable
-from typing import Any
+from typing import TypeVar
 
 from distributed.comm.addressing import get_address_host_port
 from distributed.comm.core import Comm, CommClosedError, connect
@@ -27,18 +28,20 @@ from agentcluster.wire import check_protocol, from_wire, spoken, to_wire
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 class AttachedLauncher:
-    """A :class:`~agentcluster.launch.protocol.Launcher` for an agent that runs.
+    """A :class:`~agentcluster.launch.protocol.Launcher` that adopts a running agent.
 
     Parameters
     ----------
     address
-        Where the agent listens, such as ``tcp://10.0.0.5:8790``.
+        Address of the agent, such as ``tcp://10.0.0.5:8790``.
     name
-        The node's name.
+        Name of the node.
     standby
-        Adopt it only when its workers are needed, and release it when they are not any more.
+        Adopt the agent only when its workers are needed, and release it when they are no longer needed.
     """
 
     def __init__(self, address: str, *, name: str, standby: bool = False) -> None:
@@ -48,21 +51,33 @@ class AttachedLauncher:
 
     @property
     def where(self) -> str:
-        """The agent's address."""
+        """Address of the agent."""
         return self.address
 
     async def launch(self, settings: Settings, *, timeout: float) -> Adopted:
         """Adopt the agent.
 
+        Parameters
+        ----------
+        settings
+            Settings of the agent; its credentials are not sent.
+        timeout
+            Seconds until the agent has joined the scheduler.
+
+        Returns
+        -------
+        Adopted
+            The agent.
+
         Raises
         ------
         LaunchError
-            When it does not answer, belongs to another cluster, cannot reach the scheduler, or speaks TLS where the
-            cluster does not (or the reverse).
+            When the agent does not answer, belongs to another cluster, cannot reach the scheduler, or speaks TLS where
+            the cluster does not (or the reverse).
         LaunchTimeout
-            When that took longer than `timeout` seconds.
+            When it was not adopted in time.
         """
-        # Of a cluster's credentials a launcher is told the part for workers.
+        # The settings have the part of the cluster's credentials for workers.
         arguments = Security(**settings.security).get_connection_args("worker")
         if self.address.startswith("tls://") and arguments["ssl_context"] is None:
             raise LaunchError(self.address, "it speaks TLS and this cluster does not; pass security=Security(…)")
@@ -99,8 +114,8 @@ class AttachedLauncher:
             _abort(comm)
             raise LaunchError(
                 self.address,
-                f"{error}; is `dask-agent --standby --listen-address {self.address}` running there, and is tcp:// or "
-                f"tls:// what it speaks?",
+                f"{error}; is `dask-agent --standby --listen-address {self.address}` running there, with "
+                f"the same scheme (tcp:// or tls://)?",
             ) from error
         except BaseException:
             _abort(comm)
@@ -110,11 +125,11 @@ class AttachedLauncher:
 async def _check_tls(address: str, context: ssl.SSLContext | None) -> None:
     """Raise :class:`ssl.SSLError` when TLS with `address` fails.
 
-    Tornado drops a connection to one that speaks no TLS without closing it, and says only "not idle".
+    Tornado does not close a connection to a peer without TLS, and its error is only "not idle".
     """
     if not address.startswith("tls://"):
         return
-    with contextlib.suppress(ConnectionError):  # connect() tries that again
+    with contextlib.suppress(ConnectionError):  # connect() tries again
         _, writer = await asyncio.open_connection(*get_address_host_port(address), ssl=context)
         writer.close()
         with contextlib.suppress(OSError):
@@ -122,13 +137,15 @@ async def _check_tls(address: str, context: ssl.SSLContext | None) -> None:
 
 
 def _abort(comm: Comm | None) -> None:
+    """Abort a connection, if there is one."""
     if comm is not None:
         comm.abort()
 
 
-def _ready(address: str, answer: Any) -> Ready:
+def _ready(address: str, answer: object) -> Ready:
+    """Parse the answer to the adoption."""
     if not isinstance(answer, dict):
-        raise LaunchError(address, "what listens there is no agent")
+        raise LaunchError(address, "the process that listens there is not an agent")
     if answer.get("status") != "OK":
         _, error, _ = clean_exception(**answer)
         raise LaunchError(address, str(error or answer.get("exception_text")))
@@ -141,7 +158,15 @@ def _ready(address: str, answer: Any) -> Ready:
 
 
 class Adopted:
-    """An agent that belongs to this cluster until :meth:`close`."""
+    """An agent that belongs to this cluster until :meth:`close` (a :class:`~agentcluster.launch.protocol.Launched`).
+
+    Parameters
+    ----------
+    comm
+        Connection that keeps the agent.
+    ready
+        Address, process id and hardware of the agent.
+    """
 
     def __init__(self, comm: Comm, ready: Ready) -> None:
         self.ready = ready
@@ -154,7 +179,13 @@ class Adopted:
             await self._comm.read()
 
     async def close(self, timeout: float) -> None:
-        """Release the agent and wait until it says that its workers have ended."""
+        """Release the agent and wait until its workers have ended.
+
+        Parameters
+        ----------
+        timeout
+            Seconds for its workers to end.
+        """
         if not self._ended.done():
             with contextlib.suppress(CommClosedError, OSError):
                 await self._comm.write({"op": "release"})
@@ -164,30 +195,36 @@ class Adopted:
         await self._comm.close()
 
     async def wait(self) -> int | None:
-        """Return when the agent is not this cluster's any more."""
+        """Wait until the agent no longer belongs to this cluster.
+
+        Returns
+        -------
+        None
+            The exit code of the agent is not known.
+        """
         await asyncio.wait([self._ended])
         return None
 
 
-#: Seconds between two looks whether the agent is there.
-LOOK = 0.5
+#: Seconds between two calls of :meth:`ManagedLauncher.address`.
+POLL = 0.5
 
 
 class ManagedLauncher(ABC):
-    """A :class:`~agentcluster.launch.protocol.Launcher` for an agent that another system starts and stops.
+    """Base of a :class:`~agentcluster.launch.protocol.Launcher` for an agent that another system starts and stops.
 
     Parameters
     ----------
     name
-        The node's name.
+        Name of the node.
     where
-        Where its agent runs, for messages; without a password.
+        Place of the agent, for messages; without a password.
     standby
-        Ask for nothing until its workers are needed, and give the agent back when they are not any more.
+        Start the agent only when its workers are needed, and stop it when they are no longer needed.
 
     Notes
     -----
-    What the three methods raise becomes a :class:`~agentcluster.errors.LaunchError` that names `where`.
+    An error of the three methods becomes a :class:`~agentcluster.errors.LaunchError` that names `where`.
     """
 
     def __init__(self, name: str, where: str, *, standby: bool = False) -> None:
@@ -197,39 +234,66 @@ class ManagedLauncher(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Ask for one agent, ``dask-agent --standby --listen-address …``.
+        """Request one agent, ``dask-agent --standby --listen-address …``.
 
-        Never cancelled, so that it is known what was asked for; a call that may take long needs a limit of its own.
+        Never cancelled, so that it is known what was requested; a call that can take long needs a timeout.
         """
 
     @abstractmethod
     async def address(self) -> str | None:
-        """Return where the agent listens, such as ``tcp://10.0.0.5:8790``; None as long as it is not there."""
+        """Return the address of the agent.
+
+        Returns
+        -------
+        str or None
+            The address, such as ``tcp://10.0.0.5:8790``; None until the agent runs.
+        """
 
     @abstractmethod
     async def stop(self) -> None:
-        """Give the agent back, or what may be there of it; returns when it is gone.
+        """Stop the agent, or a request for it that is not yet served; return when it is gone.
 
-        Called once for each :meth:`start` that did not fail, also when the agent never came.
+        Called once for each :meth:`start` that did not fail, also when the agent never ran.
         """
 
     async def launch(self, settings: Settings, *, timeout: float) -> ManagedAgent:
-        """Have an agent started and adopt it; see :class:`~agentcluster.launch.protocol.Launcher`."""
-        starting = asyncio.ensure_future(self._ask(self.start()))
+        """Start an agent and adopt it.
+
+        Parameters
+        ----------
+        settings
+            Settings of the agent; its credentials are not sent.
+        timeout
+            Seconds until the agent has joined the scheduler.
+
+        Returns
+        -------
+        ManagedAgent
+            The agent.
+
+        Raises
+        ------
+        LaunchError
+            When a method of this launcher fails, or the agent cannot be adopted.
+        LaunchTimeout
+            When the agent was not adopted in time.
+        """
+        starting = asyncio.ensure_future(self._named(self.start()))
         try:
             async with asyncio.timeout(timeout):
                 await asyncio.shield(starting)
-                while (address := await self._ask(self.address())) is None:
-                    await asyncio.sleep(LOOK)
+                while (address := await self._named(self.address())) is None:
+                    await asyncio.sleep(POLL)
                 adopted = await AttachedLauncher(address, name=self.name).launch(settings, timeout=timeout)
                 return ManagedAgent(self, adopted)
         except BaseException as error:
-            await asyncio.shield(self._tidy(starting, timeout))
+            await asyncio.shield(self._undo(starting, timeout))
             if isinstance(error, TimeoutError):
-                raise LaunchTimeout(self.where, f"no agent of it was ready within {timeout:g} s") from error
+                raise LaunchTimeout(self.where, f"its agent was not ready within {timeout:g} s") from error
             raise
 
-    async def _ask(self, call: Awaitable[Any]) -> Any:
+    async def _named(self, call: Awaitable[T]) -> T:
+        """Await a method; its error becomes one that names the place."""
         try:
             return await call
         except (LaunchError, TimeoutError):
@@ -239,24 +303,38 @@ class ManagedLauncher(ABC):
         except Exception as error:
             raise LaunchError(self.where, one_line(error)[:500]) from error
 
-    async def _tidy(self, starting: asyncio.Future[None], timeout: float) -> None:
-        """Stop what was started, once it is known whether it was."""
+    async def _undo(self, starting: asyncio.Future[None], timeout: float) -> None:
+        """Wait for the start, and stop the agent if it was started."""
         [failed] = await asyncio.gather(starting, return_exceptions=True)
-        if failed is None or isinstance(failed, TimeoutError):  # no answer: it may have been
-            await self.given_back(timeout)
+        if failed is None or isinstance(failed, TimeoutError):  # without an answer, it may have been started
+            await self.stop_within(timeout)
 
-    async def given_back(self, timeout: float) -> None:
-        """Call :meth:`stop`, for at most so many seconds, and say where that failed."""
+    async def stop_within(self, timeout: float) -> None:
+        """Call :meth:`stop`; an error is only logged.
+
+        Parameters
+        ----------
+        timeout
+            Seconds for the call.
+        """
         try:
             async with asyncio.timeout(timeout):
-                await self._ask(self.stop())
+                await self._named(self.stop())
         except (LaunchError, TimeoutError) as error:
             why = str(error) or f"not gone within {timeout:g} s"
-            logger.warning("The agent of node %s may still be there: %s", self.name, why)
+            logger.warning("The agent of node %s may still run: %s", self.name, why)
 
 
 class ManagedAgent:
-    """The agent, adopted; closing it gives it back (a :class:`~agentcluster.launch.protocol.Launched`)."""
+    """An adopted agent that its system stops at the end (a :class:`~agentcluster.launch.protocol.Launched`).
+
+    Parameters
+    ----------
+    launcher
+        The launcher that started it.
+    agent
+        The adopted agent.
+    """
 
     def __init__(self, launcher: ManagedLauncher, agent: Adopted) -> None:
         self.ready, self.log = agent.ready, agent.log
@@ -264,14 +342,26 @@ class ManagedAgent:
         self._closing: asyncio.Task[None] | None = None
 
     async def wait(self) -> int | None:
-        """Return when the agent is not this cluster's any more."""
+        """Wait until the agent no longer belongs to this cluster.
+
+        Returns
+        -------
+        None
+            The exit code of the agent is not known.
+        """
         return await self._agent.wait()
 
     async def close(self, timeout: float) -> None:
-        """Release the agent, and give it back; every caller waits for the same end."""
+        """Release the agent and stop it; all callers wait for the same work.
+
+        Parameters
+        ----------
+        timeout
+            Seconds for its workers to end, and again for it to stop.
+        """
         self._closing = self._closing or asyncio.create_task(self._close(timeout))
         await asyncio.shield(self._closing)
 
     async def _close(self, timeout: float) -> None:
         await self._agent.close(timeout)
-        await self._launcher.given_back(timeout)
+        await self._launcher.stop_within(timeout)

@@ -1,8 +1,8 @@
-"""Hosts that are written down elsewhere: an inventory in YAML, a plain list of hosts, a Slurm allocation.
+"""Lists of hosts from files and from Slurm: an inventory in YAML, a text file of hosts, an allocation.
 
-An inventory has ``hosts``, ``groups`` of hosts, and ``defaults``; a host is its name, several such as ``gpu-[1-8]``, or
-a mapping of the options of :class:`~agentcluster.Host`. Options of a host go before those of its group, and those go
-before the defaults; labels add up, and the group is one.
+An inventory has ``hosts``, ``groups`` of hosts, and ``defaults``; a host is a name, a range such as ``gpu-[1-8]``, or a
+mapping of the options of :class:`~agentcluster.Host`. Options of a host override those of its group, and those override
+the defaults; labels are merged, and the group is one of them.
 """
 
 from __future__ import annotations
@@ -12,42 +12,66 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
 from agentcluster.errors import ConfigError, suggest
 from agentcluster.launch import Host
 
-#: What ends the name of a file of hosts, where it is given as text.
+#: Endings of the name of a file of hosts.
 ENDINGS = (".yaml", ".yml", ".txt")
 
-#: More hosts than this are a mistake in a range.
+#: Maximum number of hosts; more are a mistake in a range.
 MOST = 10_000
+
+#: Options of a host, a group, or of all hosts, by name.
+Options: TypeAlias = Mapping[str, Any]
 
 _RANGE = re.compile(r"\[([^\[\]]*)\]")
 _OPTIONS = {field.name for field in dataclasses.fields(Host)}
 
 
 def is_file(hosts: object) -> bool:
-    """Whether `hosts` names a file of hosts, and no host."""
+    """Return whether `hosts` is the name of a file of hosts.
+
+    Parameters
+    ----------
+    hosts
+        The value that the user gave.
+
+    Returns
+    -------
+    bool
+        True for a path object, and for text with a known ending or a slash.
+    """
     if isinstance(hosts, os.PathLike):
         return True
     return isinstance(hosts, str) and "://" not in hosts and (hosts.endswith(ENDINGS) or "/" in hosts)
 
 
-def hosts_in(path: str | os.PathLike[str]) -> list[Any]:
-    """Return the hosts of a file: an inventory where it ends with ``.yaml`` or ``.yml``, else one host per line.
+def hosts_in(path: str | os.PathLike[str]) -> list[Host | str]:
+    """Read the hosts of a file.
+
+    Parameters
+    ----------
+    path
+        Name of the file: an inventory when it ends with ``.yaml`` or ``.yml``, otherwise text with one host per line.
+
+    Returns
+    -------
+    list of Host or str
+        The hosts.
 
     Raises
     ------
     ConfigError
-        When it cannot be read, or something in it is not understood; it names the place.
+        When the file cannot be read, or has an error; the message names the place.
     """
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
         raise ConfigError(f"file of hosts {os.fspath(path)!r} cannot be read: {why}", key="hosts") from None
     if not os.fspath(path).endswith((".yaml", ".yml")):
         lines = (line.split("#")[0].strip() for line in text.splitlines())
@@ -60,28 +84,49 @@ def hosts_in(path: str | os.PathLike[str]) -> list[Any]:
 
 
 def slurm_hosts(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Return the hosts of the Slurm allocation that this process is in.
+    """Return the hosts of the Slurm allocation of this process.
+
+    Parameters
+    ----------
+    environ
+        Environment variables of the process.
+
+    Returns
+    -------
+    list of str
+        Names of the hosts.
 
     Raises
     ------
     ConfigError
-        When it is in none.
+        When the process is not in an allocation.
     """
     names = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
     if not names:
-        raise ConfigError("hosts='slurm': this is no Slurm allocation, SLURM_JOB_NODELIST is not set", key="hosts")
+        raise ConfigError("hosts='slurm': this is not a Slurm allocation, SLURM_JOB_NODELIST is not set", key="hosts")
     return expanded(names, "SLURM_JOB_NODELIST")
 
 
 def expanded(text: str, place: str) -> list[str]:
-    """Return what a text such as ``gpu-[1-3,07],login`` stands for, as Slurm writes lists of hosts.
+    """Expand a list of hosts with ranges, as Slurm writes it.
 
     Parameters
     ----------
     text
-        Hosts with commas between them, with ranges in brackets; a range such as ``[01-10]`` keeps its zeros.
+        Hosts with commas between them, with ranges in brackets. A range such as ``[01-10]`` keeps its zeros; the
+        brackets of an IPv6 address are kept.
     place
-        Where it stands, for messages. The brackets of an IPv6 address stay.
+        Place of the text, for messages.
+
+    Returns
+    -------
+    list of str
+        The hosts.
+
+    Raises
+    ------
+    ConfigError
+        When a range cannot be used.
 
     Examples
     --------
@@ -98,6 +143,7 @@ def expanded(text: str, place: str) -> list[str]:
 
 
 def _ranges(text: str, place: str) -> Iterator[str]:
+    """Yield the hosts of a name with ranges."""
     match = _RANGE.search(text)
     if match is None or ":" in match[1]:
         yield text
@@ -106,13 +152,14 @@ def _ranges(text: str, place: str) -> Iterator[str]:
         first, dash, last = item.strip().partition("-")
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise ConfigError(f"{place}: [{match[1]}] in {text!r} is no range, such as [1-8] or [1,3]", key="hosts")
+            raise ConfigError(f"{place}: [{match[1]}] in {text!r} is not a range, such as [1-8] or [1,3]", key="hosts")
         for number in range(int(first), int(last) + 1):
             for rest in _ranges(text[match.end() :], place):
                 yield f"{text[: match.start()]}{number:0{len(first)}d}{rest}"
 
 
-def _inventory(data: Any, path: str) -> Iterator[Any]:
+def _inventory(data: object, path: str) -> Iterator[Host | str]:
+    """Yield the hosts of an inventory."""
     top = _mapping(data, path, {"hosts", "groups", "defaults"})
     defaults = _mapping(top.get("defaults"), f"{path}: defaults", _OPTIONS - {"host", "name"})
     groups = top.get("groups") or {}
@@ -127,11 +174,12 @@ def _inventory(data: Any, path: str) -> Iterator[Any]:
         yield from _hosts(own.get("hosts"), f"{place}: hosts", [defaults, labels, options])
 
 
-def _hosts(hosts: Any, place: str, above: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+def _hosts(hosts: object, place: str, above: Iterable[Options]) -> Iterator[Host | str]:
+    """Yield the hosts of a list; `above` are the options of the levels above it."""
     if not isinstance(hosts, list | None):
         raise ConfigError(f"{place}: expected a list, got {hosts!r}", key="hosts")
     for entry in hosts or ():
-        own: Mapping[str, Any] = {"host": entry} if isinstance(entry, str) else _mapping(entry, place, _OPTIONS)
+        own: Options = {"host": entry} if isinstance(entry, str) else _mapping(entry, place, _OPTIONS)
         if not isinstance(own.get("host"), str):
             raise ConfigError(f"{place}: {entry!r} names no host", key="hosts")
         options = _merged([*above, own], place)
@@ -143,8 +191,8 @@ def _hosts(hosts: Any, place: str, above: Iterable[Mapping[str, Any]]) -> Iterat
             yield name if elsewhere else _host(name, options, place)
 
 
-def _merged(levels: Sequence[Mapping[str, Any]], place: str) -> dict[str, Any]:
-    """Return options of which the later go before the earlier; those that are mappings add up."""
+def _merged(levels: Sequence[Options], place: str) -> dict[str, Any]:
+    """Merge options; later levels override earlier ones, and mappings are merged."""
     options = {key: value for level in levels for key, value in level.items()}
     for name in ("labels", "env", "connect_options"):
         parts = [level[name] for level in levels if level.get(name) is not None]
@@ -157,7 +205,8 @@ def _merged(levels: Sequence[Mapping[str, Any]], place: str) -> dict[str, Any]:
     return options
 
 
-def _host(text: str, options: Mapping[str, Any], place: str) -> Host:
+def _host(text: str, options: Options, place: str) -> Host:
+    """Parse a host, and add its options."""
     try:
         parsed = Host.parse(text)
         typed = {key: value for key in ("user", "port") if (value := getattr(parsed, key)) is not None}
@@ -166,7 +215,8 @@ def _host(text: str, options: Mapping[str, Any], place: str) -> Host:
         raise ConfigError(f"{place}: {error}", key="hosts") from None
 
 
-def _mapping(data: Any, place: str, known: set[str]) -> Mapping[str, Any]:
+def _mapping(data: object, place: str, known: set[str]) -> Options:
+    """Check that data is a mapping with known keys; None is an empty one."""
     if data is None:
         return {}
     if not isinstance(data, Mapping):

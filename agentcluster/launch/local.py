@@ -1,4 +1,4 @@
-"""Runs an agent as a subprocess of this one, on this machine, without a shell."""
+"""Launcher of agents on this machine, as subprocesses without a shell."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class LocalLauncher:
     Parameters
     ----------
     name
-        The node name that it suggests.
+        Name of the node.
     python
-        The interpreter; by default the one that runs this.
+        Path of the Python interpreter; by default that of this process.
     env
-        Environment variables of the agent and its workers, beside those of this process.
+        Environment variables of the agent and its workers, in addition to those of this process.
     standby
-        Launch nothing until its workers are needed, and end it when they are not any more.
+        Launch the agent only when its workers are needed, and end it when they are no longer needed.
     labels
-        Words about it, by which nodes can be chosen.
+        Labels of the node, by which it can be selected.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class LocalLauncher:
     async def _start(self) -> _Subprocess:
         loop = asyncio.get_running_loop()
         try:
-            # A session of its own: Ctrl-C in the terminal must not reach the agent, EOF on stdin ends it in order.
+            # In a new session: Ctrl-C in the terminal must not reach the agent; EOF on stdin ends it in order.
             _, process = await loop.subprocess_exec(
                 *(_Subprocess, self._python, "-m", MODULE), start_new_session=True, env={**os.environ, **self._env}
             )
@@ -71,7 +71,7 @@ class LocalLauncher:
 class _Subprocess(asyncio.SubprocessProtocol):
     """A subprocess with its streams (a ``Process``).
 
-    ``asyncio.create_subprocess_exec`` would do, but its Process cannot close a pipe that a grandchild holds open.
+    ``asyncio.create_subprocess_exec`` is not used because its Process cannot close a pipe that a grandchild holds open.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class _Subprocess(asyncio.SubprocessProtocol):
         for fd, reader in self._readers.items():
             pipe = self._transport.get_pipe_transport(fd)
             assert pipe is not None
-            reader.set_transport(pipe)  # it pauses the pipe while too much waits to be read
+            reader.set_transport(pipe)  # the reader pauses the pipe while too much is unread
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         self._readers[fd].feed_data(data)
@@ -118,7 +118,7 @@ class _Subprocess(asyncio.SubprocessProtocol):
 
     async def kill(self) -> None:
         if self._transport.get_returncode() is None:
-            # It leads its own process group (start_new_session), which its workers are in.
+            # It leads a process group (start_new_session), which its workers are in.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._transport.get_pid(), signal.SIGKILL)
 

@@ -1,7 +1,7 @@
-"""Brings a process that talks over three streams to its ready line, owns it from then on, and ends it.
+"""Start, ownership and end of a launched process that is controlled over its three standard streams.
 
-This is what ``local`` and ``ssh`` share. They differ in how the process comes to run and how a signal gets to it,
-which is a :class:`Process`.
+``local`` and ``ssh`` share this module. They differ in how they start the process and send it a signal, which is a
+:class:`Process`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from agentcluster.launch.protocol import LogTail, Reader, Ready, Settings, drain
 
 logger = logging.getLogger("agentcluster.launch")
 
-#: What runs on a host: this module, by the host's Python.
+#: Module that runs on a host.
 MODULE = "agentcluster.cli.launched"
 
-#: Seconds that each forced step of an end may take: a signal, the last words, hanging up.
+#: Seconds for each forced step of an end: a signal, the last output, closing the connection.
 GRACE = 2.0
 
 
 class Process(Protocol):
-    """A started process, by the few things that launchers do differently.
+    """A started process: the operations that differ between launchers.
 
-    Nothing here but ``wait`` minds that the process, or the way to it, is gone.
+    All of them but ``wait`` can be called when the process, or the connection to it, is gone.
     """
 
     @property
@@ -38,7 +38,7 @@ class Process(Protocol):
     def stderr(self) -> Reader: ...
 
     def write(self, data: bytes) -> None:
-        """Write to its stdin, buffered."""
+        """Write to its stdin; the data is buffered."""
 
     def write_eof(self) -> None:
         """Close its stdin after what was written."""
@@ -47,7 +47,7 @@ class Process(Protocol):
         """Ask it to end by SIGTERM."""
 
     async def kill(self) -> None:
-        """End it, and all that it started where that is possible, by SIGKILL."""
+        """End it by SIGKILL, with the processes that it started where that is possible."""
 
     async def wait(self) -> int | None:
         """Return its exit code when it has ended; ``None`` when that cannot be known."""
@@ -57,7 +57,7 @@ class Process(Protocol):
 
 
 class _Running:
-    """The only owner of a process: its streams, its end, and the way to it (a ``Launched`` once it is ready)."""
+    """The only owner of a process, its streams and the connection to it (a ``Launched`` once it is ready)."""
 
     ready: Ready
 
@@ -72,7 +72,7 @@ class _Running:
         self._closing: asyncio.Task[None] | None = None
 
     def _take(self, line: str) -> None:
-        """Take a line of stdout: the first ready line is the process's answer, all others are log."""
+        """Handle a line of stdout: the first ready line is the process's answer, all others are log."""
         try:
             ready = None if self._ready.done() else Ready.decode(line)
         except ConfigError as error:
@@ -85,12 +85,12 @@ class _Running:
             self._ready.set_result(ready)
 
     async def start(self, settings: Settings) -> None:
-        """Tell the process its settings, and return when it is ready or has ended (then ``ready`` is not set)."""
+        """Send the settings, and return when the process is ready or has ended (then ``ready`` is not set)."""
         self._process.write(settings.encode().encode() + b"\n")
         either: set[asyncio.Future[Any]] = {self._ready, self._stdout, self._ended}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not self._ready.done():
-            # The exit status and the end of each stream come in any order, and all three are needed to say why.
+            # The exit status and the end of each stream come in any order; the message about the end needs all three.
             await asyncio.wait({self._stdout, self._stderr, self._ended}, timeout=GRACE)
         if self._ready.done():
             self.ready = self._ready.result()
@@ -129,17 +129,18 @@ class _Running:
         await self._has_ended(GRACE)
         await _cancelled(self._stdout, self._stderr, self._ended)
         if self._ready.done() and not self._ready.cancelled():
-            self._ready.exception()  # otherwise asyncio logs an exception that nobody took
+            self._ready.exception()  # otherwise asyncio logs that it was never retrieved
         else:
             self._ready.cancel()
 
     async def _has_ended(self, seconds: float) -> bool:
-        """Wait for the end of the process, at most so long."""
+        """Wait for the end of the process, for at most `seconds`."""
         await asyncio.wait({self._ended}, timeout=seconds)
         return self._ended.done()
 
 
 async def _cancelled(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks, wait for their end, and log their errors."""
     for task in tasks:
         task.cancel()
     for outcome in await asyncio.gather(*tasks, return_exceptions=True):
@@ -150,20 +151,20 @@ async def _cancelled(*tasks: asyncio.Task[Any]) -> None:
 async def launch(
     start: Callable[[], Awaitable[Process]], settings: Settings, *, where: str, python: str, timeout: float
 ) -> _Running:
-    """Start a process and bring it to its ready line; a launcher's whole ``launch`` but for `start`.
+    """Start a process and wait for its ready line.
 
     Parameters
     ----------
     start
-        Starts the process. It raises :class:`LaunchError` when it cannot, and then has undone what it opened.
+        Starts the process. When it cannot, it closes what it opened and raises :class:`LaunchError`.
     settings
-        What the process is told.
+        Settings of the process.
     where
         The host, for messages.
     python
         The interpreter that `start` runs, for messages.
     timeout
-        Seconds for `start` and all the rest.
+        Seconds from the call of `start` until the ready line.
 
     Returns
     -------
@@ -173,7 +174,9 @@ async def launch(
     Raises
     ------
     LaunchError, LaunchTimeout
-        The process has been ended and everything is closed.
+        When the process was not ready; it has been ended, and everything is closed.
+    ConfigError
+        When an option of the configuration cannot be used; nothing was started.
     """
     running: _Running | None = None
     log = LogTail(Config.load().log_lines)
@@ -197,22 +200,23 @@ async def launch(
 
 
 def _late(running: _Running | None, where: str, timeout: float) -> LaunchTimeout:
+    """Return the error about a process that was not ready in time."""
     if running is None:
-        return LaunchTimeout(where, f"there was no connection to it within {timeout:g} s")
+        return LaunchTimeout(where, f"no connection was made within {timeout:g} s")
     last = _short(running.log.last())
-    what = "was not ready" if last else "said nothing"
+    what = "it was not ready" if last else "it printed nothing"
     return LaunchTimeout(where, f"{what} within {timeout:g} s", last)
 
 
 def _why(code: int | None, log: LogTail, python: str) -> str:
-    """Say why a process ended before it was ready, from its exit code and last words."""
+    """Explain the end of a process that was not ready, from its exit code and its last output."""
     if missing := re.search(r"No module named '?([\w.]+)", log.last()):
         return (
             f"its Python ({python}) has no module {missing[1]!r}; "
             f"install agentcluster into it: {python} -m pip install agentcluster"
         )
     words = "\n".join(log.lines()[-5:])
-    # 126 and 127 are a POSIX shell's; csh ends with 1, and says so.
+    # A POSIX shell exits with 126 or 127; csh exits with 1 and prints the reason.
     absent = re.search(r"not found|no such file|permission denied", words, re.IGNORECASE) and python in words
     if code in (126, 127) or absent:
         return (

@@ -1,8 +1,8 @@
-"""What a launcher and the process that it starts say to each other, and the interface that every launcher has.
+"""Messages between a launcher and the process that it starts, and the interface of launchers.
 
-The settings go in as one JSON line on stdin (:class:`Settings`), one line comes back on stdout when the process is
-ready (:class:`Ready`), everything else that it says is kept in a :class:`LogTail`, and EOF on its stdin ends it.
-:class:`Launcher` and :class:`Launched` are what to implement for a way of starting agents that is not here yet.
+The launcher writes one JSON line to stdin (:class:`Settings`), and the process prints one line to stdout when it is
+ready (:class:`Ready`); all other output is kept in a :class:`LogTail`, and EOF on stdin ends the process. Implement
+:class:`Launcher` and :class:`Launched` for another way of starting agents.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from agentcluster.wire import PROTOCOL, check_protocol, from_wire, to_wire
 
 READY_PREFIX = "agentcluster-ready "
 
-#: A longer line is split, in bytes.
+#: Bytes of the longest line; a longer one is split.
 MAX_LINE = 64 * 1024
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a launched process is told; none of it is on its command line.
+    """Settings of a launched process; none of them is on its command line.
 
     Attributes
     ----------
     protocol, version
         Versions of the protocol and of agentcluster, see :func:`agentcluster.wire.spoken`.
     role
-        What to run: an ``agent`` or a ``scheduler``.
+        Role of the process: ``agent`` or ``scheduler``.
     name
         The node's name; ``None`` leaves it to the process.
     scheduler
@@ -41,11 +41,11 @@ class Settings:
     security
         Keyword arguments of :class:`distributed.Security`, with PEM text and not paths. Not in the repr.
     config
-        Dask configuration to be set. Not in the repr: it may hold credentials as well.
+        Dask configuration to set. Not in the repr: it may contain credentials as well.
     environ
         Environment variables to set before anything heavy is imported. Not in the repr.
     pre_spawn
-        Environment variables that dask sets before it starts a worker; the host's own, where it has them, win.
+        Environment variables that dask sets before it starts a worker; those of the host have priority.
     options
         Keyword arguments of the agent or the scheduler.
     """
@@ -62,18 +62,36 @@ class Settings:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self) -> str:
-        """Return the settings as one line of JSON, without the newline at its end."""
+        """Return the settings as one line of JSON.
+
+        Returns
+        -------
+        str
+            The line, without its newline.
+        """
         return json.dumps(to_wire(self), separators=(",", ":"))
 
     @classmethod
     def decode(cls, line: str) -> Settings:
-        """Parse what :meth:`encode` wrote.
+        """Parse a line that :meth:`encode` wrote.
+
+        Parameters
+        ----------
+        line
+            The line.
+
+        Returns
+        -------
+        Settings
+            The settings.
 
         Raises
         ------
+        VersionMismatch
+            When the sender has another version of the protocol.
         ConfigError
-            When the line is not JSON, or has a key or type that does not belong
-            there. The message holds no value of a secret field.
+            When the line is not JSON, has an unknown key, or a value of a wrong type. The message has no value of a
+            secret field.
         """
         data = _decode(line, "settings")
         for secret in ("security", "config", "environ"):
@@ -87,20 +105,20 @@ class Settings:
 
 @dataclass(frozen=True)
 class Ready:
-    """What a launched process says once it can be talked to.
+    """Message of a launched process that is ready for calls.
 
     Attributes
     ----------
     protocol, version
         Versions of the protocol and of agentcluster, see :func:`agentcluster.wire.spoken`.
     address
-        Where it listens, such as ``tls://10.0.0.5:41234``.
+        Address at which it listens, such as ``tls://10.0.0.5:41234``.
     pid
         Its process id on its host.
     versions
         Package name -> version there.
     hardware
-        What was detected there; ``None`` for a scheduler.
+        Hardware of its host; ``None`` for a scheduler.
     """
 
     address: str
@@ -111,26 +129,44 @@ class Ready:
     hardware: Hardware | None = None
 
     def encode(self) -> str:
-        """Return the line for stdout, without the newline at its end."""
+        """Return the line for stdout.
+
+        Returns
+        -------
+        str
+            The line, without its newline.
+        """
         return READY_PREFIX + json.dumps(to_wire(self), separators=(",", ":"))
 
     @classmethod
     def decode(cls, line: str) -> Ready | None:
         """Parse a line of stdout; ``None`` when it is not a ready line.
 
-        The prefix may come late in the line: what a login shell prints need not end with a newline.
+        The prefix can be anywhere in the line: the output of a login shell need not end with a newline.
+
+        Parameters
+        ----------
+        line
+            The line.
+
+        Returns
+        -------
+        Ready or None
+            The message.
 
         Raises
         ------
+        VersionMismatch
+            When the process has another version of the protocol.
         ConfigError
-            When the line is a ready line, but damaged.
+            When the line is a damaged ready line.
         """
         _, found, data = line.partition(READY_PREFIX)
         return from_wire(cls, _decode(data, "ready line"), "ready line") if found else None
 
 
 def _decode(line: str, what: str) -> dict[str, Any]:
-    """Parse JSON and check the version first: another version's other fields may mean anything."""
+    """Parse JSON and check its version first: the fields of another version can mean anything."""
     try:
         data = json.loads(line)
     except ValueError as error:
@@ -142,7 +178,7 @@ def _decode(line: str, what: str) -> dict[str, Any]:
     return data
 
 
-#: Message -> who sent it, and who reads it.
+#: Message -> its sender and its reader, for errors.
 _SIDES = {
     "settings": ("the cluster", "the launched process"),
     "ready line": ("the launched process", "the cluster"),
@@ -153,18 +189,18 @@ class Reader(Protocol):
     """A stream to read from, such as :class:`asyncio.StreamReader`."""
 
     async def read(self, n: int, /) -> bytes:
-        """Return up to `n` bytes as soon as there are some; ``b""`` at the end of the stream."""
+        """Return up to `n` bytes as soon as some arrive; ``b""`` at the end of the stream."""
 
 
 class LogTail:
-    """The last lines that a process wrote, whatever it writes.
+    """Last lines of a process's output, of bounded size.
 
     Parameters
     ----------
     maxlen
-        Lines that are kept.
+        Maximum number of lines.
     maxsize
-        Characters that are kept in all; the oldest lines go first.
+        Maximum number of characters; the oldest lines are dropped first.
     """
 
     def __init__(self, maxlen: int = 1000, maxsize: int = 4 * 1024 * 1024) -> None:
@@ -174,23 +210,41 @@ class LogTail:
         self._maxsize = maxsize
 
     def append(self, line: str) -> None:
-        """Add a line, without its newline."""
+        """Add a line.
+
+        Parameters
+        ----------
+        line
+            The line, without its newline.
+        """
         self._lines.append(line)
         self._size += len(line)
         while len(self._lines) > self._maxlen or (self._size > self._maxsize and len(self._lines) > 1):
             self._size -= len(self._lines.popleft())
 
     def lines(self) -> list[str]:
-        """Return the lines that are kept, oldest first."""
+        """Return the lines, oldest first.
+
+        Returns
+        -------
+        list of str
+            The lines that are kept.
+        """
         return list(self._lines)
 
     def last(self) -> str:
-        """Return the last line that is not blank; ``""`` when there is none."""
+        """Return the last line that is not blank.
+
+        Returns
+        -------
+        str
+            The line, without blanks at its ends; ``""`` when there is none.
+        """
         return next((line.strip() for line in reversed(self._lines) if line.strip()), "")
 
 
 class _Splitter:
-    """Makes lines of at most :data:`MAX_LINE` bytes out of chunks."""
+    """Split chunks into lines of at most :data:`MAX_LINE` bytes."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -215,12 +269,12 @@ def _text(line: bytes) -> str:
 
 
 async def drain(reader: Reader, take: Callable[[str], None]) -> None:
-    """Hand each line of a stream to `take`, to the end of the stream; also the unfinished one, when cancelled.
+    """Read lines until the end of a stream, or cancellation; the last line need not be finished.
 
     Parameters
     ----------
     reader
-        The stream. It is read all the time, so that the process never blocks on a full pipe.
+        The stream. It is read continuously, so that the process never blocks on a full pipe.
     take
         Called with each line, such as :meth:`LogTail.append`.
     """
@@ -235,14 +289,14 @@ async def drain(reader: Reader, take: Callable[[str], None]) -> None:
 
 
 class Launched(Protocol):
-    """A process that a launcher brought up, owned by whoever asked for it.
+    """A launched process, owned by the caller of :meth:`Launcher.launch`.
 
     Attributes
     ----------
     ready
-        What it said when it was ready.
+        Its ready line.
     log
-        What it said since; grows until the process ends.
+        Its other output; grows until the process ends.
     """
 
     @property
@@ -252,17 +306,17 @@ class Launched(Protocol):
     def log(self) -> LogTail: ...
 
     async def close(self, timeout: float) -> None:
-        """End the process, and release everything that was opened for it.
+        """End the process, and close everything that was opened for it.
 
-        Must be idempotent, in any state: all callers wait for the same work, and a cancelled caller does not stop
-        it. When it returns the process has ended as far as the launcher can know, :meth:`wait` returns, and nothing
-        of the launcher is open on this machine; where the end could not be confirmed, a warning was logged.
+        Must be idempotent in any state: all callers wait for the same work, and the cancellation of one does not stop
+        it. When it returns, the process has ended as far as the launcher can know, :meth:`wait` returns, and nothing
+        of the launcher is open on this machine; when the end could not be confirmed, a warning was logged.
 
         Parameters
         ----------
         timeout
-            Seconds that the process gets to end its workers and itself. After that it is made to end, which takes
-            up to ten seconds more (most when its host does not answer).
+            Seconds for the process to end its workers and itself. Then it is killed, which takes up to ten seconds
+            (longest when its host does not answer).
         """
 
     async def wait(self) -> int | None:
@@ -277,25 +331,25 @@ class Launched(Protocol):
 
 
 class Launcher(Protocol):
-    """A way for an agent (or a scheduler) to come to run on one host.
+    """A way to run an agent (or a scheduler) on one host.
 
-    Any object with these three can be given in ``AgentCluster(hosts=[…])``. To run the agent it starts
-    ``python -m agentcluster.cli.launched`` on its host, writes ``settings.encode()`` and a newline to its stdin,
-    keeps stdin open (EOF ends the agent with its workers), and reads stdout up to the line that
-    :meth:`Ready.decode` knows. :func:`agentcluster.launch.process.launch` does all this for a
+    An object with these three members is an item of ``AgentCluster(hosts=[…])``. To run the agent, it starts
+    ``python -m agentcluster.cli.launched`` on its host, writes ``settings.encode()`` and a newline to stdin, keeps
+    stdin open (EOF ends the agent with its workers), and reads stdout up to the line that :meth:`Ready.decode`
+    recognises. :func:`agentcluster.launch.process.launch` does all this for a
     :class:`~agentcluster.launch.process.Process`.
 
     Attributes
     ----------
     name
-        The node name that it suggests; unique in a cluster.
+        Name of the node; unique in a cluster.
     where
         The host as the user wrote it, for messages. Never a secret.
 
     Notes
     -----
-    One that has an attribute ``standby`` that is true is launched when its workers are needed, and closed when they are
-    not any more. An attribute ``labels``, a mapping of text to text, is the node's.
+    Two attributes are optional. With a true ``standby`` the agent is launched only when its workers are needed, and
+    closed when they are no longer needed. ``labels``, a mapping of text to text, are labels of the node.
     """
 
     @property
@@ -307,22 +361,27 @@ class Launcher(Protocol):
     async def launch(self, settings: Settings, *, timeout: float) -> Launched:
         """Start the process and wait until it is ready.
 
-        Must put nothing of `settings` on a command line or a disk. It may be called again after the process that it
-        returned has ended. When it raises, also on cancellation, everything that it opened has been undone.
+        Must not write `settings` to a command line or a disk. It can be called again after the process that it
+        returned has ended. When it raises, also on cancellation, it has closed everything that it opened.
 
         Parameters
         ----------
         settings
-            What the process is told.
+            Settings of the process.
         timeout
-            Seconds for all of it, from the first connection to the ready line.
+            Seconds from the first connection to the ready line.
+
+        Returns
+        -------
+        Launched
+            The process, ready.
 
         Raises
         ------
         LaunchError
-            The process did not come to be ready: why, the remedy where one is known, its last words.
+            When the process did not start: the reason, the remedy where one is known, its last output.
         LaunchTimeout
-            It was not ready in time.
+            When it was not ready in time.
         ConfigError
-            An option of this launcher cannot be used.
+            When an option of this launcher cannot be used.
         """

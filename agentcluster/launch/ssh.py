@@ -1,7 +1,7 @@
-"""Runs an agent on another host over SSH, with asyncssh: the only module that imports it.
+"""Launcher of agents on other hosts over SSH, with asyncssh: the only module that imports it.
 
-``~/.ssh/config``, known hosts, SSH agents and keys work as asyncssh does them by default. What goes over the command
-line is the Python and the module, nothing else.
+``~/.ssh/config``, known hosts, SSH agents and keys work as in asyncssh by default. The command line has the Python
+interpreter and the module, nothing else.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from agentcluster.launch.process import GRACE, MODULE, launch
 from agentcluster.launch.protocol import Launched, Settings
 
 #: Runs as ``sh -c START python``, whatever the login shell is. ``exec``: no shell stays in between. Python starts only
-#: at our word (an empty line), once its id is known here: what nobody could end any more is not begun.
+#: after an empty line, which is sent once the process id is known here: a process that could not be ended never starts.
 START = f'echo agentcluster-pid $$; read -r go && exec "$0" -m {MODULE}'
 PID = re.compile(rb"agentcluster-pid (\d+)\r?\n")
 
-#: Runs as ``sh -c … pid``. A session of sshd is a process group, which the workers are in.
+#: Runs as ``sh -c … pid``. A session of sshd is a process group, to which the workers belong.
 SIGNALS = {"TERM": 'kill -s TERM "$0"', "KILL": 'kill -s KILL -- "-$0" 2>/dev/null || kill -s KILL "$0"'}
 
 
 class SSHLauncher:
-    """Launches an agent on a host over SSH.
+    """A :class:`~agentcluster.launch.protocol.Launcher` of an agent on a host over SSH.
 
     Parameters
     ----------
@@ -78,6 +78,7 @@ class SSHLauncher:
         return {**keepalive, **self._host.connect_options, **{k: v for k, v in own.items() if v is not None}}
 
     async def _start(self) -> _RemoteProcess:
+        """Connect, and start the process."""
         try:
             connection = await asyncssh.connect(self._host.host, **self._options())
         except (OSError, ValueError, TypeError, asyncssh.Error) as error:
@@ -95,7 +96,8 @@ class SSHLauncher:
             raise
 
 
-def _check_options(options: Mapping[str, Any], where: str) -> None:
+def _check_options(options: Mapping[str, object], where: str) -> None:
+    """Refuse options that asyncssh does not have."""
     prepare = getattr(asyncssh.SSHClientConnectionOptions, "prepare", None)
     if prepare is None:
         return
@@ -110,7 +112,7 @@ def _check_options(options: Mapping[str, Any], where: str) -> None:
 
 
 class _RemoteProcess:
-    """A process at the other end of a connection that is there for it alone (a ``Process``)."""
+    """A remote process with its own connection (a ``Process``)."""
 
     def __init__(self, connection: asyncssh.SSHClientConnection, process: asyncssh.SSHClientProcess[bytes]) -> None:
         self._connection = connection
@@ -159,12 +161,12 @@ class _RemoteProcess:
 
 
 class _RemoteReader:
-    """A stream of a remote process; a lost connection is its end, with a line that says so.
+    """A stream of a remote process; when the connection is lost, it ends with a line about that.
 
     Attributes
     ----------
     pid
-        The process's id on its host, once :data:`START` has said it. That line is taken out of the stream.
+        Process id on the host, once :data:`START` has printed it. That line is removed from the stream.
     """
 
     def __init__(self, reader: asyncssh.SSHReader[bytes], on_pid: Callable[[], None] | None = None) -> None:
@@ -178,7 +180,7 @@ class _RemoteReader:
         chunk = await self._read(n)
         if self.pid is not None or self._on_pid is None:
             return chunk
-        self._seen = self._seen[-64:] + chunk  # the line may come in two pieces
+        self._seen = self._seen[-64:] + chunk  # the line can arrive in two pieces
         if match := PID.search(self._seen):
             self.pid = int(match[1])
             self._on_pid()
@@ -196,6 +198,7 @@ class _RemoteReader:
 
 
 async def _hang_up(connection: asyncssh.SSHClientConnection) -> None:
+    """Close a connection; abort it when that takes too long."""
     connection.close()
     try:
         async with asyncio.timeout(GRACE):
@@ -205,7 +208,7 @@ async def _hang_up(connection: asyncssh.SSHClientConnection) -> None:
 
 
 def _why_no_connection(error: Exception, host: Host) -> str:
-    """Say why there is no connection, and what would help."""
+    """Explain why there is no connection, with a remedy."""
     port = host.port or host.connect_options.get("port", 22)
     at = f"[{host.host}]:{port}" if ":" in host.host else f"{host.host}:{port}"
     match error:
@@ -234,9 +237,9 @@ def _why_no_connection(error: Exception, host: Host) -> str:
         case ConnectionRefusedError():
             return _refused(at)
         case TimeoutError():
-            return f"no answer from {at} in time; is it up, and does no firewall hold the port shut?"
+            return f"no answer from {at} in time; is the host up, and does no firewall block the port?"
         case OSError():
-            # Where a name has several addresses, asyncio makes one error without an errno of all that it got.
+            # For a name with several addresses, asyncio raises one error without an errno.
             refused = f"[Errno {errno.ECONNREFUSED}]" in str(error)
             return _refused(at) if refused else f"no connection to {at}: {error}"
     return f"asyncssh cannot use its options: {error}; check connect_options and ~/.ssh/config"
@@ -247,12 +250,12 @@ def _refused(at: str) -> str:
 
 
 def _keys(host: Host) -> str:
-    """Name what a connection is tried with, never its content."""
+    """Name the keys of a connection, never their content."""
     keys = host.connect_options.get("client_keys", ())
     if keys is None:
         return "no key"
     each = keys if isinstance(keys, list | tuple) else [keys]
-    # A key may also be given as itself: its text, its bytes, or an object of asyncssh.
+    # A key can also be given by its content: text, bytes, or an object of asyncssh.
     files = [str(key) for key in each if isinstance(key, str | os.PathLike) and "PRIVATE KEY" not in str(key)]
     if files:
         return f"key {', '.join(files)}"

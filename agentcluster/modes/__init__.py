@@ -1,34 +1,46 @@
-"""Named rules from a node's hardware to its workers: which there are, what options they take, what they make.
+"""Modes: named rules from a node's hardware to its workers.
 
-Pure: nothing is started, detected or waited for; a plan depends on the mode and the :class:`Hardware` alone, and is the
-same each time. Third parties add modes as entry points of the group ``agentcluster.modes``: a function from
-`Hardware` and the mode's options (a mapping of plain data, as the user gave them) to an iterable of `WorkerSpec`.
+Pure: nothing is started, detected or awaited; a plan depends on the mode and the :class:`Hardware` alone, and is the
+same each time. :func:`parse` checks a mode's options once, where they enter a process: from a user, or over the wire.
+Inside, a :class:`Mode` is one that was parsed.
+
+Third parties add modes as entry points of the group ``agentcluster.modes``: a function from :class:`Hardware` and the
+mode's options (a mapping of plain data, as the user wrote them) to an iterable of :class:`WorkerSpec`.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from agentcluster.errors import ConfigError, ModeRefused, suggest
 from agentcluster.model import Hardware, Mode, WorkerSpec
-from agentcluster.modes import builtin
-from agentcluster.modes import options as checks
-from agentcluster.modes.options import Place, worker_keywords
-from agentcluster.modes.sizing import Site, warn_of_overcommit
-from agentcluster.modes.spec import check_spec, plan_spec
+from agentcluster.modes import builtin, spec
+from agentcluster.modes.options import (
+    CheckedOptions,
+    OptionPath,
+    Options,
+    check_mapping,
+    check_sendable,
+    parse_json,
+    shown,
+    worker_keywords,
+)
+from agentcluster.modes.sizing import NodeHardware, Workers, warn_of_overcommit
 from agentcluster.wire import from_wire, to_wire
 
-__all__ = ["GROUP", "named", "names", "parse", "plan", "worker_keywords"]
+__all__ = ["GROUP", "Workers", "named", "names", "parse", "plan", "try_plan", "worker_keywords"]
 
-#: The group of entry points by which third parties add modes.
+#: Group of entry points by which third parties add modes.
 GROUP = "agentcluster.modes"
 
 
 class _Rule(NamedTuple):
-    check: Callable[[Place, Mapping[str, Any]], dict[str, Any]]
-    plan: Callable[[Site, Mapping[str, Any]], tuple[WorkerSpec, ...]]
+    """Functions of a built-in mode: the check of its options, and the plan of a node's workers."""
+
+    check: Callable[[OptionPath, Options], CheckedOptions]
+    plan: Callable[[NodeHardware, Options], Workers]
 
 
 _RULES: Mapping[str, _Rule] = {
@@ -37,7 +49,7 @@ _RULES: Mapping[str, _Rule] = {
     "auto": _Rule(builtin.check_auto, builtin.plan_auto),
     "mixed": _Rule(builtin.check_mixed, builtin.plan_mixed),
     "uniform": _Rule(builtin.check_uniform, builtin.plan_uniform),
-    "spec": _Rule(check_spec, plan_spec),
+    "spec": _Rule(spec.check_spec, spec.plan_spec),
     "none": _Rule(builtin.check_none, builtin.plan_none),
 }
 
@@ -47,20 +59,22 @@ def names() -> list[str]:
     return [*_RULES, *sorted(_third_party())]
 
 
-def parse(mode: str | Mode, config: Mapping[str, Any] | str | None = None) -> Mode:
-    """Check a mode's name and options.
+def parse(mode: str | Mode, config: Options | str | None = None) -> Mode:
+    """Check a mode's name and options, where they enter a process.
+
+    Parsing a parsed mode returns an equal one.
 
     Parameters
     ----------
     mode
-        A mode's name, or a `Mode`, which has its options already.
+        A mode's name, or a mode with its options.
     config
-        The options by name, or JSON text of them.
+        The options by name, or JSON text of them; only with a mode's name.
 
     Returns
     -------
     Mode
-        With options that are plain data: what is not is pickled, several ways to say the same are one.
+        With options that are plain data: others are pickled, and the forms of a value become one.
 
     Raises
     ------
@@ -78,54 +92,55 @@ def parse(mode: str | Mode, config: Mapping[str, Any] | str | None = None) -> Mo
         config = mode.config if config is None else config
         mode = mode.name
     if not isinstance(mode, str):
-        raise ConfigError(f"mode {checks.shown(mode)} is not allowed; give a name: {', '.join(names())}", key="mode")
+        raise ConfigError(f"mode {shown(mode)} is not allowed; give a name: {', '.join(names())}", key="mode")
     if mode not in _RULES and mode not in _third_party():
         raise ConfigError(f"unknown mode {mode!r}; {suggest(mode, names())}", key="mode")
-    place = Place(mode)
-    if isinstance(config, str):
-        config = checks.from_json(place, config)
-    options = checks.mapping(
-        place, {} if config is None else config, "the mode's options by name, or JSON text of them"
-    )
+    path = OptionPath(mode)
+    given = parse_json(path, config) if isinstance(config, str) else config
+    options = check_mapping(path, {} if given is None else given, "the mode's options by name, or JSON text of them")
     if mode in _RULES:
-        return Mode(mode, _RULES[mode].check(place, options))
-    return Mode(mode, {key: checks.as_plain(place.at(key), value) for key, value in options.items()})
+        return Mode(mode, _RULES[mode].check(path, options))
+    return Mode(mode, {key: check_sendable(path.at(key), value) for key, value in options.items()})
 
 
-def plan(mode: Mode, hardware: Hardware, *, node: str) -> tuple[WorkerSpec, ...]:
-    """Return the workers that a mode gives a node.
+def plan(mode: Mode, hardware: Hardware, *, node: str) -> Workers:
+    """Plan the workers of a node in a mode.
 
     Parameters
     ----------
     mode
-        The mode; it is checked again, since it may have come over the wire.
+        The mode, as :func:`parse` returns it.
     hardware
-        What the node has.
+        Hardware of the node.
     node
-        The node's name, for messages.
+        Name of the node, for messages.
+
+    Returns
+    -------
+    tuple of WorkerSpec
+        Settings of each worker.
 
     Raises
     ------
     ModeRefused
-        When the node cannot serve the mode; says why and what would help.
+        When the node cannot have the mode; with the reason and what would help.
     ConfigError
-        For an option that is not allowed.
+        When a third party's mode refuses an option.
 
     Warns
     -----
     UserWarning
         When memory limits that were set by hand add up to more than the node has.
     """
-    mode = parse(mode)
-    site = Site(mode.name, node, hardware)
+    there = NodeHardware(mode.name, node, hardware)
     rule = _RULES.get(mode.name)
-    workers = _plan_third_party(site, mode.config) if rule is None else rule.plan(site, mode.config)
-    warn_of_overcommit(site, workers)
+    workers = _plan_third_party(there, mode.config) if rule is None else rule.plan(there, mode.config)
+    warn_of_overcommit(there, workers)
     return workers
 
 
-def try_plan(mode: Mode, hardware: Hardware, *, node: str) -> tuple[WorkerSpec, ...] | str:
-    """Plan the workers of a node, with the reason in place of an error.
+def try_plan(mode: Mode, hardware: Hardware, *, node: str) -> Workers | str:
+    """Plan the workers of a node in a mode, or return the reason why it cannot have them.
 
     Parameters
     ----------
@@ -135,7 +150,7 @@ def try_plan(mode: Mode, hardware: Hardware, *, node: str) -> tuple[WorkerSpec, 
     Returns
     -------
     tuple of WorkerSpec or str
-        The workers, or the reason why the node cannot have them.
+        Settings of each worker, or the reason.
     """
     try:
         return plan(mode, hardware, node=node)
@@ -146,7 +161,20 @@ def try_plan(mode: Mode, hardware: Hardware, *, node: str) -> tuple[WorkerSpec, 
 
 
 def named(mode: Mode, workers: Sequence[WorkerSpec]) -> tuple[tuple[str, WorkerSpec], ...]:
-    """Return the workers of a plan with the names that the user gave them in a spec; () for other modes."""
+    """Pair the workers of a plan with the names that a spec gives them.
+
+    Parameters
+    ----------
+    mode
+        The mode.
+    workers
+        Its plan.
+
+    Returns
+    -------
+    tuple of (str, WorkerSpec)
+        () for other modes than ``spec``.
+    """
     if mode.name != "spec":
         return ()
     names = list(mode.config["spec"]) * mode.config.get("nworkers", 1)
@@ -162,18 +190,19 @@ def _third_party() -> dict[str, importlib.metadata.EntryPoint]:
     return found
 
 
-def _plan_third_party(site: Site, options: Mapping[str, Any]) -> tuple[WorkerSpec, ...]:
-    entry_point = _third_party()[site.mode]
+def _plan_third_party(node: NodeHardware, options: Options) -> Workers:
+    """Call a third party's function; what it raises or returns wrongly is the reason of a refusal."""
+    entry_point = _third_party()[node.mode]
     try:
-        workers = tuple(entry_point.load()(site.hardware, options))
+        workers = tuple(entry_point.load()(node.hardware, options))
     except ConfigError:
         raise
-    except Exception as error:  # a third party's code: whatever it raises is its reason
-        raise site.refuse(f"{entry_point.value} raised {type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise node.refuse(f"{entry_point.value} raised {type(error).__name__}: {error}") from error
     for worker in workers:
         if not isinstance(worker, WorkerSpec):
-            raise site.refuse(f"{entry_point.value} returned {checks.shown(worker)}, which is not a WorkerSpec")
+            raise node.refuse(f"{entry_point.value} returned {shown(worker)}, which is not a WorkerSpec")
     try:
         return tuple(from_wire(WorkerSpec, to_wire(worker)) for worker in workers)
     except ConfigError as error:
-        raise site.refuse(f"{entry_point.value} returned a WorkerSpec that cannot be used: {error}") from error
+        raise node.refuse(f"{entry_point.value} returned a WorkerSpec that cannot be used: {error}") from error

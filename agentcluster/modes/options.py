@@ -1,8 +1,9 @@
-"""Checks of single option values, and the words of the errors about them.
+"""Options of modes: checks of their values, messages about them, and the keywords that worker classes accept.
 
-A check takes the place of a value and the value, and returns it as plain data, or raises :class:`ConfigError` naming
-the option, the value and what is allowed. Checking twice gives the same: a mode that came over the wire is checked
-again. Nothing here knows a node; what a value means on one is decided in :mod:`agentcluster.modes.sizing`.
+A check takes the path of an option and its value, and returns the value as plain data, or raises :class:`ConfigError`
+that names the option, the value and what is allowed. Checking a checked value returns the same, so that a mode can be
+parsed in each process that receives it. No check knows a node; :mod:`agentcluster.modes.sizing` decides what a value
+means on one.
 """
 
 from __future__ import annotations
@@ -18,20 +19,27 @@ import numbers
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from agentcluster.errors import ConfigError
 from agentcluster.units import parse_nbytes
 from agentcluster.wire import plain
 
+#: Options by name. Their values are of many types: each mode, and each worker class, has its own.
+Options = Mapping[str, Any]
+
+#: Options that are set, as plain data.
+CheckedOptions = dict[str, Any]
+
+#: Length at which a value's repr is cut in a message.
 SHOWN = 200
 
-#: Most workers that one node may be asked for: more is a slip of the pen, and each is a process.
+#: Most workers that one node may be asked for: each is a process, and more is a typing error.
 MOST_WORKERS = 10_000
 
 _JOINS = "workers join the scheduler that their agent joined"
 
-#: Keywords of worker classes that are agentcluster's to set -> why, and the remedy.
+#: Keywords of worker classes that only agentcluster sets -> the reason, and what to do.
 RESERVED: Mapping[str, str] = {
     "scheduler": _JOINS,
     "scheduler_ip": _JOINS,
@@ -43,53 +51,120 @@ RESERVED: Mapping[str, str] = {
 }
 
 
+# -- paths and messages ------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Place:
-    """Where a value was given: the mode and the option, as the user typed them."""
+class OptionPath:
+    """Path of an option, as the user typed it, for messages.
+
+    Attributes
+    ----------
+    mode
+        Name of the mode.
+    keys
+        Names of the option and of those that it is in, outermost first; () for the mode itself.
+    """
 
     mode: str
-    path: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
 
     @property
     def key(self) -> str | None:
-        return ".".join(self.path) or None
+        """Names with dots between them; None for the mode itself."""
+        return ".".join(self.keys) or None
 
     def __str__(self) -> str:
-        return f"mode {self.mode!r}, option {self.key!r}" if self.path else f"mode {self.mode!r}"
+        return f"mode {self.mode!r}, option {self.key!r}" if self.keys else f"mode {self.mode!r}"
 
-    def at(self, key: str) -> Place:
-        return Place(self.mode, (*self.path, key))
+    def at(self, key: str) -> OptionPath:
+        """Return the path of an option within this one.
+
+        Parameters
+        ----------
+        key
+            Name of the option.
+        """
+        return OptionPath(self.mode, (*self.keys, key))
 
     def error(self, problem: str) -> ConfigError:
+        """Return an error about this option.
+
+        Parameters
+        ----------
+        problem
+            The message after the option's path.
+        """
         return ConfigError(f"{self}: {problem}", key=self.key)
 
-    def wrong(self, value: object, allowed: str) -> ConfigError:
+    def not_allowed(self, value: object, allowed: str) -> ConfigError:
+        """Return an error about a value.
+
+        Parameters
+        ----------
+        value
+            The value.
+        allowed
+            Description of the values that are allowed.
+        """
         return self.error(f"{shown(value)} is not allowed; give {allowed}")
 
-    def unknown(self, key: str, own: Collection[str], keywords: Collection[str] = (), cls: str = "") -> ConfigError:
-        """Say that there is no such key: the closest one, what is allowed, and whose keywords are too."""
-        close = difflib.get_close_matches(key, sorted({*own, *keywords}), n=1)
-        listed = ", ".join(sorted(own)) or "none"
+    def unknown(self, key: str, known: Collection[str], keywords: Collection[str] = (), cls: str = "") -> ConfigError:
+        """Return an error about the name of an option, with the closest name that is allowed.
+
+        Parameters
+        ----------
+        key
+            The name.
+        known
+            Names that are allowed.
+        keywords, cls
+            Further names, and the class whose keywords they are.
+        """
+        close = difflib.get_close_matches(key, sorted({*known, *keywords}), n=1)
+        listed = ", ".join(sorted(known)) or "none"
         more = f" and any keyword of {cls}" if cls else ""
         hint = f"did you mean {close[0]!r}? Allowed" if close else "allowed"
         return ConfigError(f"{self}: unknown option {key!r}; {hint}: {listed}{more}", key=self.at(key).key)
 
 
-Check = Callable[[Place, Any], Any]
-
-
 def shown(value: object) -> str:
-    """Return a value's repr, cut where it is too long for a message."""
+    """Return a value's repr, cut where it is too long for a message.
+
+    Parameters
+    ----------
+    value
+        The value.
+    """
     text = repr(value)
     return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
 
 
-def is_whole(value: object) -> bool:
+# -- checks of single values -------------------------------------------------------------------------------------------
+
+#: Returns the checked value of an option, or raises :class:`ConfigError`.
+Check = Callable[[OptionPath, object], object]
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Return whether a value is a whole number, and no bool.
+
+    Parameters
+    ----------
+    value
+        The value.
+    """
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
-    """Return whether `value` is a number that a float can hold."""
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether a value is a number that a float can hold, and no bool.
+
+    Parameters
+    ----------
+    value
+        The value.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
     try:
@@ -98,40 +173,83 @@ def is_number(value: object) -> bool:
         return False
 
 
-def positive(place: Place, value: Any) -> int:
-    """Check a whole number of at least 1."""
+def check_positive(path: OptionPath, value: object) -> int:
+    """Check a whole number of at least 1.
+
+    Parameters
+    ----------
+    path, value
+        The option.
+
+    Raises
+    ------
+    ConfigError
+        For another value.
+    """
     if not is_whole(value) or value < 1:
-        raise place.wrong(value, "a whole number of at least 1")
+        raise path.not_allowed(value, "a whole number of at least 1")
     return int(value)
 
 
-def worker_count(place: Place, value: Any) -> int | str:
-    """Check a number of workers as ``dask worker --nworkers`` has it: also ``"auto"``, or below 0 from the cores."""
-    if isinstance(value, str) and value == "auto":
-        return value
-    if not is_whole(value) or value == 0:
-        raise place.wrong(value, "a whole number of at least 1, 'auto', or a negative one (cores + 1 + nworkers)")
-    return _bounded(place, int(value))
+def check_worker_count(path: OptionPath, value: object) -> int | str:
+    """Check a number of workers as ``dask worker --nworkers`` takes it.
 
-
-def repetitions(place: Place, value: Any) -> int:
-    """Check how often a worker is repeated on a node."""
-    return _bounded(place, positive(place, value))
-
-
-def _bounded(place: Place, nworkers: int) -> int:
-    if nworkers > MOST_WORKERS:
-        raise place.wrong(nworkers, f"at most {MOST_WORKERS} workers a node")
-    return nworkers
-
-
-def memory_amount(value: Any) -> float | int | None:
-    """Read a memory limit as :func:`distributed.worker_memory.parse_memory_limit` does, less what needs a machine.
+    Parameters
+    ----------
+    path, value
+        The option.
 
     Returns
     -------
-    float | int | None
-        A float is a fraction of the node's memory, an int bytes (0: no limit), ``None`` the default share.
+    int or str
+        ``"auto"``, or a number; one below 0 counts down from the number of cores.
+
+    Raises
+    ------
+    ConfigError
+        For another value.
+    """
+    if isinstance(value, str) and value == "auto":
+        return value
+    if not is_whole(value) or value == 0:
+        raise path.not_allowed(value, "a whole number of at least 1, 'auto', or a negative one (cores + 1 + nworkers)")
+    return _bounded(path, int(value))
+
+
+def check_repetitions(path: OptionPath, value: object) -> int:
+    """Check the number of times that a worker is repeated on a node.
+
+    Parameters
+    ----------
+    path, value
+        The option.
+
+    Raises
+    ------
+    ConfigError
+        For another value than a whole number from 1 to :data:`MOST_WORKERS`.
+    """
+    return _bounded(path, check_positive(path, value))
+
+
+def _bounded(path: OptionPath, nworkers: int) -> int:
+    if nworkers > MOST_WORKERS:
+        raise path.not_allowed(nworkers, f"at most {MOST_WORKERS} workers a node")
+    return nworkers
+
+
+def memory_amount(value: object) -> float | int | None:
+    """Read a memory limit as :func:`distributed.worker_memory.parse_memory_limit` does, without the node's memory.
+
+    Parameters
+    ----------
+    value
+        The limit.
+
+    Returns
+    -------
+    float, int or None
+        A float is a fraction of the node's memory, an int bytes (0: no limit), None the default share.
 
     Raises
     ------
@@ -149,110 +267,255 @@ def memory_amount(value: Any) -> float | int | None:
             return parse_nbytes("memory_limit", value)
     if not is_number(value) or value < 0:
         raise ValueError(value)
-    # As in dask, 1 is all of the node and not one byte.
+    # As in dask, 1 is all of the node's memory and not one byte.
     return float(value) if 0 < value <= 1 else int(value)
 
 
-def memory_limit(place: Place, value: Any) -> int | float | str:
-    """Check a memory limit; it stays as the user wrote it, since a fraction means other bytes on every node."""
-    try:
-        memory_amount(value)
-    except ValueError:
-        allowed = "bytes, text such as '4GiB', a fraction of the node's memory up to 1.0, 'auto', or 0 for no limit"
-        raise place.wrong(value, allowed) from None
-    if value is None:
-        return 0
-    if isinstance(value, str):
-        return value
-    return int(value) if is_whole(value) else float(value)
+def check_memory_limit(path: OptionPath, value: object) -> int | float | str:
+    """Check a memory limit; it stays as the user wrote it, since a fraction means other bytes on every node.
 
-
-def resources(place: Place, value: Any) -> dict[str, float]:
-    """Check abstract resources: amounts by name, or the command line's ``"GPU=2 MEM=10e9"``."""
-    allowed = "amounts by name, such as {'GPU': 2}, or text such as 'GPU=2 MEM=10e9'"
-    pairs = value
-    if isinstance(value, str):
-        split = [pair.partition("=") for pair in value.replace(",", " ").split()]
-        try:
-            pairs = {name: float(amount) for name, _, amount in split}
-        except ValueError:
-            raise place.wrong(value, allowed) from None
-    if not isinstance(pairs, Mapping):
-        raise place.wrong(value, allowed)
-    for name, amount in pairs.items():
-        if not isinstance(name, str) or not name or not is_number(amount) or amount < 0:
-            raise place.wrong({name: amount}, allowed)
-    return {name: float(amount) for name, amount in pairs.items()}
-
-
-def env(place: Place, value: Any) -> dict[str, str]:
-    """Check environment variables: text or numbers by name."""
-    allowed = "text or numbers by variable name, such as {'OMP_NUM_THREADS': 1}"
-    if not isinstance(value, Mapping):
-        raise place.wrong(value, allowed)
-    for name, text in value.items():
-        if not isinstance(name, str) or not name or "=" in name or "\0" in name:
-            raise place.wrong(name, allowed)
-        if not (isinstance(text, str) and "\0" not in text) and not is_number(text):
-            raise place.at(name).wrong(text, "text or a number")
-    return {name: str(text) for name, text in value.items()}
-
-
-def devices(place: Place, value: Any) -> list[str]:
-    """Check a choice of GPUs: a list, or comma-separated text, of what ``CUDA_VISIBLE_DEVICES`` calls them."""
-    allowed = "a list of different GPUs, or comma-separated text, by index or UUID, such as [0, 1] or '0,1'"
-    items = value.split(",") if isinstance(value, str) else value
-    if not isinstance(items, list | tuple) or not items:
-        raise place.wrong(value, allowed)
-    if not all(isinstance(item, str) or (is_whole(item) and item >= 0) for item in items):
-        raise place.wrong(value, allowed)
-    ids = [str(item).strip() for item in items]
-    if "" in ids or len(set(ids)) < len(ids):
-        raise place.wrong(value, allowed)
-    return ids
-
-
-def as_plain(place: Place, value: Any) -> Any:
-    """Let any value pass, as plain data; what is not plain is pickled."""
-    try:
-        return plain(value)
-    except Exception as error:  # cloudpickle lets pass whatever the object's own __reduce__ raises
-        raise place.error(f"{shown(value)} cannot be sent to the nodes: {error}") from error
-
-
-def mapping(place: Place, value: Any, allowed: str) -> dict[str, Any]:
-    """Check that a value is a mapping; its keys become text, as on the wire."""
-    if not isinstance(value, Mapping):
-        raise place.wrong(value, allowed)
-    texts = {str(key): item for key, item in value.items()}
-    if len(texts) < len(value):
-        raise place.wrong(value, "keys that differ as text")
-    return texts
-
-
-def from_json(place: Place, text: str) -> Any:
-    """Read JSON text.
+    Parameters
+    ----------
+    path, value
+        The option.
 
     Raises
     ------
     ConfigError
-        When it is none; with line and column.
+        For a value that :func:`memory_amount` cannot read.
     """
     try:
-        return json.loads(text)
+        memory_amount(value)
+    except ValueError:
+        allowed = "bytes, text such as '4GiB', a fraction of the node's memory up to 1.0, 'auto', or 0 for no limit"
+        raise path.not_allowed(value, allowed) from None
+    if value is None:
+        return 0
+    if isinstance(value, str):
+        return value
+    assert is_number(value)
+    return int(value) if is_whole(value) else float(value)
+
+
+def check_resources(path: OptionPath, value: object) -> dict[str, float]:
+    """Check abstract resources.
+
+    Parameters
+    ----------
+    path, value
+        The option: amounts by name, or text as the command line takes it, such as ``"GPU=2 MEM=10e9"``.
+
+    Raises
+    ------
+    ConfigError
+        For another value.
+    """
+    allowed = "amounts by name, such as {'GPU': 2}, or text such as 'GPU=2 MEM=10e9'"
+    amounts = value
+    if isinstance(value, str):
+        pairs = [pair.partition("=") for pair in value.replace(",", " ").split()]
+        try:
+            amounts = {name: float(amount) for name, _, amount in pairs}
+        except ValueError:
+            raise path.not_allowed(value, allowed) from None
+    if not isinstance(amounts, Mapping):
+        raise path.not_allowed(value, allowed)
+    for name, amount in amounts.items():
+        if not isinstance(name, str) or not name or not is_number(amount) or amount < 0:
+            raise path.not_allowed({name: amount}, allowed)
+    return {name: float(amount) for name, amount in amounts.items()}
+
+
+def check_env(path: OptionPath, value: object) -> dict[str, str]:
+    """Check environment variables.
+
+    Parameters
+    ----------
+    path, value
+        The option: text or numbers by name.
+
+    Raises
+    ------
+    ConfigError
+        For another value.
+    """
+    allowed = "text or numbers by variable name, such as {'OMP_NUM_THREADS': 1}"
+    if not isinstance(value, Mapping):
+        raise path.not_allowed(value, allowed)
+    for name, text in value.items():
+        if not isinstance(name, str) or not name or "=" in name or "\0" in name:
+            raise path.not_allowed(name, allowed)
+        if not (isinstance(text, str) and "\0" not in text) and not is_number(text):
+            raise path.at(name).not_allowed(text, "text or a number")
+    return {name: str(text) for name, text in value.items()}
+
+
+def check_devices(path: OptionPath, value: object) -> list[str]:
+    """Check a choice of GPUs.
+
+    Parameters
+    ----------
+    path, value
+        The option: a list, or comma-separated text, of indices or UUIDs as ``CUDA_VISIBLE_DEVICES`` takes them.
+
+    Raises
+    ------
+    ConfigError
+        For another value, or for a GPU that is named twice.
+    """
+    allowed = "a list of different GPUs, or comma-separated text, by index or UUID, such as [0, 1] or '0,1'"
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not items:
+        raise path.not_allowed(value, allowed)
+    if not all(isinstance(item, str) or (is_whole(item) and item >= 0) for item in items):
+        raise path.not_allowed(value, allowed)
+    ids = [str(item).strip() for item in items]
+    if "" in ids or len(set(ids)) < len(ids):
+        raise path.not_allowed(value, allowed)
+    return ids
+
+
+def check_sendable(path: OptionPath, value: object) -> object:
+    """Return any value as plain data; what is not plain is pickled.
+
+    Parameters
+    ----------
+    path, value
+        The option.
+
+    Raises
+    ------
+    ConfigError
+        When the value cannot be pickled.
+    """
+    try:
+        found: object = plain(value)
+    except Exception as error:  # cloudpickle lets pass whatever the object's own __reduce__ raises
+        raise path.error(f"{shown(value)} cannot be sent to the nodes: {error}") from error
+    return found
+
+
+def check_mapping(path: OptionPath, value: object, allowed: str) -> CheckedOptions:
+    """Check that a value is a mapping; its keys become text, as on the wire.
+
+    Parameters
+    ----------
+    path, value
+        The option.
+    allowed
+        Description of the mappings that are allowed.
+
+    Raises
+    ------
+    ConfigError
+        For another value, or for two keys with the same text.
+    """
+    if not isinstance(value, Mapping):
+        raise path.not_allowed(value, allowed)
+    texts = {str(key): item for key, item in value.items()}
+    if len(texts) < len(value):
+        raise path.not_allowed(value, "keys that differ as text")
+    return texts
+
+
+def parse_json(path: OptionPath, text: str) -> object:
+    """Parse JSON text.
+
+    Parameters
+    ----------
+    path
+        The option that has the text.
+    text
+        The text.
+
+    Raises
+    ------
+    ConfigError
+        When it is not JSON; with line and column.
+    """
+    try:
+        found: object = json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
-        raise place.error(f"the text is not JSON, {where}: {error.msg}; got {shown(text)}") from None
+        raise path.error(f"the text is not JSON, {where}: {error.msg}; got {shown(text)}") from None
     except RecursionError:
-        raise place.error("the text is JSON nested too deeply") from None
+        raise path.error("the text is JSON nested too deeply") from None
+    return found
 
+
+# -- checks of all options ---------------------------------------------------------------------------------------------
+
+#: Options of every worker -> their check.
+COMMON: Mapping[str, Check] = {
+    "nthreads": check_positive,
+    "memory_limit": check_memory_limit,
+    "resources": check_resources,
+    "env": check_env,
+}
+
+
+def check_options(
+    path: OptionPath, config: Options, known: Mapping[str, Check], cls: str | None = None
+) -> CheckedOptions:
+    """Check options by name and value.
+
+    Parameters
+    ----------
+    path
+        Path of the options.
+    config
+        The options; None as a value is "not set", but for ``memory_limit``, where it is no limit.
+    known
+        Options of agentcluster -> their check.
+    cls
+        Import path of a class whose keywords are allowed too.
+
+    Returns
+    -------
+    dict
+        The options that are set, as plain data.
+
+    Raises
+    ------
+    ConfigError
+        For a name or a value that is not allowed.
+    """
+    keywords = frozenset[str]() if cls is None else known_keywords(cls)
+    # A worker class of the user's may take keywords that only it knows.
+    open_ended = keywords is None or ("worker_class" in keywords and config.get("worker_class") is not None)
+    checked = {}
+    for key, value in config.items():
+        if key in RESERVED and cls is not None:
+            raise reserved(path.at(key))
+        if key in known:
+            if value is not None or key == "memory_limit":
+                checked[key] = known[key](path.at(key), value)
+        elif open_ended or keywords is None or key in keywords:
+            checked[key] = check_sendable(path.at(key), value)
+        else:
+            raise path.unknown(key, known, keywords, cls or "")
+    return checked
+
+
+def reserved(path: OptionPath) -> ConfigError:
+    """Return the error for a keyword that only agentcluster sets.
+
+    Parameters
+    ----------
+    path
+        Path of the keyword, one of :data:`RESERVED`.
+    """
+    return path.error(f"it cannot be set: {RESERVED[path.keys[-1]]}")
+
+
+# -- worker classes ----------------------------------------------------------------------------------------------------
 
 NANNY = "distributed.Nanny"
 WORKER = "distributed.Worker"
 CUDA_WORKER = "dask_cuda.CUDAWorker"
 
-#: Every path that leads to one of the classes above.
-ALIASES = {
+#: Other paths that lead to one of the classes above.
+ALIASES: Mapping[str, str] = {
     "dask.distributed.Nanny": NANNY,
     "distributed.nanny.Nanny": NANNY,
     "dask.distributed.Worker": WORKER,
@@ -260,33 +523,47 @@ ALIASES = {
     "dask_cuda.cuda_worker.CUDAWorker": CUDA_WORKER,
 }
 
-# Given by these constructors to the one that they pass **kwargs on to: a second value is a TypeError.
-_PASSED_ON = {
-    WORKER: {"handlers", "stream_handlers", "connection_args"},
-    CUDA_WORKER: {"http_prefix", "env", "plugins", "config", "data"},
+#: Keywords that a constructor sets itself where it passes ``**kwargs`` on: a second value is a TypeError.
+_PASSED_ON: Mapping[str, frozenset[str]] = {
+    WORKER: frozenset({"handlers", "stream_handlers", "connection_args"}),
+    CUDA_WORKER: frozenset({"http_prefix", "env", "plugins", "config", "data"}),
 }
 
 _BY_KEYWORD = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def canonical(path: str) -> str:
-    """Return the one path by which we call a class of distributed or dask-cuda; any other path as it is."""
+    """Return the one path that stands for a class of distributed or dask-cuda.
+
+    Parameters
+    ----------
+    path
+        Import path of a class; one of another package is returned as it is.
+    """
     return ALIASES.get(path, path)
-
-
-def path_of(cls: type) -> str:
-    return canonical(f"{cls.__module__}.{cls.__qualname__}")
 
 
 def import_path(cls: type) -> str | None:
     """Return the path by which an agent can import a class.
 
-    A class that is defined in ``__main__``, in a function or in another class has none.
+    Parameters
+    ----------
+    cls
+        The class.
+
+    Returns
+    -------
+    str or None
+        None for a class that is defined in ``__main__``, in a function or in another class.
     """
     module = sys.modules.get(cls.__module__)
     if cls.__module__ != "__main__" and getattr(module, cls.__qualname__, None) is cls:
-        return path_of(cls)
+        return _path_of(cls)
     return None
+
+
+def _path_of(cls: type) -> str:
+    return canonical(f"{cls.__module__}.{cls.__qualname__}")
 
 
 def worker_keywords(cls: type) -> frozenset[str] | None:
@@ -299,9 +576,9 @@ def worker_keywords(cls: type) -> frozenset[str] | None:
 
     Returns
     -------
-    frozenset[str] | None
-        The names, or ``None`` when they cannot be known: a constructor takes ``**kwargs``, and is neither
-        distributed's nor dask-cuda's, so that nobody says where they go.
+    frozenset of str or None
+        None when they cannot be known: a constructor takes ``**kwargs``, and is neither distributed's nor dask-cuda's,
+        so that it is not known where they go.
     """
     definer = next((base for base in cls.__mro__ if "__init__" in vars(base)), object)
     if definer is object:
@@ -317,7 +594,7 @@ def worker_keywords(cls: type) -> frozenset[str] | None:
     if receiver is None:
         return None
     passed_on = worker_keywords(receiver)
-    return None if passed_on is None else names | (passed_on - _PASSED_ON.get(path_of(definer), set()))
+    return None if passed_on is None else names | (passed_on - _PASSED_ON.get(_path_of(definer), frozenset()))
 
 
 def _receiver(definer: type) -> type | None:
@@ -329,14 +606,23 @@ def _receiver(definer: type) -> type | None:
         WORKER: distributed.core.Server,  # past BaseWorker, which comes first among its bases
         CUDA_WORKER: distributed.Nanny,
     }
-    return receivers.get(path_of(definer))
+    return receivers.get(_path_of(definer))
 
 
 @functools.cache
 def known_keywords(path: str) -> frozenset[str] | None:
-    """Return the keywords of distributed's or dask-cuda's class at `path`; ``None`` when they cannot be known here.
+    """Return the keywords of a class of distributed or dask-cuda.
 
-    dask-cuda need not be installed where a mode is parsed: its class is looked at only where it is.
+    Parameters
+    ----------
+    path
+        Import path of the class.
+
+    Returns
+    -------
+    frozenset of str or None
+        None when they cannot be known here: for a class of another package, and for dask-cuda's where it is not
+        installed. It need not be where a mode is parsed.
     """
     if path not in (NANNY, WORKER, CUDA_WORKER):
         return None
@@ -344,7 +630,7 @@ def known_keywords(path: str) -> frozenset[str] | None:
     if path == CUDA_WORKER and importlib.util.find_spec(package) is None:
         return None
     try:
-        cls: Any = getattr(importlib.import_module(package), name)
+        cls: type = getattr(importlib.import_module(package), name)
     except Exception:  # a dask-cuda that does not load here may load on the nodes: their agents check
         return None
     return worker_keywords(cls)

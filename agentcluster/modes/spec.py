@@ -1,21 +1,35 @@
-"""The mode spec: exactly the workers that the user says, as ``dask spec`` and ``SpecCluster`` accept them.
+"""Mode spec: the workers that the user lists, as ``dask spec`` and ``SpecCluster`` accept them.
 
-The many ways to say it become one, ``{"spec": {name: {"cls": …, "options": {…}}}}``, when the mode is parsed. The names
-only tell the entries apart: worker names are the node's.
+The many forms of the list become one, ``{"spec": {name: {"cls": …, "options": {…}}}}``, when the mode is parsed. The
+names only distinguish the entries: worker names are the node's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from agentcluster.errors import ConfigError, ModeRefused
 from agentcluster.model import WorkerSpec
-from agentcluster.modes import options as checks
-from agentcluster.modes.builtin import COMMON, Options, Workers, check_options
-from agentcluster.modes.options import NANNY, RESERVED, WORKER, Place, canonical, import_path, known_keywords
-from agentcluster.modes.sizing import Site
+from agentcluster.modes.options import (
+    COMMON,
+    NANNY,
+    RESERVED,
+    WORKER,
+    CheckedOptions,
+    OptionPath,
+    Options,
+    canonical,
+    check_mapping,
+    check_options,
+    check_repetitions,
+    check_sendable,
+    import_path,
+    known_keywords,
+    parse_json,
+    reserved,
+)
+from agentcluster.modes.sizing import NodeHardware, Workers
 from agentcluster.wire import PICKLED
 
 _ENTRY = ("cls", "options", "opts")
@@ -24,13 +38,13 @@ _EXAMPLE = '{"cls": "dask.distributed.Nanny", "opts": {…}}, or such mappings b
 _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
-def check_spec(place: Place, config: Options) -> dict[str, Any]:
+def check_spec(path: OptionPath, config: Options) -> CheckedOptions:
     """Check a spec in any of its forms.
 
     Parameters
     ----------
-    place
-        The mode.
+    path
+        Path of the options.
     config
         ``{"spec": …}``, with ``"nworkers": n`` to repeat a single entry; or the spec itself.
 
@@ -38,24 +52,29 @@ def check_spec(place: Place, config: Options) -> dict[str, Any]:
     ------
     ConfigError
         For a form, key, class or option that is not allowed, or text that is not JSON.
+
+    Returns
+    -------
+    dict
+        ``{"spec": {name: {"cls": …, "options": {…}}}}``, with ``"nworkers"`` where it is set.
     """
     if "spec" not in config and config and (set(config) & set(_ENTRY) or _all_mappings(config)):
         config = {"spec": config}
-        at_spec = place
+        at_spec = path
     else:
-        at_spec = place.at("spec")
+        at_spec = path.at("spec")
     for key in config:
         if key not in _OPTIONS:
-            raise place.unknown(key, (*_OPTIONS, *_ENTRY))
+            raise path.unknown(key, (*_OPTIONS, *_ENTRY))
     if config.get("spec") is None:
-        raise place.error(f"spec is missing; give {_EXAMPLE}")
+        raise path.error(f"spec is missing; give {_EXAMPLE}")
     entries = _entries(at_spec, config["spec"])
-    checked: dict[str, Any] = {"spec": entries}
+    checked: CheckedOptions = {"spec": entries}
     if config.get("nworkers") is not None:
-        checked["nworkers"] = checks.repetitions(place.at("nworkers"), config["nworkers"])
+        checked["nworkers"] = check_repetitions(path.at("nworkers"), config["nworkers"])
         if len(entries) > 1:
             problem = f"nworkers repeats a single worker, and the spec has {len(entries)}; drop it or name one worker"
-            raise place.at("nworkers").error(problem)
+            raise path.at("nworkers").error(problem)
     return checked
 
 
@@ -63,104 +82,103 @@ def _all_mappings(config: Options) -> bool:
     return all(isinstance(value, Mapping) for value in config.values())
 
 
-def _entries(place: Place, spec: Any) -> dict[str, Any]:
+def _entries(path: OptionPath, spec: object) -> dict[str, Options]:
     if isinstance(spec, str):
-        spec = checks.from_json(place, spec)
+        spec = parse_json(path, spec)
     if not spec:
-        raise place.wrong(spec, _EXAMPLE)
-    spec = checks.mapping(place, spec, _EXAMPLE)
-    if set(spec) & set(_ENTRY):
-        return {"0": _entry(place, spec)}
-    return {name: _entry(place.at(name), entry) for name, entry in spec.items()}
+        raise path.not_allowed(spec, _EXAMPLE)
+    entries = check_mapping(path, spec, _EXAMPLE)
+    if set(entries) & set(_ENTRY):
+        return {"0": _entry(path, entries)}
+    return {name: _entry(path.at(name), entry) for name, entry in entries.items()}
 
 
-def _entry(place: Place, entry: Any) -> dict[str, Any]:
+def _entry(path: OptionPath, entry: object) -> Options:
     if not isinstance(entry, Mapping):
-        raise place.wrong(entry, 'a mapping with "cls" and "opts"')
+        raise path.not_allowed(entry, 'a mapping with "cls" and "opts"')
     for key in entry:
         if key not in _ENTRY:
-            raise place.unknown(str(key), _ENTRY)
+            raise path.unknown(str(key), _ENTRY)
     if "cls" not in entry:
-        raise place.error('"cls" is missing; name the worker\'s class, such as "dask.distributed.Nanny"')
+        raise path.error('"cls" is missing; name the worker\'s class, such as "dask.distributed.Nanny"')
     if "opts" in entry and "options" in entry:
-        raise place.error('"opts" and "options" are two names of the same; give one of them')
+        raise path.error('"opts" and "options" are two names of the same; give one of them')
     key = "opts" if "opts" in entry else "options"
-    options = checks.mapping(place.at(key), entry.get(key) or {}, "a mapping of the class's keywords")
-    cls = _class(place.at("cls"), entry["cls"])
-    return {"cls": cls, "options": _options(place.at(key), cls, options)}
+    options = check_mapping(path.at(key), entry.get(key) or {}, "a mapping of the class's keywords")
+    cls = _class(path.at("cls"), entry["cls"])
+    return {"cls": cls, "options": _options(path.at(key), cls, options)}
 
 
-def _class(place: Place, cls: Any) -> str | dict[str, str]:
+def _class(path: OptionPath, cls: object) -> str | Mapping[str, str]:
     if isinstance(cls, type):
-        return import_path(cls) or checks.as_plain(place, cls)
+        cls = import_path(cls) or check_sendable(path, cls)
     if isinstance(cls, Mapping) and set(cls) == {PICKLED}:
         return dict(cls)
     if not isinstance(cls, str) or not _PATH.fullmatch(cls):
-        raise place.wrong(cls, 'a class or its import path, such as "dask.distributed.Nanny"')
+        raise path.not_allowed(cls, 'a class or its import path, such as "dask.distributed.Nanny"')
     return canonical(cls)
 
 
-def _options(place: Place, cls: str | dict[str, str], options: Options) -> dict[str, Any]:
+def _options(path: OptionPath, cls: str | Mapping[str, str], options: Options) -> Options:
     for key in options:
         if key in RESERVED:
-            raise place.at(key).error(f"this is not yours to set: {RESERVED[key]}")
+            raise reserved(path.at(key))
     if isinstance(cls, str):
         # A Worker without a nanny has no process, and so no environment, of its own.
         own = {key: check for key, check in COMMON.items() if (cls, key) != (WORKER, "env")}
         if known_keywords(cls) is not None:
-            return check_options(place, options, own, cls)
-    return {key: checks.as_plain(place.at(key), value) for key, value in options.items()}
+            return check_options(path, options, own, cls)
+    return {key: check_sendable(path.at(key), value) for key, value in options.items()}
 
 
-def plan_spec(site: Site, options: Options) -> Workers:
-    """Return the workers that the spec says, in its order."""
+def plan_spec(node: NodeHardware, options: Options) -> Workers:
+    """Plan the workers of the spec, in its order; see :func:`agentcluster.modes.plan`."""
     entries = list(options["spec"].values()) * options.get("nworkers", 1)
-    limits = _limits(site, entries)
-    return tuple(_worker(site, entry, limit) for entry, limit in zip(entries, limits, strict=True))
+    limits = _limits(node, entries)
+    return tuple(_worker(node, entry, limit) for entry, limit in zip(entries, limits, strict=True))
 
 
-def _is_distributeds(entry: Options) -> bool:
+def _is_of_distributed(entry: Options) -> bool:
     return entry["cls"] in (NANNY, WORKER)
 
 
-def _limits(site: Site, entries: list[Any]) -> list[int | None]:
+def _limits(node: NodeHardware, entries: Sequence[Options]) -> list[int | None]:
     """Return the memory limit of each entry: the user's, or a share of the node where the class is distributed's."""
-    limits = [_limit_by_hand(site, entry) for entry in entries]
-    unset = [i for i, limit in enumerate(limits) if limit is None and _is_distributeds(entries[i])]
-    cpus = site.hardware.cpus
+    limits = [_limit_by_hand(node, entry) for entry in entries]
+    unset = [i for i, limit in enumerate(limits) if limit is None and _is_of_distributed(entries[i])]
+    cpus = node.hardware.cpus
     shares = [min(1, entries[i]["options"].get("nthreads", cpus) / cpus) for i in unset]
     taken = sum(limit or 0 for limit in limits)
-    for i, limit in zip(unset, site.default_limits(shares, taken), strict=True):
+    for i, limit in zip(unset, node.default_limits(shares, taken), strict=True):
         limits[i] = limit
     return limits
 
 
-def _limit_by_hand(site: Site, entry: Options) -> int | None:
-    """Return a memory limit in bytes, or ``None`` where it is not set, or not in a way that we know."""
-    given = entry["options"].get("memory_limit", "auto")
+def _limit_by_hand(node: NodeHardware, entry: Options) -> int | None:
+    """Return a memory limit in bytes; None where it is not set, or in a form that only the class can read."""
     try:
-        return site.limit_by_hand(given)
+        return node.limit_by_hand(entry["options"].get("memory_limit", "auto"))
     except ModeRefused:
         raise
     except ValueError:
         return None
 
 
-def _worker(site: Site, entry: Options, limit: int | None) -> WorkerSpec:
-    """Move what a :class:`WorkerSpec` has a field for out of the options; what we cannot read stays the class's."""
+def _worker(node: NodeHardware, entry: Options, limit: int | None) -> WorkerSpec:
+    """Move options that :class:`WorkerSpec` has a field for to it; values that only the class can read stay options."""
     options = dict(entry["options"])
-    place = Place("spec")
-    lifted: dict[str, Any] = {}
+    path = OptionPath("spec")
+    lifted: CheckedOptions = {}
     for key in ("nthreads", "resources", "env"):
         if options.get(key) is not None:
             try:
-                lifted[key] = COMMON[key](place, options[key])
+                lifted[key] = COMMON[key](path, options[key])
             except ConfigError:
                 continue
             del options[key]
     if limit is not None:
         options.pop("memory_limit", None)
-    if _is_distributeds(entry):
-        lifted.setdefault("nthreads", site.hardware.cpus)
+    if _is_of_distributed(entry):
+        lifted.setdefault("nthreads", node.hardware.cpus)
         lifted["resources"] = {"CPU": float(lifted["nthreads"]), **lifted.get("resources", {})}
     return WorkerSpec(kind="custom", cls=entry["cls"], options=options, memory_limit=limit, **lifted)

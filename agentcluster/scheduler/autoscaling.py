@@ -2,7 +2,8 @@
 
 :class:`Demand` reads the tasks; :class:`Autoscaler` adds what nodes have and could have, calls
 :mod:`agentcluster.scheduler.planning.binpacking`, and explains the result; :class:`DemandWatch` wakes an adaptive
-cluster when a task has no worker.
+cluster when a task has no worker. Nothing is awaited between reading and deciding, so that a decision is about one
+moment.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import TaskState
 
 from agentcluster import modes
-from agentcluster.errors import ConfigError, ModeRefused
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.requests import AdaptiveRequest
 from agentcluster.scheduler.planning.binpacking import Packing, pack, select_hosts
@@ -32,10 +32,13 @@ from agentcluster.tables import count
 #: Greatest number of tasks of a group that are read; the others are assumed to be alike, as dask does.
 SAMPLE = 100
 
+#: Greatest number of nodes that are named with one reason; the others are counted.
+NAMED = 3
+
 Resources = frozenset[tuple[str, float]]
 
 #: Workers of a node in a mode, or the reason why it cannot have them.
-Offer = tuple[WorkerSpec, ...] | str
+Offer = modes.Workers | str
 
 
 class Demand:
@@ -240,10 +243,7 @@ class Autoscaler:
         known = self._offers.get(key)
         if known is not None and known[0] == hardware:
             return known[1]
-        try:
-            offer: Offer = modes.plan(mode, hardware, node=name)
-        except ConfigError as error:
-            offer = error.reason if isinstance(error, ModeRefused) else str(error)
+        offer = modes.try_plan(mode, hardware, node=name)
         self._offers[key] = hardware, offer
         return offer
 
@@ -313,7 +313,7 @@ def _by_reason(why: Iterable[tuple[str, str]]) -> str:
     for node, reason in why:
         groups.setdefault(reason, []).append(node)
     return "; ".join(
-        f"{', '.join(nodes[:3])}{f' and {len(nodes) - 3} more' if len(nodes) > 3 else ''}: {reason}"
+        f"{', '.join(nodes[:NAMED])}{f' and {len(nodes) - NAMED} more' if len(nodes) > NAMED else ''}: {reason}"
         for reason, nodes in groups.items()
     )
 

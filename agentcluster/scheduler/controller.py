@@ -36,14 +36,13 @@ from agentcluster.requests import AdaptiveRequest, RolloutPolicy, ScaleTarget
 from agentcluster.scheduler import preflight
 from agentcluster.scheduler.autoscaling import Autoscaler, DemandWatch, label
 from agentcluster.scheduler.evacuation import stored_bytes
-from agentcluster.scheduler.events import NodeEvents, RolloutEvents
 from agentcluster.scheduler.managers import ExternalNames
 from agentcluster.scheduler.metrics import RolloutTotals
 from agentcluster.scheduler.planning.binpacking import Packing
 from agentcluster.scheduler.planning.change import NodeChange, change_to, change_without
 from agentcluster.scheduler.planning.nodes import Node, Registry
 from agentcluster.scheduler.planning.scaling import plan_scale
-from agentcluster.scheduler.rollouts import Plain, RolloutRun
+from agentcluster.scheduler.rollouts import NodeEvents, Plain, RolloutEvents, RolloutRun
 from agentcluster.scheduler.swap import Limits, RolloutContext
 
 logger = logging.getLogger(__name__)
@@ -224,7 +223,7 @@ class Controller:
         """
         node = self.registry.get(name)
         if ends:
-            node.tracked = ()
+            node.external_names = ()
         here = {str(worker.name) for worker in self.scheduler.workers.values()}
         if node.state == "lost" or (ends and here.isdisjoint(node.workers)):
             return self._rollout("none", {}, policy).report()

@@ -22,7 +22,7 @@ from distributed.scheduler import TaskState, WorkerState
 from distributed.stealing import WorkStealing
 
 from agentcluster.requests import Drain
-from agentcluster.scheduler.planning.placement import placed
+from agentcluster.scheduler.planning.placement import choose_recipients
 
 #: Key of ``Scheduler.extensions`` under which the :class:`ScatterCalls` are.
 SCATTER_CALLS = "agentcluster-scatter-calls"
@@ -363,7 +363,7 @@ class _Leaving:
 
     def request_replicas(self, tasks: Sequence[TaskState]) -> None:
         """Ask other workers to fetch copies."""
-        for address, keys in placed(tasks, self.recipients()).items():
+        for address, keys in choose_recipients(tasks, self.recipients()).items():
             self.scheduler.request_acquire_replicas(address, keys, stimulus_id=self.stimulus_id)
 
     # -- tasks ---------------------------------------------------------------------------------------------------------

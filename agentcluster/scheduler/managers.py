@@ -203,7 +203,7 @@ class ExternalNames:
         nodes = [] if both or str(how.get("stimulus_id")).startswith(BY_ITSELF) else self._nodes_of(chosen)
         if not nodes:
             return await self._retire_workers(workers, names=names, **how)
-        known = {str(each) for each in chosen}.union(*(node.tracked for node in nodes))
+        known = {str(each) for each in chosen}.union(*(node.external_names for node in nodes))
         leaving = known.union(*(node.plan.workers for node in nodes))
         addresses = [ws.address for ws in self.scheduler.workers.values() if {str(ws.name), ws.address} & leaving]
         retired = await self._retire_workers(addresses, **how)
@@ -213,8 +213,8 @@ class ExternalNames:
         """Return the nodes that are named, or whose external names are all among the chosen workers."""
         words = {str(each) for each in chosen}
         words |= {str(ws.name) for ws in self.scheduler.workers.values() if ws.address in words}
-        managed = (node for node in self.registry.nodes.values() if node.tracked)
-        return [node for node in managed if node.name in words or words.issuperset(node.tracked)]
+        managed = (node for node in self.registry.nodes.values() if node.external_names)
+        return [node for node in managed if node.name in words or words.issuperset(node.external_names)]
 
     async def keep(self, node: Node, staying: Iterable[str], leaving: Collection[str] = ()) -> dict[str, str]:
         """Assign each external name of a node to a worker that stays, or to a placeholder.
@@ -231,10 +231,12 @@ class ExternalNames:
         dict
             Old name -> new name, of the workers that were renamed.
         """
-        if not node.tracked or node.state in ("lost", "refused"):
+        if not node.external_names or node.state in ("lost", "refused"):
             return {}
         present = {str(ws.name) for ws in self.scheduler.workers.values()}
-        plan = plan_names(node.tracked, staying=staying, leaving=leaving, placeholders=node.held, present=present)
+        plan = plan_names(
+            node.external_names, staying=staying, leaving=leaving, placeholders=node.placeholders, present=present
+        )
         renamed: dict[str, str] = {}
         try:
             freed = dict(zip(plan.freed, node.take_names(len(plan.freed)), strict=True))
@@ -254,9 +256,9 @@ class ExternalNames:
             if plan.start:
                 specs = {name: to_wire(PLACEHOLDER) for name in plan.start}
                 await self._agent(node).start_workers(specs=specs, timeout=self.timeout)
-                node.held |= {*plan.start}
+                node.placeholders |= {*plan.start}
             if stop:
-                node.held -= {*plan.given.values()}
+                node.placeholders -= {*plan.given.values()}
                 await self._agent(node).stop_workers(names=stop, timeout=self.timeout)
 
     async def _rename(self, node: Node, names: Mapping[str, str]) -> None:
@@ -272,7 +274,7 @@ class ExternalNames:
             if (ws := by_name.get(old)) is None:
                 continue  # it is being restarted by its nanny, which knows the new name
             del self.scheduler.aliases[ws.name]
-            ws.name = node.spelled(new)
+            ws.name = node.scheduler_name(new)
             self.scheduler.aliases[ws.name] = ws.address
             logger.info("Worker %s of node %s is now %s", old, node.name, new)
             for watcher in watchers:
@@ -394,8 +396,8 @@ class WorkerCounts(SchedulerPlugin):
     def _node(self, ws: WorkerState) -> Node | None:
         """Return the node of a worker, if a manager knows that node."""
         name = str(ws.name)
-        managed = [node for node in self.registry.nodes.values() if node.tracked]
-        exact = (node for node in managed if name in node.tracked)
+        managed = [node for node in self.registry.nodes.values() if node.external_names]
+        exact = (node for node in managed if name in node.external_names)
         return next(exact, next((node for node in managed if NUMBERED.sub("", name) == node.name), None))
 
     def _group(self, ws: WorkerState) -> str:
@@ -409,6 +411,6 @@ class WorkerCounts(SchedulerPlugin):
         for ws in self.scheduler.workers.values():
             node = self._node(ws)
             group = found.setdefault(ws.address if node is None else node.name, [])
-            if node is None or str(ws.name) in node.tracked:
+            if node is None or str(ws.name) in node.external_names:
                 group.append(ws)
         return found

@@ -15,6 +15,7 @@ import logging
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 from distributed import Scheduler, Status
@@ -29,9 +30,8 @@ from agentcluster.model import HostMetrics, Mode, WorkerState
 from agentcluster.requests import AdaptiveRequest, NodeRegistration, RolloutPolicy, ScaleTarget
 from agentcluster.scheduler import managers, metrics
 from agentcluster.scheduler.controller import Controller
-from agentcluster.scheduler.events import NodeEvents
 from agentcluster.scheduler.planning.nodes import SETTLED, Node, Registry
-from agentcluster.scheduler.rollouts import Plain
+from agentcluster.scheduler.rollouts import NodeEvents, Plain
 from agentcluster.wire import PLUGIN, RETIRED, check_protocol, from_wire, spoken, to_wire
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ class AgentConnections:
             return
         lost_names = node.forget(state.name)
         # A manager that retires the last of its names, or a user that retires the last worker, retires the node.
-        if lost_names or (was_last and node.given is None):
+        if lost_names or (was_last and node.external_name is None):
             self._tasks.spawn(self._retire(node), f"retire {node.name}")
 
     async def _retire(self, node: Node) -> None:
@@ -223,7 +223,7 @@ class AgentPlugin(SchedulerPlugin):
     connections: AgentConnections
 
     def __init__(self, mode: Mode | None = None) -> None:
-        self.registry = Registry(mode)
+        self.registry = Registry(_parsed(mode))
         self._mode = mode
         self._events = NodeEvents()
         self._tasks = BackgroundTasks()
@@ -311,19 +311,8 @@ class AgentPlugin(SchedulerPlugin):
         peer, here = f"the agent at {comm.peer_address}", f"the scheduler at {self.scheduler.address}"
         check_protocol(peer, protocol, version, here=here)
         request = from_wire(NodeRegistration, registration, "register_node")
-        node = self.registry.register(
-            request.name,
-            request.address,
-            request.hardware,
-            now=time.monotonic(),
-            own_mode=request.mode,
-            fallback=request.fallback,
-            exact=request.exact,
-            given=request.external_name,
-            room=request.slots,
-            resources=request.resources,
-            labels=request.labels,
-        )
+        request = replace(request, mode=_parsed(request.mode), fallback=_parsed(request.fallback))
+        node = self.registry.register(request, time.monotonic())
         logger.info("Node %s joined: %s", node.name, node.hardware.describe())
         answer = {"name": node.name, **spoken()}
         if stream:
@@ -360,7 +349,7 @@ class AgentPlugin(SchedulerPlugin):
     def _data_on(self, node: Node) -> dict[str, int]:
         """Return the number of keys on a node's workers, and their bytes."""
         names = node.plan.workers.keys() | node.workers.keys()
-        addresses = (self.scheduler.aliases.get(node.spelled(name)) for name in names)
+        addresses = (self.scheduler.aliases.get(node.scheduler_name(name)) for name in names)
         workers = [self.scheduler.workers[address] for address in addresses if address in self.scheduler.workers]
         return {"keys": sum(len(each.has_what) for each in workers), "nbytes": sum(each.nbytes for each in workers)}
 
@@ -436,7 +425,7 @@ class AgentPlugin(SchedulerPlugin):
         bare
             Nodes that join later, and have no workers then.
         """
-        own = {name: from_wire(Mode, each, f"mode of node {name}") for name, each in (nodes or {}).items()}
+        own = {name: modes.parse(from_wire(Mode, each, f"mode of node {name}")) for name, each in (nodes or {}).items()}
         self.registry.expect(None if mode is None else modes.parse(mode, config), own, bare)
 
     async def reprovision_nodes(
@@ -535,6 +524,7 @@ class AgentPlugin(SchedulerPlugin):
             See :meth:`agentcluster.scheduler.controller.Controller.adapt`.
         """
         request = from_wire(AdaptiveRequest, asked, "adapt_nodes")
+        request = replace(request, modes=tuple(map(modes.parse, request.modes)))
         return await self.controller.adapt(request, nodes, from_wire(RolloutPolicy, terms, "adapt_nodes"))
 
     async def await_demand(self, timeout: float) -> bool:
@@ -651,6 +641,11 @@ class AgentPlugin(SchedulerPlugin):
         agents: list[PooledRPCCall] = [self.scheduler.rpc(node.address) for node in chosen]
         lines = await asyncio.gather(*(agent.agent_logs() for agent in agents))
         return {node.name: list(log) for node, log in zip(chosen, lines, strict=True)}
+
+
+def _parsed(mode: Mode | None) -> Mode | None:
+    """Check the options of a mode, where one is given."""
+    return None if mode is None else modes.parse(mode)
 
 
 async def dask_setup(scheduler: Scheduler) -> None:

@@ -57,7 +57,7 @@ def with_strategy(scheduler: Scheduler, change: NodeChange, policy: RolloutPolic
 
 def _no_capacity(scheduler: Scheduler, change: NodeChange) -> str:
     """Return the reason why old and new workers do not fit side by side on a node; "" when they do."""
-    hardware, metrics, slots = change.node.hardware, change.node.metrics, change.node.room
+    hardware, metrics, slots = change.node.hardware, change.node.metrics, change.node.slots
     if slots is not None and len(change.keep) + len(change.remove) + len(change.names) > slots:
         return f"its ports are for {slots} workers at a time"
     _, nbytes = sole_replicas(scheduler, change.old)
@@ -110,7 +110,7 @@ def crowded(change: NodeChange) -> str:
     str
         The reason; "" when there are enough.
     """
-    slots, count = change.node.room, len(change.keep) + len(change.names)
+    slots, count = change.node.slots, len(change.keep) + len(change.names)
     if slots is None or count <= slots:
         return ""
     return f"{count} workers need as many ports, and it has {slots}; give it a range, as --worker-port 9000:9010"
@@ -133,7 +133,7 @@ def immovable(scheduler: Scheduler, changes: Mapping[str, NodeChange], policy: R
     dict
         Node name -> the reason.
     """
-    if policy.drain == "now":
+    if policy.drain == "now" or not any(change.remove for change in changes.values()):
         return {}
     refusals = {}
     going = {name: each.old for name, each in changes.items()}

@@ -21,7 +21,7 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, assert_never
+from typing import TYPE_CHECKING, Literal, assert_never
 
 from distributed import Scheduler
 from distributed.core import PooledRPCCall
@@ -30,7 +30,6 @@ from agentcluster.errors import AgentClusterError, WorkerStartError
 from agentcluster.model import NodeReport, WorkerSpec, WorkerState
 from agentcluster.requests import Drain
 from agentcluster.scheduler.evacuation import Evacuation, Progress, evacuate
-from agentcluster.scheduler.events import RolloutEvents
 from agentcluster.scheduler.managers import ExternalNames
 from agentcluster.scheduler.planning.change import NodeChange
 from agentcluster.scheduler.planning.wave import (
@@ -53,6 +52,9 @@ from agentcluster.scheduler.planning.wave import (
     begin,
 )
 from agentcluster.wire import from_wire, to_wire
+
+if TYPE_CHECKING:
+    from agentcluster.scheduler.rollouts import RolloutEvents
 
 logger = logging.getLogger(__name__)
 

@@ -442,7 +442,10 @@ async def test_scheduler_without_agentcluster_gets_it(start: Start, tmp_path: Pa
             assert type(dask_scheduler.plugins["agentcluster"]) is agentcluster.scheduler.plugin.AgentPlugin
             return f"{agentcluster.scheduler.plugin.__file__} {agentcluster.__version__}"
 
-        assert await client.run_on_scheduler(home) == f"shipped/agentcluster/scheduler/plugin.py {agentcluster.__version__}"
+        assert (
+            await client.run_on_scheduler(home)
+            == f"shipped/agentcluster/scheduler/plugin.py {agentcluster.__version__}"
+        )
         kept = await client.scatter([f"value {i}" for i in range(20)], hash=False)
         with pytest.raises(PreflightError, match="no GPU"):
             await client.scheduler.reprovision_nodes(mode="auto-gpu")

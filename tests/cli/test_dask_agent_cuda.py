@@ -107,7 +107,7 @@ def test_standby_takes_none() -> None:
     assert "--rmm-async" in refused(*AGENT, "--standby", "--rmm-async")
     code, said = run(*AGENT, "--standby", "--mode", "auto-gpu", "--rmm-async")
     assert code != 0
-    assert "--mode cannot go with --standby" in said
+    assert "--mode cannot be given with --standby" in said
 
 
 @needs_dask_cuda

@@ -487,7 +487,7 @@ async def test_workers_that_do_not_start_leave_the_old_ones(cluster: AgentCluste
         ({"on_host_failure": "ignore"}, ConfigError, "'raise' or 'warn'"),
         ({"security": "yes"}, ConfigError, "security='yes'"),
         ({"launch_timeout": "soon"}, ConfigError, "launch_timeout=…\\) is 'soon'"),
-        ({"scheduler": "tcp://127.0.0.1:1", "scheduler_options": {"port": 1}}, ConfigError, "runs already"),
+        ({"scheduler": "tcp://127.0.0.1:1", "scheduler_options": {"port": 1}}, ConfigError, "already runs"),
         ({"hosts": ["tcp://127.0.0.1:1"], "security": True}, ConfigError, "without encryption"),
     ],
 )

@@ -433,7 +433,7 @@ async def test_command_that_is_not_there(marathon: Marathon) -> None:
 
 async def test_no_offer_in_time(marathon: Marathon) -> None:
     marathon.offers = False
-    with pytest.raises(LaunchTimeout, match=r"app dask-0\) did not start: no agent of it was ready within 2 s"):
+    with pytest.raises(LaunchTimeout, match=r"app dask-0\) did not start: its agent was not ready within 2 s"):
         await cluster_of(launcher(marathon), launch_timeout=2)
     assert marathon.apps == {}
 

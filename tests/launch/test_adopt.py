@@ -206,7 +206,7 @@ async def test_nobody_there() -> None:
 async def test_not_an_agent() -> None:
     async with AgentCluster(config=ONE, **QUIET) as cluster:
         began = time.monotonic()
-        with pytest.raises(LaunchError, match="no agent"):
+        with pytest.raises(LaunchError, match="not an agent"):
             await adopting(cluster.scheduler_address, launch_timeout=5)
         assert time.monotonic() - began < 20
 

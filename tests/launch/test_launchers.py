@@ -155,7 +155,7 @@ async def test_port_that_says_nothing(server: SSHServer) -> None:
         port = mute.sockets[0].getsockname()[1]
         error = await _refusal(_ssh(server, port=port), timeout=0.5)
         assert isinstance(error, LaunchTimeout)
-        assert error.reason == "there was no connection to it within 0.5 s"
+        assert error.reason == "no connection was made within 0.5 s"
         for writer in connected:
             writer.close()
             await writer.wait_closed()
@@ -218,7 +218,7 @@ async def test_silent_process(any_launcher: Callable[..., Launcher], tmp_path: P
     error = await _refusal(any_launcher(silent), timeout=1.5)
     assert isinstance(error, LaunchTimeout)
     assert isinstance(error, TimeoutError)
-    assert error.reason == "said nothing within 1.5 s"
+    assert error.reason == "it printed nothing within 1.5 s"
     assert not psutil.pid_exists(int((tmp_path / "p.pid").read_text()))
 
 
@@ -226,7 +226,7 @@ async def test_process_that_is_late(any_launcher: Callable[..., Launcher], tmp_p
     late = _script(tmp_path / "p", "printf 'Password: '; exec sleep 1000")
     error = await _refusal(any_launcher(late), timeout=1.5)
     assert isinstance(error, LaunchTimeout)
-    assert error.reason == "was not ready within 1.5 s"
+    assert error.reason == "it was not ready within 1.5 s"
     assert error.last_output == "Password:"
 
 

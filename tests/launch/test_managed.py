@@ -113,7 +113,7 @@ async def test_an_agent_that_does_not_come_is_given_back(local: Callable[..., Lo
         return None
 
     launcher = local(hook)
-    said = r"it was evicted" if late is RuntimeError else r"no agent of it was ready within 1 s"
+    said = r"it was evicted" if late is RuntimeError else r"its agent was not ready within 1 s"
     with pytest.raises(LaunchError, match=said):
         await AgentCluster(hosts=[launcher], config=ONE, launch_timeout=1, **QUIET)
     assert launcher.calls == ["start", "address", "stop"]
@@ -155,5 +155,5 @@ async def test_one_that_cannot_be_given_back_is_named(
     with caplog.at_level(logging.WARNING, "agentcluster"):
         async with AgentCluster(hosts=[launcher], config=ONE, **QUIET):
             pass
-    assert "The agent of node managed may still be there" in caplog.text
+    assert "The agent of node managed may still run" in caplog.text
     assert "not today" in caplog.text

@@ -277,7 +277,7 @@ def sleeping(path: str, end: str) -> str:
 def in_step(cluster: AgentCluster, step: str) -> bool:
     """Whether all nodes of the rollout that runs are in a step."""
     rolling = cluster.scheduler.extensions["agentcluster"].controller.running
-    return rolling is not None and {each["step"] for each in rolling.steps.values()} == {step}
+    return rolling is not None and {each["step"] for each in rolling.status()["nodes"].values()} == {step}
 
 
 @pytest.mark.timeout(180)

@@ -15,12 +15,14 @@ from tornado.httpclient import AsyncHTTPClient
 from agentcluster import AgentCluster, dask_setup
 from agentcluster.errors import SwapError
 from agentcluster.model import Hardware
+from agentcluster.requests import NodeRegistration
 from tests.support.inprocess import here
 from tests.support.plugin import SCHEDULER
 from tests.support.waiting import wait_until
 
 OPTIONS: dict[str, Any] = {"asynchronous": True, "scheduler_options": {"dashboard_address": ":0"}}
 TWO = {"nworkers": 2, "nthreads": 1, "memory_limit": "300MiB"}
+NODE = NodeRegistration("n", "tcp://n:1", Hardware("n", 1, 1))
 
 Samples = dict[tuple[str, ...], float]
 
@@ -87,7 +89,7 @@ async def test_last_scheduler_of_a_process_is_published_until_it_closes() -> Non
         await dask_setup(first)
         async with Scheduler(**SCHEDULER) as second:
             await dask_setup(second)
-            node = second.extensions["agentcluster"].registry.register("n", "tcp://n:1", Hardware("n", 1, 1), now=0.0)
+            node = second.extensions["agentcluster"].registry.register(NODE, now=0.0)
             assert published() == {node.state: 1}
             await first.close()  # it is not published, and takes nothing away
             assert published() == {node.state: 1}

@@ -9,7 +9,7 @@ import pytest
 from distributed import Scheduler
 
 from agentcluster.model import Gpu, Hardware, HostMetrics, Mode, WorkerSpec
-from agentcluster.requests import RolloutPolicy
+from agentcluster.requests import NodeRegistration, RolloutPolicy
 from agentcluster.scheduler import preflight
 from agentcluster.scheduler.planning.change import NodeChange
 from agentcluster.scheduler.planning.nodes import Registry
@@ -30,7 +30,7 @@ def change(
     gpus: tuple[Gpu, ...] = (),
 ) -> NodeChange:
     """Return what is to change on a node of which its agent has said this."""
-    node = Registry().register("n", "tcp://n:1", Hardware("host", 16, memory, gpus), now=0.0)
+    node = Registry().register(NodeRegistration("n", "tcp://n:1", Hardware("host", 16, memory, gpus)), now=0.0)
     node.metrics = HostMetrics(50.0, used, (0,) * len(gpu_used), gpu_used)
     node.adopt(Mode("auto-cpu"), dict(zip(node.take_names(old), [CPU] * old, strict=True)))
     named = node.take_names(len(new))

@@ -9,6 +9,7 @@ import pytest
 
 from agentcluster.model import Gpu, Hardware, Mode, NodeReport, WorkerSpec
 from agentcluster.reports import Nodes, RolloutReport
+from agentcluster.requests import NodeRegistration
 from agentcluster.scheduler.planning.nodes import Registry
 from agentcluster.tables import html_table, text_table
 from agentcluster.wire import pickled
@@ -51,7 +52,7 @@ def snapshot(
     specs: list[WorkerSpec], *, name: str = "n", problem: str | None = None, ngpus: int = 0, mode: str = "auto-cpu"
 ) -> dict[str, Any]:
     gpus = tuple(Gpu(str(i), f"GPU-{i}", "H200", 141 * GIB) for i in range(ngpus))
-    node = Registry().register(name, "tcp://n:1", Hardware("host", 16, 64 * GIB, gpus), now=0.0)
+    node = Registry().register(NodeRegistration(name, "tcp://n:1", Hardware("host", 16, 64 * GIB, gpus)), now=0.0)
     node.adopt(Mode(mode), dict(zip(node.take_names(len(specs)), specs, strict=True)))
     node.problem = problem
     return node.snapshot()

@@ -65,7 +65,7 @@ class Packing:
 
     @property
     def changes(self) -> bool:
-        """Whether any node changes."""
+        """Return whether any node changes."""
         return bool(self.modes or self.remove or any(self.add.values()))
 
 
@@ -162,7 +162,7 @@ class _Node:
 
     @property
     def changed(self) -> bool:
-        """Whether the node has another mode than it came with."""
+        """Return whether the node has another mode than it came with."""
         return self.mode != self.capacity.mode
 
     def add(self, worker: _Worker) -> None:
@@ -215,7 +215,7 @@ class _Totals:
         return less
 
     def allow(self, spec: WorkerSpec) -> bool:
-        """Whether one more worker is within the upper bounds."""
+        """Return whether one more worker is within the upper bounds."""
         if self.unbounded:
             return True
         for have, part, most in zip(self.amounts, amount(spec), self.bounds.most, strict=True):
@@ -326,7 +326,7 @@ class _Packer:
         return [(self.nodes[position], mode) for *_, position, _, mode in sorted(found)]
 
     def _gains(self, request: ResourceRequest, node: _Node, mode: str) -> bool:
-        """Whether a node could run more tasks of a request in another mode, within the upper bounds."""
+        """Return whether a node could run more tasks of a request in another mode, within the upper bounds."""
         now = sum(request.slots_on(worker.spec) for worker in (*node.workers, *node.candidates))
         totals = self.totals.without([worker.spec for worker in node.workers])
         return sum(request.slots_on(spec) for spec in node.capacity.offers[mode] if totals.allow(spec)) > now
@@ -345,7 +345,7 @@ class _Packer:
     # -- bounds --------------------------------------------------------------------------------------------------------
 
     def meet_lower_bounds(self) -> None:
-        """Keep and add workers until the lower bounds are met, or there is no more capacity.
+        """Keep and add workers until the lower bounds are met, or capacity is exhausted.
 
         Workers on ordinary nodes are counted first, so that extra nodes can be released.
         """
@@ -365,9 +365,9 @@ class _Packer:
     def _reach(
         self, wanted: Amount, measure: Callable[[WorkerSpec], Amount], groups: Sequence[Sequence[_Node]]
     ) -> None:
-        """Use workers until their measures add up to `wanted`: of each group of nodes first those that run.
+        """Use workers until their measures add up to `wanted`: in each group of nodes first those that run.
 
-        Used workers count whether they are needed for it or not; of the others those come first that hold most.
+        Used workers always count; of the others those that hold most data come first.
         """
         if not any(wanted):
             return
@@ -439,7 +439,7 @@ class _Packer:
 
 
 def _serves(request: ResourceRequest, offer: Iterable[WorkerSpec]) -> bool:
-    """Whether any worker of a mode can run tasks of a request."""
+    """Return whether any worker of a mode can run tasks of a request."""
     return any(request.slots_on(spec) for spec in offer)
 
 

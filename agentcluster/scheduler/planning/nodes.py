@@ -1,7 +1,7 @@
-"""What the scheduler side knows of its nodes: their state, hardware, plan, history and wanted mode.
+"""Registry of the nodes of a scheduler: their state, hardware, plan and wanted mode.
 
-Pure: the clock is passed in, nothing is awaited, nothing is sent. The states and what moves a node between them are the
-table :data:`TRANSITIONS`; an event that the table does not have for a state is a programming error and raises.
+Pure: the clock is passed in, nothing is awaited, nothing is sent. The table :data:`TRANSITIONS` has a node's states and
+the events that move it between them; an event that is not in the table for a state is a programming error.
 
 ::
 
@@ -25,6 +25,7 @@ from dask.utils import natural_sort_key
 
 from agentcluster.errors import NodeExists, NodeNotFound
 from agentcluster.model import Hardware, HostMetrics, Mode, NodePlan, WorkerSpec, WorkerState, like_dask
+from agentcluster.requests import NodeRegistration
 from agentcluster.wire import to_wire
 
 State = Literal["joining", "ready", "standby", "swapping", "refused", "lost"]
@@ -54,55 +55,55 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = {
     ("lost", "lost"): "lost",
 }
 
-#: States in which a node has the plan that it is meant to have, or said why not.
+#: States in which a node has the plan that it is meant to have, or the reason why not.
 SETTLED: frozenset[State] = frozenset({"ready", "standby", "refused", "lost"})
 
 EMPTY = NodePlan(revision=0, mode=Mode("none"))
 
-#: The mode of nodes for which nobody has said one.
+#: Mode of nodes where none was set.
 BUILT_IN = Mode("auto-cpu")
 
 
 @dataclass
 class Node:
-    """One node.
+    """Node as the scheduler knows it.
 
     Attributes
     ----------
     name, address, hardware
         As its agent registered them.
     own_mode
-        The mode that the agent was given by hand, which wins over the cluster's default until a reprovisioning.
+        Mode that its agent was given; it wins over the cluster's default until the node is reprovisioned.
     fallback
-        The mode that the agent has for when nobody has set a default.
+        Mode that its agent has for when no default is set.
     state
-        See the table.
+        State, see :data:`TRANSITIONS`.
     plan
-        The workers wanted now.
-    history
-        Earlier plans, oldest first.
+        Workers wanted now.
     workers
         Last known state of each worker, by name.
     metrics
-        The host's last reported load.
+        Last reported load of the host.
     heard
-        When the agent was last heard, in the registry's clock.
+        Time of the agent's last message, by the registry's clock.
     problem
-        Why the node is refused or lost, or what its last failed worker said.
+        Reason why the node is refused or lost, or the last message of a failed worker.
     ended
-        Workers that ended while a change is under way; whatever its end, no plan has them.
-    given
-        The name that a cluster manager gave the node, and knows its workers by; None when none does.
-    tracked
-        The names that it knows: those of the node's first workers.
-    held
-        Those of them that placeholders bear.
-    room
-        How many workers can be there at once, old and new; None for any number.
+        Workers that ended during a change; in no plan, however the change ends.
+    external_name
+        Name that a cluster manager gave the node, and by which it knows the node's workers; None without one.
+    external_names
+        Worker names that the manager knows: those of the node's first workers.
+    placeholders
+        External names that placeholders have now, in place of workers.
+    slots
+        Greatest number of workers at a time, old and new; None for any number.
     resources
-        What each worker there offers, whatever its mode: its host was given it.
+        Resources that each worker of the node offers, whatever its mode.
     labels
-        Words about its host, by which it can be chosen.
+        Labels of the host, by which nodes are selected.
+    names
+        Names for new workers.
     """
 
     name: str
@@ -112,67 +113,49 @@ class Node:
     fallback: Mode | None = None
     state: State = "joining"
     plan: NodePlan = EMPTY
-    history: list[NodePlan] = field(default_factory=list)
     workers: dict[str, WorkerState] = field(default_factory=dict)
     metrics: HostMetrics = field(default_factory=HostMetrics)
     heard: float = 0.0
     problem: str | None = None
     ended: set[str] = field(default_factory=set)
-    given: str | int | None = None
-    tracked: tuple[str, ...] = ()
-    held: set[str] = field(default_factory=set)
-    room: int | None = None
+    external_name: str | int | None = None
+    external_names: tuple[str, ...] = ()
+    placeholders: set[str] = field(default_factory=set)
+    slots: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     names: Iterator[str] = field(default_factory=lambda: iter(()), repr=False)
 
+    # -- state and plan ------------------------------------------------------------------------------------------------
+
     def to(self, event: Event) -> None:
-        """Move along the table."""
+        """Move to the state that follows an event.
+
+        Parameters
+        ----------
+        event
+            The event.
+
+        Raises
+        ------
+        RuntimeError
+            When the event cannot happen in the node's state.
+        """
         try:
             self.state = TRANSITIONS[self.state, event]
         except KeyError:
             raise RuntimeError(f"node {self.name!r} got {event!r} while {self.state!r}") from None
 
-    def take_names(self, count: int) -> list[str]:
-        """Return names for `count` new workers; a number is never given twice, a tracked name not at all."""
-        return list(itertools.islice((name for name in self.names if name not in self.tracked), count))
-
-    def first_names(self, count: int, taken: Container[str]) -> list[str]:
-        """Return names for the first workers: as ``dask worker`` gives them, where a manager named the node."""
-        if self.given is None:
-            return self.take_names(count)
-        self.tracked = tuple(like_dask(self.name, max(count, 1)))
-        free = [name for name in self.tracked[:count] if name not in taken]
-        return free if len(free) == count else self.take_names(count)
-
-    def offers(self, spec: WorkerSpec) -> dict[str, float]:
-        """Return the resources of a worker there: those of its settings, and those that the host gives to all."""
-        return {**self.resources, **spec.resources}
-
-    def spelled(self, worker: str) -> str | int:
-        """Return a worker's name as the scheduler has it: a manager's own may be a number."""
-        return self.given if self.given is not None and worker == str(self.given) else worker
-
-    def rename(self, names: Mapping[str, str]) -> None:
-        """Give workers other names: old name -> new name."""
-
-        def now(name: str) -> str:
-            return names.get(name, name)
-
-        specs = {now(name): spec for name, spec in self.plan.workers.items()}
-        self.plan = replace(self.plan, workers=specs)
-        self.workers = {now(name): replace(state, name=now(name)) for name, state in self.workers.items()}
-        self.ended = set(map(now, self.ended))
-
-    def forget(self, worker: str) -> bool:
-        """Note that a worker was retired from outside; return whether it bore the last of the tracked names."""
-        before, self.tracked = self.tracked, tuple(name for name in self.tracked if name != worker)
-        return bool(before) and not self.tracked
-
     def adopt(self, mode: Mode, workers: Mapping[str, WorkerSpec]) -> None:
-        """Make `workers` the node's plan, and settle its state."""
-        if self.plan.revision:
-            self.history.append(self.plan)
+        """Make `workers` the node's plan, and settle its state.
+
+        Parameters
+        ----------
+        mode
+            Mode of the new plan.
+        workers
+            Worker name -> settings; those that ended meanwhile are left out.
+        """
         self.plan = NodePlan(self.plan.revision + 1, mode, {n: s for n, s in workers.items() if n not in self.ended})
         self.settle()
 
@@ -186,9 +169,17 @@ class Node:
         self.problem = None
 
     def drop(self, worker: str) -> bool:
-        """Take a worker that was closed on purpose, or given up, out of the plan; during a swap, when that ends.
+        """Remove a worker that was retired or failed from the plan; during a swap, when that ends.
 
-        Says whether it was the last one of a node that has no swap.
+        Parameters
+        ----------
+        worker
+            Name of the worker; one that is in no plan is ignored.
+
+        Returns
+        -------
+        bool
+            Whether it was the last worker of the node, outside a swap.
         """
         if self.state == "swapping":
             self.ended.add(worker)
@@ -200,20 +191,136 @@ class Node:
         return False
 
     def _without(self, worker: str) -> None:
+        """Remove a worker from the plan, which is a new revision."""
         if worker in self.plan.workers:
             rest = {name: spec for name, spec in self.plan.workers.items() if name != worker}
             self.plan = NodePlan(self.plan.revision + 1, self.plan.mode, rest)
             self.workers.pop(worker, None)
 
-    def fits(self, pattern: str) -> bool:
-        """Whether its name, or for ``key=value`` its label, fits a pattern."""
+    # -- names of workers ----------------------------------------------------------------------------------------------
+
+    def take_names(self, count: int) -> list[str]:
+        """Take names for new workers.
+
+        Parameters
+        ----------
+        count
+            Number of names.
+
+        Returns
+        -------
+        list of str
+            Names that no worker of the node ever had, and no external names.
+        """
+        return list(itertools.islice((name for name in self.names if name not in self.external_names), count))
+
+    def first_names(self, count: int, taken: Container[str]) -> list[str]:
+        """Take names for the first workers: where a manager named the node, as ``dask worker`` names them.
+
+        Parameters
+        ----------
+        count
+            Number of names.
+        taken
+            Names of all workers of the scheduler.
+
+        Returns
+        -------
+        list of str
+            The external names, where none of them is taken.
+        """
+        if self.external_name is None:
+            return self.take_names(count)
+        self.external_names = tuple(like_dask(self.name, max(count, 1)))
+        free = [name for name in self.external_names[:count] if name not in taken]
+        return free if len(free) == count else self.take_names(count)
+
+    def scheduler_name(self, worker: str) -> str | int:
+        """Return a worker's name as the scheduler has it.
+
+        Parameters
+        ----------
+        worker
+            Name of the worker.
+
+        Returns
+        -------
+        str or int
+            The same, but the external name itself where it is a number: dask does not make it text.
+        """
+        return self.external_name if self.external_name is not None and worker == str(self.external_name) else worker
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Rename workers in the plan, its states, and among those that ended.
+
+        Parameters
+        ----------
+        names
+            Old name -> new name.
+        """
+
+        def now(name: str) -> str:
+            return names.get(name, name)
+
+        specs = {now(name): spec for name, spec in self.plan.workers.items()}
+        self.plan = replace(self.plan, workers=specs)
+        self.workers = {now(name): replace(state, name=now(name)) for name, state in self.workers.items()}
+        self.ended = set(map(now, self.ended))
+
+    def forget(self, worker: str) -> bool:
+        """Remove the name of a worker that was retired from outside from the external names.
+
+        Parameters
+        ----------
+        worker
+            Name of the worker.
+
+        Returns
+        -------
+        bool
+            Whether it was the last external name.
+        """
+        before, self.external_names = self.external_names, tuple(n for n in self.external_names if n != worker)
+        return bool(before) and not self.external_names
+
+    # -- properties ----------------------------------------------------------------------------------------------------
+
+    def offers(self, spec: WorkerSpec) -> dict[str, float]:
+        """Return the resources of a worker on this node.
+
+        Parameters
+        ----------
+        spec
+            Settings of the worker.
+
+        Returns
+        -------
+        dict
+            Resource -> amount, of the host and of the settings; the settings win.
+        """
+        return {**self.resources, **spec.resources}
+
+    def matches(self, pattern: str) -> bool:
+        """Return whether the node's name, or for ``key=value`` its label, matches a pattern.
+
+        Parameters
+        ----------
+        pattern
+            Pattern with the wildcards of a shell.
+        """
         key, is_label, value = pattern.partition("=")
         if is_label:
             return key in self.labels and fnmatchcase(self.labels[key], value)
         return fnmatchcase(self.name, pattern)
 
     def snapshot(self) -> dict[str, Any]:
-        """Return what is known of the node as plain data (the form of ``get_nodes``)."""
+        """Return the node as plain data.
+
+        Returns
+        -------
+        dict
+            The form in which ``get_nodes`` sends it.
+        """
         return {
             "name": self.name,
             "labels": dict(self.labels),
@@ -227,24 +334,26 @@ class Node:
             "workers": to_wire(self.workers),
             "metrics": to_wire(self.metrics),
             "problem": self.problem,
-            "tracked": list(self.tracked),
+            "tracked": list(self.external_names),
         }
 
 
 class Registry:
-    """The nodes of one scheduler, and the mode that a node gets when it joins.
+    """Nodes of one scheduler, and the modes that nodes get when they join.
 
     Parameters
     ----------
     mode
-        Mode of nodes that were given none; None while nobody has set one.
+        Mode of nodes that were given none; None where none is set.
 
     Attributes
     ----------
+    nodes
+        Node name -> node.
     default
-        That mode; :data:`BUILT_IN` itself, and not one like it, while nobody has set one.
+        That mode; :data:`BUILT_IN` itself, and not one equal to it, where none is set.
     wanted
-        Node name -> the mode asked for by name.
+        Node name -> the mode that was asked for by the node's name.
     bare
         Nodes that have no workers when they join.
     """
@@ -257,69 +366,63 @@ class Registry:
         self._names: dict[str, Iterator[str]] = {}
 
     def expect(self, default: Mode | None, wanted: Mapping[str, Mode], bare: Iterable[str]) -> None:
-        """Take what nodes that are yet to join are to have; a `default` of None leaves it as it is."""
+        """Set the modes of nodes that are yet to join.
+
+        Parameters
+        ----------
+        default
+            Mode of all that have none of their own; None leaves it as it is.
+        wanted
+            Node name -> mode.
+        bare
+            Names of nodes that have no workers when they join.
+        """
         self.default = default or self.default
         self.wanted |= wanted
         self.bare.update(bare)
 
-    def register(
-        self,
-        name: str,
-        address: str,
-        hardware: Hardware,
-        *,
-        now: float,
-        own_mode: Mode | None = None,
-        fallback: Mode | None = None,
-        exact: bool = True,
-        given: str | int | None = None,
-        room: int | None = None,
-        resources: Mapping[str, float] | None = None,
-        labels: Mapping[str, str] | None = None,
-    ) -> Node:
-        """Take a node in.
+    def register(self, registration: NodeRegistration, now: float) -> Node:
+        """Add a node.
 
         Parameters
         ----------
-        name
-            The wanted name.
-        exact
-            Whether a taken name is an error; otherwise ``.2``, ``.3`` … is appended.
-        given
-            The name as a cluster manager gave it, where one did.
-        room
-            How many workers can be there at once; None for any number.
-        resources
-            What each worker there offers.
-        labels
-            Words about its host, by which it can be chosen.
+        registration
+            The agent's request.
+        now
+            Time by the registry's clock.
 
         Returns
         -------
         Node
-            The new node, or the one of that name that was lost and is back.
+            The new node; it takes the place of a lost one of its name.
 
         Raises
         ------
         NodeExists
-            When another agent holds the name.
+            When another agent has the name, and the request is for exactly this name.
         """
-        if not exact:
-            name = self._free(name)
+        name = registration.name if registration.exact else self._free(registration.name)
         before = self.nodes.get(name)
         if before is not None and before.state != "lost":
             raise NodeExists(name, before.address)
-        # The new agent has no workers yet, but a worker's name that was used stays used.
-        names = self._names.setdefault(name, self._numbered(name))
-        node = Node(name, address, hardware, own_mode, fallback, heard=now, given=given, room=room, names=names)
-        node.resources, node.labels = dict(resources or {}), dict(labels or {})
-        if before is not None:
-            node.history = before.history
-        self.nodes[name] = node
-        return node
+        self.nodes[name] = Node(
+            name,
+            registration.address,
+            registration.hardware,
+            registration.mode,
+            registration.fallback,
+            heard=now,
+            external_name=registration.external_name,
+            slots=registration.slots,
+            resources=registration.resources,
+            labels=registration.labels,
+            # A node that is back has no workers yet, but a worker's name that was used stays used.
+            names=self._names.setdefault(name, self._numbered(name)),
+        )
+        return self.nodes[name]
 
     def _numbered(self, name: str) -> Iterator[str]:
-        """Make names for a node's workers that are not the names of other nodes, and so of their workers."""
+        """Yield names for a node's workers that are no names of other nodes, which their workers may have."""
         return (each for number in itertools.count() if (each := f"{name}-{number}") not in self.nodes)
 
     def _free(self, name: str) -> str:
@@ -327,28 +430,53 @@ class Registry:
         return next(c for c in candidates if c not in self.nodes or self.nodes[c].state == "lost")
 
     def unregister(self, name: str) -> None:
-        """Forget a node; unknown names are those that left already."""
+        """Remove a node.
+
+        Parameters
+        ----------
+        name
+            Name of the node; an unknown one is of a node that left already.
+        """
         self.nodes.pop(name, None)
         self.wanted.pop(name, None)
         self.bare.discard(name)
 
     def get(self, name: str) -> Node:
-        """Return the node of that name, or raise :class:`NodeNotFound`."""
+        """Return the node of a name.
+
+        Parameters
+        ----------
+        name
+            Name of the node.
+
+        Raises
+        ------
+        NodeNotFound
+            When there is no node of that name.
+        """
         try:
             return self.nodes[name]
         except KeyError:
             raise NodeNotFound(name, self.nodes) from None
 
     def select(self, names: Iterable[str] | str | None) -> list[Node]:
-        """Return nodes as they were named, or all that are not lost as one would sort them by hand.
+        """Select nodes by name, pattern or label.
 
-        A name may be a pattern such as ``gpu-*``, or a label such as ``rack=a`` or ``rack=*``: then it stands for the
-        nodes that it fits and that are not lost.
+        Parameters
+        ----------
+        names
+            Names; a pattern such as ``gpu-*``, or a label such as ``rack=a`` or ``rack=*``, stands for the nodes that
+            match it and are not lost. None for all nodes that are not lost.
+
+        Returns
+        -------
+        list of Node
+            In the order of `names`; all nodes in the natural order of their names.
 
         Raises
         ------
         NodeNotFound
-            For a name that fits no node.
+            For a name that matches no node.
         """
         there = [node for node in self.nodes.values() if node.state != "lost"]
         there.sort(key=lambda node: natural_sort_key(node.name))
@@ -356,7 +484,7 @@ class Registry:
             return there
         chosen: dict[str, Node] = {}
         for name in [names] if isinstance(names, str) else names:
-            found = [self.nodes[name]] if name in self.nodes else [node for node in there if node.fits(name)]
+            found = [self.nodes[name]] if name in self.nodes else [node for node in there if node.matches(name)]
             if not found:
                 raise NodeNotFound(name, self.nodes)
             chosen |= {node.name: node for node in found}
@@ -365,16 +493,48 @@ class Registry:
     def mode_for(self, node: Node) -> Mode:
         """Return the mode that a joining node gets.
 
-        The first of: asked for by name, given to the agent by hand, the default that somebody has set, what the agent
-        falls back to, the built-in default.
+        Parameters
+        ----------
+        node
+            The node.
+
+        Returns
+        -------
+        Mode
+            The first of: the mode asked for by the node's name, the one that its agent was given, the default that was
+            set, the agent's fallback, the built-in default.
         """
         default = None if self.default is BUILT_IN else self.default
         return self.wanted.get(node.name) or node.own_mode or default or node.fallback or BUILT_IN
 
     def stale(self, now: float, ttl: float) -> list[Node]:
-        """Return the nodes that were not heard for `ttl` seconds."""
+        """Return the nodes whose agents are silent.
+
+        Parameters
+        ----------
+        now
+            Time by the registry's clock.
+        ttl
+            Seconds after which an agent is silent.
+
+        Returns
+        -------
+        list of Node
+            Without those that are lost already.
+        """
         return [n for n in self.nodes.values() if n.state != "lost" and now - n.heard > ttl]
 
     def owner(self, worker: str) -> Node | None:
-        """Return the node whose plan has a worker of that name."""
+        """Return the node whose plan has a worker.
+
+        Parameters
+        ----------
+        worker
+            Name of the worker.
+
+        Returns
+        -------
+        Node or None
+            None when no plan has it.
+        """
         return next((n for n in self.nodes.values() if worker in n.plan.workers), None)

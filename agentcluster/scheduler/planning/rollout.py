@@ -1,94 +1,38 @@
 """Rollout over many nodes as a pure state machine: events in, commands out.
 
 A :class:`~agentcluster.scheduler.planning.wave.Wave` changes a few nodes together. A :class:`Rollout` is waves, one
-after the other, with pauses. When one fails, those before it are rolled back or left, or the next ones go on.
+after the other, with pauses. When one fails, those before it are rolled back or left, or the next ones continue.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
-from agentcluster.requests import OnFailure, Strategy
-from agentcluster.scheduler.planning.change import NodeChange
-from agentcluster.scheduler.planning.wave import (
-    Cancelled,
-    Command,
-    Event,
-    GiveUpRetiring,
-    GiveUpStarting,
-    Retired,
-    RetireNew,
-    RetireOld,
-    RetireRefused,
-    Start,
-    Started,
-    StartFailed,
-    Stop,
-    Stopped,
-    Wave,
-    advance,
-    begin,
-)
-
-__all__ = [
-    "BackEnded",
-    "Cancel",
-    "Cancelled",
-    "Command",
-    "Event",
-    "GiveUpRetiring",
-    "GiveUpStarting",
-    "NodeChange",
-    "OnFailure",
-    "Pause",
-    "Resume",
-    "RetireNew",
-    "RetireOld",
-    "RetireRefused",
-    "Retired",
-    "Rollout",
-    "RolloutCommand",
-    "RolloutEvent",
-    "RolloutStep",
-    "RunBack",
-    "RunWave",
-    "Start",
-    "StartFailed",
-    "Started",
-    "Stop",
-    "Stopped",
-    "Strategy",
-    "Wave",
-    "WaveEnded",
-    "advance",
-    "begin",
-    "roll",
-    "roll_on",
-]
+from agentcluster.requests import OnFailure
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Waves, one after the other.
+    """State of one rollout.
 
     Attributes
     ----------
     waves
         Nodes of each wave, in order.
     on_failure
-        What happens to the others when a wave fails: ``rollback`` brings those that were changed back, ``stop`` leaves
-        them, ``continue`` goes on.
+        Handling of a wave that fails: ``rollback`` returns the changed nodes to their earlier plans, ``stop`` leaves
+        them, ``continue`` runs the other waves.
     position
         Index of the next wave.
     state
-        ``running`` a wave, ``paused`` before the next, ``back`` while changed nodes are brought back, or ``over``.
+        ``running`` a wave, ``paused`` before the next, ``back`` while changed nodes are rolled back, or ``over``.
     pausing
-        Whether to pause when the wave that runs has ended.
+        Whether it pauses when the present wave has ended.
     changed, failed
-        Nodes that have their new workers, and that have not.
+        Nodes that have their new workers, and those that failed to get them.
     cancelled
-        Why no further wave begins.
+        Reason why no further wave begins.
     """
 
     waves: tuple[tuple[str, ...], ...]
@@ -97,37 +41,37 @@ class Rollout:
     state: Literal["new", "running", "paused", "back", "over"] = "new"
     pausing: bool = False
     changed: tuple[str, ...] = ()
-    failed: tuple[str, ...] = field(default=())
+    failed: tuple[str, ...] = ()
     cancelled: str | None = None
 
 
 @dataclass(frozen=True)
 class WaveEnded:
-    """The wave that ran has ended; `failed` names its nodes that have not got their new workers."""
+    """The wave has ended; `failed` are its nodes that do not have their new workers."""
 
     failed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class BackEnded:
-    """The nodes that were to be brought back are back, but for `failed`."""
+    """The rollback has ended; `failed` are the nodes that do not have their earlier plan."""
 
     failed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Pause:
-    """Begin no further wave until :class:`Resume`."""
+    """No further wave is to begin until :class:`Resume`."""
 
 
 @dataclass(frozen=True)
 class Resume:
-    """Go on."""
+    """The rollout is to continue."""
 
 
 @dataclass(frozen=True)
 class Cancel:
-    """Begin no further wave, and treat what was changed as `on_failure` says."""
+    """No further wave is to begin, and changed nodes are handled as after a failure."""
 
     why: str
 
@@ -141,7 +85,7 @@ class RunWave:
 
 @dataclass(frozen=True)
 class RunBack:
-    """Bring these nodes back to the plan they had."""
+    """Return these nodes to the plans that they had."""
 
     nodes: tuple[str, ...]
 
@@ -152,17 +96,40 @@ RolloutStep = tuple[Rollout, RolloutCommand | None]
 
 
 def roll(rollout: Rollout) -> RolloutStep:
-    """Return a rollout's first state after ``new``, and its first command."""
+    """Begin a rollout.
+
+    Parameters
+    ----------
+    rollout
+        A rollout in state ``new``.
+
+    Returns
+    -------
+    Rollout, RunWave or RunBack or None
+        The next state, and the command to carry out now.
+    """
     return _next(rollout)
 
 
 def roll_on(rollout: Rollout, event: RolloutEvent) -> RolloutStep:
-    """Return what follows from an event.
+    """Advance a rollout by one event.
+
+    Parameters
+    ----------
+    rollout
+        The state.
+    event
+        The event.
+
+    Returns
+    -------
+    Rollout, RunWave or RunBack or None
+        The next state, and the command to carry out now; None to wait for the next event.
 
     Raises
     ------
     ValueError
-        When the event cannot be true in this state.
+        When the event cannot happen in this state.
     """
     match event:
         case WaveEnded(failed) if rollout.state == "running":
@@ -193,6 +160,7 @@ def roll_on(rollout: Rollout, event: RolloutEvent) -> RolloutStep:
 
 
 def _next(rollout: Rollout) -> RolloutStep:
+    """Return the step after a wave, a pause, or the beginning."""
     bad = bool(rollout.failed) and rollout.on_failure != "continue"
     if bad or rollout.cancelled is not None:
         if rollout.on_failure != "stop" and rollout.changed:

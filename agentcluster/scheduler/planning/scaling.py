@@ -144,7 +144,7 @@ def _mixed(draft: _Draft) -> _Draft | str:
     sides = {"auto-cpu": {"cpu": config}, "auto-gpu": {"gpu": config}, "auto": config}
     if name not in sides:
         return f"mode {name!r} has only its own kinds of workers; reprovision to 'mixed' first"
-    mode = modes.parse("mixed", {side: options for side, options in sides[name].items() if side in ("cpu", "gpu")})
+    mode = Mode("mixed", {side: options for side, options in sides[name].items() if side in ("cpu", "gpu")})
     full = modes.try_plan(mode, draft.node.hardware, node=draft.name)
     if isinstance(full, str):
         return full

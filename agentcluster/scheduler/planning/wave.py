@@ -1,4 +1,4 @@
-"""A few nodes that change together, as a pure state machine: events in, commands out.
+"""Wave of a rollout, the nodes that change together, as a pure state machine: events in, commands out.
 
 With the strategy ``surge``::
 
@@ -7,9 +7,9 @@ With the strategy ``surge``::
        └─failed, or cancelled─▶ ─┴─refused─▶ returning ──confirmed──▶ undoing ──all stopped──▶ failed
          (once the others settled)              └──refused──▶ failed (both run)
 
-New workers are up on every node of the wave before data leaves the old ones, and only when the scheduler confirms that
-an old worker is out, with no only copy of a key on it, is it stopped. Until then a failure takes the new ones away
-again, data first, and leaves the old as they were. With ``replace`` the old go first, their data to other nodes::
+New workers run on every node of the wave before data leaves the old ones, and an old worker is stopped only when the
+scheduler confirms that it is retired and holds no sole replica. Until then a failure removes the new workers, their
+data first, and leaves the old ones as they were. With ``replace`` the old leave first, and other nodes get their data::
 
     retiring ──confirmed──▶ stopping ──all stopped──▶ starting ──all started──▶ done
        │                                                  │
@@ -28,19 +28,19 @@ from agentcluster.scheduler.planning.change import NodeChange
 Phase = Literal["new", "starting", "retiring", "stopping", "returning", "undoing", "restoring", "done", "failed"]
 
 
-# -- what became true --------------------------------------------------------------------------------------------------
+# -- events ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Started:
-    """A node's workers, new ones or those restored, have all joined the scheduler."""
+    """All workers that a node was to start, new or restored, have joined the scheduler."""
 
     node: str
 
 
 @dataclass(frozen=True)
 class StartFailed:
-    """A node's workers failed, were late, or the node is lost; none of them runs."""
+    """The workers that a node was to start failed or were late, or the node is lost; none of them runs."""
 
     node: str
     why: str
@@ -48,26 +48,26 @@ class StartFailed:
 
 @dataclass(frozen=True)
 class Retired:
-    """The workers asked about are out of the scheduler, and no only copy of a key is on them."""
+    """The scheduler has removed the workers that were to be retired, and they hold no sole replica."""
 
 
 @dataclass(frozen=True)
 class RetireRefused:
-    """Some of the workers asked about still hold data that could not be moved; all of them go on working."""
+    """Some of the workers that were to be retired hold data that could not be moved; all of them continue."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """A node's workers that were to stop have ended."""
+    """The workers that a node was to stop have ended."""
 
     node: str
 
 
 @dataclass(frozen=True)
 class Cancelled:
-    """Somebody wants the wave to end with the old workers, if that is still possible."""
+    """The wave is to end with the old workers, if that is still possible."""
 
     why: str
 
@@ -75,12 +75,12 @@ class Cancelled:
 Event = Started | StartFailed | Retired | RetireRefused | Stopped | Cancelled
 
 
-# -- what to do --------------------------------------------------------------------------------------------------------
+# -- commands ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Start:
-    """Start workers on a node; those that come, or those that are restored."""
+    """Start workers on a node: the new ones, or those that are restored."""
 
     node: str
     workers: tuple[str, ...]
@@ -88,21 +88,21 @@ class Start:
 
 @dataclass(frozen=True)
 class RetireOld:
-    """Move data off the old workers of all nodes of the wave, and take them from the scheduler."""
+    """Evacuate the old workers of all nodes of the wave, and remove them from the scheduler."""
 
     workers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class RetireNew:
-    """Move data off the new workers, back to the old, and take them from the scheduler."""
+    """Evacuate the new workers, to the old ones, and remove them from the scheduler."""
 
     workers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Stop:
-    """End processes of workers that are out of the scheduler."""
+    """End the processes of workers that the scheduler has removed."""
 
     node: str
     workers: tuple[str, ...]
@@ -110,7 +110,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class GiveUpStarting:
-    """Wait no longer for workers that start; the answers are failures, or those that were quicker."""
+    """Stop waiting for workers that start; each answer is a failure, or a start that was quicker."""
 
 
 @dataclass(frozen=True)
@@ -131,21 +131,23 @@ class Wave:
     changes
         One per node.
     strategy
-        The order in which old and new workers take turns.
+        Whether the new workers come before the old leave (``surge``) or after (``replace``).
     tolerant
-        Whether nodes whose new workers do not start are left out, instead of failing the others.
+        Whether nodes whose new workers do not start are left out, and the others continue.
     phase
-        See the drawings above.
+        Phase, see the diagrams above.
     waiting
-        Nodes whose answer is due in this phase.
+        Nodes whose answer is awaited in this phase.
     started
         Nodes whose new workers run.
+    restored
+        Nodes whose old workers were started again.
     failures
-        What went wrong: node, or "" for all, and why.
+        Failures: the node, or "" for all, and the reason.
     both
-        Whether old and new workers run side by side in the end, because neither could be retired.
+        Whether old and new workers both run in the end, because neither could be retired.
     cancelled
-        Why the wave is to end with the old workers.
+        Reason why the wave is to end with the old workers.
     """
 
     changes: tuple[NodeChange, ...]
@@ -161,33 +163,56 @@ class Wave:
 
     @property
     def over(self) -> bool:
-        """Whether nothing more will happen."""
+        """Return whether the wave has ended."""
         return self.phase in ("done", "failed")
 
     @property
     def failed_nodes(self) -> frozenset[str]:
-        """Nodes that have not got their new workers, or not only them."""
+        """Nodes that do not have their new workers, or have their old ones too."""
         if self.phase == "failed":
-            # Where the old went first, the new that did come are all that there is.
+            # Where the old workers left first, a node that started its new ones has only those.
             changed = self.started if self.strategy == "replace" else frozenset()
             return frozenset(change.name for change in self.changes) - changed
         return frozenset(node for node, _ in self.failures if node)
 
 
 def begin(wave: Wave) -> Step:
-    """Return a wave's first state after ``new``, and its first commands."""
+    """Begin a wave.
+
+    Parameters
+    ----------
+    wave
+        A wave in phase ``new``.
+
+    Returns
+    -------
+    Wave, sequence of Command
+        The next state, and the commands to carry out now.
+    """
     if wave.cancelled is not None:
         return replace(wave, phase="failed", failures=(("", wave.cancelled),)), []
     return _start(wave) if wave.strategy == "surge" else _retire(wave)
 
 
 def advance(wave: Wave, event: Event) -> Step:
-    """Return what follows from an event: the next state, and the commands to carry out now.
+    """Advance a wave by one event.
+
+    Parameters
+    ----------
+    wave
+        The state.
+    event
+        The event.
+
+    Returns
+    -------
+    Wave, sequence of Command
+        The next state, and the commands to carry out now.
 
     Raises
     ------
     ValueError
-        When the event cannot be true in this state.
+        When the event cannot happen in this state.
     """
     match event:
         case Started(node) if wave.phase == "starting" and node in wave.waiting:
@@ -278,7 +303,7 @@ def _stop_settled(wave: Wave) -> Step:
 
 
 def _restore(wave: Wave) -> Step:
-    """Start the old plan of nodes that are empty now; those whose new workers came keep them."""
+    """Start the old workers of nodes that are empty now; nodes that started their new workers keep those."""
     empty = [change for change in wave.changes if change.name not in wave.started and change.restore_names]
     wave = replace(wave, phase="restoring", waiting=frozenset(change.name for change in empty))
     if not empty:
@@ -292,7 +317,7 @@ def _restore_settled(wave: Wave, node: str) -> Step:
 
 
 def _cancel(wave: Wave, why: str) -> Step:
-    """Remember it where the old workers can still be had; what is under way is given up."""
+    """Note a cancellation where the old workers still run, and give up the step under way."""
     if wave.cancelled is not None or wave.over:
         return wave, []
     if wave.phase == "new":

@@ -15,6 +15,7 @@ from agentcluster.launch import launchers_for
 from agentcluster.launch.inventory import expanded, hosts_in, slurm_hosts
 from agentcluster.launch.ssh import SSHLauncher
 from agentcluster.model import Hardware
+from agentcluster.requests import NodeRegistration
 from agentcluster.scheduler.planning.nodes import Registry
 
 INVENTORY = """
@@ -152,7 +153,7 @@ def test_ipv6_stays() -> None:
 def test_names_patterns_and_labels() -> None:
     registry = Registry()
     for name, labels in {"gpu-2": {"rack": "a"}, "gpu-10": {"rack": "b"}, "cpu": {"rack": "a"}, "bare": {}}.items():
-        registry.register(name, "tcp://x:1", Hardware(name, 1, 1), now=0.0, labels=labels)
+        registry.register(NodeRegistration(name, "tcp://x:1", Hardware(name, 1, 1), labels=labels), now=0.0)
     registry.get("cpu").to("lost")
 
     def chosen(*names: str) -> list[str]:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from agentcluster.errors import ConfigError, ModeRefused
 from agentcluster.model import Gpu, Hardware, Mode, WorkerSpec
-from agentcluster.modes import GROUP, names, parse, plan, worker_keywords
+from agentcluster.modes import GROUP, names, parse, plan, try_plan, worker_keywords
 from agentcluster.modes.options import CUDA_WORKER, known_keywords
 from agentcluster.wire import from_wire, to_wire, unpickled
 
@@ -494,7 +494,7 @@ BYTES = "give bytes, text such as '4GiB', a fraction of the node's memory up to 
 AMOUNTS = "give amounts by name, such as {'GPU': 2}, or text such as 'GPU=2 MEM=10e9'"
 ENV = "give text or numbers by variable name, such as {'OMP_NUM_THREADS': 1}"
 DEVICES = "give a list of different GPUs, or comma-separated text, by index or UUID, such as [0, 1] or '0,1'"
-JOINS = "this is not yours to set: workers join the scheduler that their agent joined"
+JOINS = "it cannot be set: workers join the scheduler that their agent joined"
 SPEC = 'give {"cls": "dask.distributed.Nanny", "opts": {…}}, or such mappings by name, or JSON text of either'
 CLS = 'give a class or its import path, such as "dask.distributed.Nanny"'
 
@@ -674,29 +674,26 @@ CLS = 'give a class or its import path, such as "dask.distributed.Nanny"'
             "uniform",
             {"name": "mine"},
             "name",
-            "mode 'uniform', option 'name': this is not yours to set: worker names are given by the node "
-            "(node-0, node-1, …)",
+            "mode 'uniform', option 'name': it cannot be set: worker names are given by the node (node-0, node-1, …)",
         ),
         (
             "auto-gpu",
             {"security": {}},
             "security",
-            "mode 'auto-gpu', option 'security': this is not yours to set: workers use their agent's credentials; "
+            "mode 'auto-gpu', option 'security': it cannot be set: workers use their agent's credentials; "
             "set them with AgentCluster(security=…) or dask-agent --tls-*",
         ),
         (
             "spec",
             {"cls": "mine.Worker", "opts": {"name": "a"}},
             "opts.name",
-            "mode 'spec', option 'opts.name': this is not yours to set: worker names are given by the node "
-            "(node-0, node-1, …)",
+            "mode 'spec', option 'opts.name': it cannot be set: worker names are given by the node (node-0, node-1, …)",
         ),
         (
             "spec",
             {"spec": {"a": {"cls": "m.W", "options": {"nanny": 1}}}},
             "spec.a.options.nanny",
-            "mode 'spec', option 'spec.a.options.nanny': this is not yours to set: "
-            "the agent ties each worker to its nanny",
+            "mode 'spec', option 'spec.a.options.nanny': it cannot be set: the agent ties each worker to its nanny",
         ),
         # spec
         ("spec", None, None, f"mode 'spec': spec is missing; {SPEC}"),
@@ -946,9 +943,22 @@ def test_a_node_refuses(mode: str, config: dict[str, Any], hardware: Hardware, r
     assert str(caught.value) == f"node 'gpu-1' cannot serve mode {mode!r}: {reason}"
 
 
-def test_plan_checks_a_mode_that_nobody_parsed() -> None:
+@given(MODES)
+def test_parsing_again_changes_nothing(mode: tuple[str, dict[str, Any]]) -> None:
+    parsed = parse(*mode)
+    assert parse(parsed) == parsed
+    assert parse(from_wire(Mode, json.loads(json.dumps(to_wire(parsed))))) == parsed
+
+
+def test_a_mode_from_another_process_is_checked() -> None:
     with pytest.raises(ConfigError, match="unknown option 'nthread'"):
-        plan(Mode("uniform", {"nthread": 2}), machine(), node="n1")
+        parse(Mode("uniform", {"nthread": 2}))
+
+
+def test_the_plan_or_the_reason_why_there_is_none() -> None:
+    assert try_plan(parse("auto-cpu"), machine(), node="n1") == workers("auto-cpu")
+    found = try_plan(parse("auto-gpu"), machine(), node="n1")
+    assert found == "no GPU was found there (no NVIDIA driver); use a mode without GPUs, such as 'auto-cpu'"
 
 
 # Keywords
@@ -1112,6 +1122,7 @@ def test_a_third_partys_own_config_error_passes() -> None:
     with pytest.raises(ConfigError, match=re.escape("color must be red")) as caught:
         workers("bad-option", {"color": "blue"})
     assert not isinstance(caught.value, ModeRefused)
+    assert try_plan(parse("bad-option"), machine(), node="n1") == "color must be red"
 
 
 def test_the_names_of_the_modes() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import re
+import weakref
 from typing import get_args
 
 import pytest
 
 from agentcluster.errors import NodeExists, NodeNotFound
 from agentcluster.model import Hardware, Mode, NodePlan, WorkerSpec, WorkerState
+from agentcluster.requests import NodeRegistration
 from agentcluster.scheduler.planning import nodes as registry
 from agentcluster.scheduler.planning.nodes import EMPTY, SETTLED, TRANSITIONS, Event, Node, Registry, State
 from agentcluster.wire import from_wire
@@ -29,9 +32,24 @@ def running(name: str) -> WorkerState:
     return WorkerState(name, "running", f"tcp://10.0.0.1:{40000 + int(name[-1])}")
 
 
+def register(
+    nodes: Registry,
+    name: str = "n",
+    address: str | None = None,
+    *,
+    now: float = 0.0,
+    exact: bool = True,
+    mode: Mode | None = None,
+    fallback: Mode | None = None,
+) -> Node:
+    """Register a node as its agent asks for it."""
+    address = address or f"tcp://{name}:1"
+    return nodes.register(NodeRegistration(name, address, HARDWARE, mode, fallback, exact), now)
+
+
 def joined(nodes: Registry, name: str = "n", *, now: float = 0.0, workers: int = 0) -> Node:
     """Return a registered node that has `workers` workers, all running."""
-    node = nodes.register(name, f"tcp://{name}:1", HARDWARE, now=now)
+    node = register(nodes, name, now=now)
     if workers:
         node.adopt(CPU, {worker: spec() for worker in node.take_names(workers)})
         node.workers = {worker: running(worker) for worker in node.plan.workers}
@@ -85,17 +103,17 @@ def test_a_taken_name_is_an_error_that_says_who_has_it() -> None:
     nodes = Registry()
     joined(nodes)
     with pytest.raises(NodeExists, match="'n' is already registered by the agent at tcp://n:1"):
-        nodes.register("n", "tcp://other:1", HARDWARE, now=0)
+        register(nodes, "n", "tcp://other:1")
     assert nodes.get("n").address == "tcp://n:1"
 
 
 def test_a_name_that_need_not_be_exact_is_made_unique() -> None:
     nodes = Registry()
-    given = [nodes.register("n", f"tcp://n:{i}", HARDWARE, now=0, exact=False).name for i in range(3)]
+    given = [register(nodes, "n", f"tcp://n:{i}", exact=False).name for i in range(3)]
     assert given == ["n", "n.2", "n.3"]
     nodes.get("n.2").to("lost")
-    assert nodes.register("n", "tcp://n:9", HARDWARE, now=0, exact=False).name == "n.2"
-    assert nodes.register("n.2", "tcp://n:10", HARDWARE, now=0, exact=False).name == "n.2.2"
+    assert register(nodes, "n", "tcp://n:9", exact=False).name == "n.2"
+    assert register(nodes, "n.2", "tcp://n:10", exact=False).name == "n.2.2"
 
 
 def test_worker_names_are_never_given_twice() -> None:
@@ -109,7 +127,7 @@ def test_worker_names_are_never_given_twice() -> None:
     assert joined(nodes, "other").take_names(1) == ["other-0"]
 
 
-def test_a_node_that_is_back_has_its_history_but_no_workers() -> None:
+def test_a_node_that_is_back_has_no_workers() -> None:
     nodes = Registry()
     lost = joined(nodes, workers=2)
     lost.adopt(GPU, {"n-2": spec()})
@@ -117,7 +135,6 @@ def test_a_node_that_is_back_has_its_history_but_no_workers() -> None:
     back = joined(nodes, now=5.0)
     assert nodes.get("n") is back is not lost
     assert (back.state, back.plan, back.workers, back.heard) == ("joining", EMPTY, {}, 5.0)
-    assert [plan.mode for plan in back.history] == [CPU]
 
 
 def test_forgetting_a_node_that_left_already_is_no_error() -> None:
@@ -177,7 +194,7 @@ def test_the_first_mode_that_was_said_wins(
     wanted: Mode | None, own: Mode | None, default: Mode | None, fallback: Mode | None, expected: Mode
 ) -> None:
     nodes = Registry()
-    node = nodes.register("n", "tcp://n:1", HARDWARE, now=0, own_mode=own, fallback=fallback)
+    node = register(nodes, mode=own, fallback=fallback)
     if wanted is not None:
         nodes.wanted["n"] = wanted
     before = nodes.default
@@ -191,7 +208,7 @@ def test_the_first_mode_that_was_said_wins(
 
 def test_a_registry_that_is_made_with_a_mode_has_it_set() -> None:
     nodes = Registry(MIXED)
-    node = nodes.register("n", "tcp://n:1", HARDWARE, now=0, fallback=UNIFORM)
+    node = register(nodes, fallback=UNIFORM)
     assert nodes.mode_for(node) == MIXED
 
 
@@ -216,20 +233,35 @@ def test_the_owner_of_a_worker_is_the_node_that_plans_it() -> None:
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_is_adopted_and_the_one_before_remembered() -> None:
+def test_a_plan_is_adopted() -> None:
     node = joined(Registry(), workers=2)
-    assert (node.state, node.plan.revision, node.history) == ("ready", 1, [])
-    first = node.plan
+    assert (node.state, node.plan.revision) == ("ready", 1)
     node.problem = "worker n-1 crashed"
     node.to("swap")
     node.adopt(GPU, {"n-0": spec(), "n-2": spec(4)})
     assert node.plan == NodePlan(2, GPU, {"n-0": spec(), "n-2": spec(4)})
-    assert node.history == [first]
     assert node.workers == {"n-0": running("n-0")}
     assert (node.state, node.problem) == ("ready", None)
     node.to("swap")
     node.adopt(NONE, {})
-    assert (node.state, node.plan.revision, len(node.history)) == ("standby", 3, 2)
+    assert (node.state, node.plan.revision) == ("standby", 3)
+
+
+def test_a_node_keeps_no_earlier_plans() -> None:
+    """A cluster that adapts for months changes its plans many times."""
+    nodes = Registry()
+    node = joined(nodes, workers=1)
+    earlier = []
+    for _ in range(3):
+        earlier.append(weakref.ref(node.plan))
+        node.to("swap")
+        node.adopt(CPU, {worker: spec() for worker in node.take_names(1)})
+    node.to("lost")
+    earlier.append(weakref.ref(node.plan))
+    joined(nodes, workers=1)
+    del node
+    gc.collect()
+    assert [plan() for plan in earlier] == [None] * 4
 
 
 def test_a_swap_that_failed_settles_with_the_plan_that_was() -> None:
@@ -237,7 +269,7 @@ def test_a_swap_that_failed_settles_with_the_plan_that_was() -> None:
     before = node.plan
     node.to("swap")
     node.settle()
-    assert (node.state, node.plan, node.history) == ("ready", before, [])
+    assert (node.state, node.plan) == ("ready", before)
 
 
 def test_a_worker_that_ended_is_dropped() -> None:
@@ -268,7 +300,6 @@ def test_a_worker_that_ended_during_a_swap_is_in_no_plan_whatever_its_end() -> N
         if swapped:
             node.adopt(GPU, {name: spec() for name in ("n-0", "n-1", *new)})
             assert list(node.plan.workers) == ["n-1", new[1]]
-            assert node.history == [before]
         else:
             node.settle()
             assert list(node.plan.workers) == list(node.workers) == ["n-1", "n-2"]

@@ -10,7 +10,7 @@ import pytest
 from agentcluster import modes
 from agentcluster.errors import ConfigError
 from agentcluster.model import Gpu, Hardware, Mode, WorkerSpec
-from agentcluster.requests import ScaleTarget
+from agentcluster.requests import NodeRegistration, ScaleTarget
 from agentcluster.scheduler.planning.nodes import Node, Registry
 from agentcluster.scheduler.planning.scaling import ScalePlan, plan_scale
 
@@ -29,7 +29,7 @@ def node(name: str, mode: Mode | str, *, cpus: int = 4, gpus: int = 0, running: 
     cards = tuple(Gpu(str(i), f"GPU-{name}-{i}", "H200", 100 * GIB) for i in range(gpus))
     versions = {"dask-cuda": "26.10"} if gpus else {}
     hardware = Hardware(name, cpus, 16 * GIB, cards, "no driver" if not gpus else None, versions=versions)
-    found = Registry().register(name, f"tcp://{name}:1", hardware, now=0.0)
+    found = Registry().register(NodeRegistration(name, f"tcp://{name}:1", hardware), now=0.0)
     mode = modes.parse(mode)
     specs = modes.plan(mode, hardware, node=name)[:running]
     found.adopt(mode, dict(zip(found.take_names(len(specs)), specs, strict=True)))
@@ -147,6 +147,6 @@ def test_amounts_are_whole_numbers(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"workers": 1, "nodes": 1}, {"cores": 1, "kinds": {"gpu": 1}}])
-def test_one_way_to_say_it(wrong: Any) -> None:
-    with pytest.raises(ConfigError, match="give one of them"):
+def test_one_target_at_a_time(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="cannot be combined with other targets; give one"):
         ScaleTarget(**wrong)

@@ -51,17 +51,17 @@ def tasks(slots: int, **resources: float) -> ResourceRequest:
 
 
 def call(
-    needs: Sequence[ResourceRequest],
-    spots: Sequence[NodeCapacity],
+    requests: Sequence[ResourceRequest],
+    nodes: Sequence[NodeCapacity],
     reserve: dict[str, Hardware | None],
     like: Hardware | None = None,
     bounds: Bounds = Bounds(),  # noqa: B008
     kinds: Any = None,
 ) -> tuple[str, ...]:
-    def fit(more: Sequence[NodeCapacity]) -> Packing:
-        return pack(needs, [*spots, *more], bounds)
+    def pack_with(more: Sequence[NodeCapacity]) -> Packing:
+        return pack(requests, [*nodes, *more], bounds)
 
-    return select_hosts(AdaptiveRequest(reserve=reserve, kinds=kinds or {}), needs, like, unseen, fit)
+    return select_hosts(AdaptiveRequest(reserve=reserve, kinds=kinds or {}), requests, like, unseen, pack_with)
 
 
 def test_as_few_as_it_takes() -> None:
@@ -108,7 +108,7 @@ def test_within_bounds() -> None:
 
 
 @given(
-    needs=st.lists(
+    requests=st.lists(
         st.builds(tasks, st.integers(0, 8)) | st.builds(tasks, st.integers(0, 8), GPU=st.just(1)), max_size=3
     ),
     cpus=st.integers(0, 3),
@@ -116,15 +116,15 @@ def test_within_bounds() -> None:
     most=st.integers(0, 20),
 )
 def test_all_that_can_be_brought_and_nobody_for_nothing(
-    needs: list[ResourceRequest], cpus: int, hosts: list[Hardware], most: int
+    requests: list[ResourceRequest], cpus: int, hosts: list[Hardware], most: int
 ) -> None:
     bounds = Bounds(most=(most, math.inf, math.inf))
     reserve: dict[str, Hardware | None] = {f"h{i}": host for i, host in enumerate(hosts)}
-    chosen = call(needs, [there(cpus)], reserve, bounds=bounds)
+    chosen = call(requests, [there(cpus)], reserve, bounds=bounds)
     assert list(chosen) == [name for name in reserve if name in chosen]
 
     def lacking(names: Sequence[str]) -> float:
-        return pack(needs, [there(cpus), *(unseen(n, reserve[n] or machine()) for n in names)], bounds).shortfall
+        return pack(requests, [there(cpus), *(unseen(n, reserve[n] or machine()) for n in names)], bounds).shortfall
 
     assert lacking(chosen) <= lacking(())
     if chosen:
