@@ -12,6 +12,9 @@ from typing import Any
 
 import dask
 import pytest
+from distributed import SpecCluster
+
+from tests.support.waiting import wait_until
 
 #: The function in which a SpecCluster looks for a worker that has gone.
 LOOK = "SpecCluster._update_worker_status.<locals>.f"
@@ -32,21 +35,10 @@ class GivingUp:
         monkeypatch.setattr(asyncio.BaseEventLoop, "call_later", kept)
         dask.config.set({"distributed.deploy.lost-worker-timeout": "1 hour"})
 
-    def looks(self, least: int = 1) -> None:
-        """Have the managers look for all workers that have gone so far.
-
-        Parameters
-        ----------
-        least
-            Number of looks that there must be; fewer mean that a manager has not heard yet, or that dask has changed.
-        """
-        found, self._looks = self._looks, []
-        assert len(found) >= least
-        for look in found:
+    async def look(self, cluster: SpecCluster) -> None:
+        """Let a manager look for all workers that have gone so far, once it knows all that the scheduler knows."""
+        await wait_until(lambda: set(cluster.scheduler_info["workers"]) == set(cluster.scheduler.workers))
+        looks, self._looks = self._looks, []
+        assert looks, "no worker has gone, or dask looks for it in another way"
+        for look in looks:
             look()
-
-
-@pytest.fixture
-def giving_up(monkeypatch: pytest.MonkeyPatch) -> GivingUp:
-    """The looks of managers for workers that have gone."""
-    return GivingUp(monkeypatch)
