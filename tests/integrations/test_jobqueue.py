@@ -14,20 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import dask
 import psutil
 import pytest
 from distributed import Client
 from tornado.iostream import StreamClosedError
 
+from tests.support.giving_up import GivingUp
 from tests.support.programs import ROOT, gone
 from tests.support.under_manager import imported, names, ready, reprovision, working
 from tests.support.waiting import wait_until
 
 local = imported("dask_jobqueue.local")
-
-#: Seconds without a worker of its name after which a job counts as lost.
-LOST = 1.0
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -62,7 +59,7 @@ Open = Callable[..., AbstractAsyncContextManager[Jobs]]
 
 
 @pytest.fixture
-def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, giving_up: GivingUp) -> Open:
     """Return a function that opens a cluster of local jobs."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     loopback = next(name for name, (first, *_) in psutil.net_if_addrs().items() if first.address == "127.0.0.1")
@@ -84,7 +81,6 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
                     log = tmp_path / f"job-{self.process.pid}.log"
                     reading.append(asyncio.ensure_future(_read(self.process.stderr, log)))
 
-        dask.config.set({"distributed.deploy.lost-worker-timeout": LOST})
         options = {"cores": 1, "processes": 1, "memory": "256MiB", **options}
         try:
             async with (
@@ -124,7 +120,7 @@ def trees(started: list[psutil.Process]) -> list[psutil.Process]:
     return [each for process in started for each in (process, *process.children(recursive=True))]
 
 
-async def test_jobs_are_reprovisioned_under_load_and_stay(jobs: Open) -> None:
+async def test_jobs_are_reprovisioned_under_load_and_stay(jobs: Open, giving_up: GivingUp) -> None:
     async with jobs() as opened:
         cluster, client = opened.cluster, opened.client
         before = await opened.scale(2)
@@ -135,7 +131,7 @@ async def test_jobs_are_reprovisioned_under_load_and_stay(jobs: Open) -> None:
                 assert set(await reprovision(client, nworkers)) == tracked
                 assert names(cluster.scheduler) >= tracked
                 assert len(names(cluster.scheduler)) == 2 * nworkers
-        await asyncio.sleep(LOST + 0.5)  # until the manager has had the time to close jobs that it counts as lost
+        await giving_up.look(cluster)  # for the jobs that it counts as lost
         assert opened.pids() == before
         assert all(process.is_running() for process in opened.started)
         await data.check(client)
@@ -145,7 +141,7 @@ async def test_jobs_are_reprovisioned_under_load_and_stay(jobs: Open) -> None:
         (kept,) = (await opened.scale(1)).items()
         assert kept in before.items()
         await data.check(client)
-        await asyncio.sleep(LOST + 0.5)  # it still looks for the worker that went, and would take the next one for it
+        await giving_up.look(cluster)  # for the worker that went: it would take the next one for it
         after = await opened.scale(2)
         assert kept in after.items()
         assert len(set(after.values()) - set(before.values())) == 1
@@ -159,11 +155,11 @@ async def test_jobs_are_reprovisioned_under_load_and_stay(jobs: Open) -> None:
         await wait_until(lambda: not cluster.scheduler.workers)
 
 
-async def test_a_job_whose_workers_were_all_taken_away_stays(jobs: Open) -> None:
+async def test_a_job_whose_workers_were_all_taken_away_stays(jobs: Open, giving_up: GivingUp) -> None:
     async with jobs() as opened:
         before = await opened.scale(1)
         await opened.client.scheduler.reprovision_nodes(mode="none")
-        await asyncio.sleep(LOST + 0.5)
+        await giving_up.look(opened.cluster)
         assert opened.pids() == before
         assert names(opened.cluster.scheduler) == set(before)
         assert not opened.cluster.scheduler.running
@@ -174,7 +170,7 @@ async def test_a_job_whose_workers_were_all_taken_away_stays(jobs: Open) -> None
 
 
 @pytest.mark.deploy
-async def test_a_manager_that_adapts(jobs: Open) -> None:
+async def test_a_manager_that_adapts(jobs: Open, giving_up: GivingUp) -> None:
     async with jobs() as opened:
         cluster, client = opened.cluster, opened.client
         cluster.adapt(minimum_jobs=1, maximum_jobs=2, interval="200ms", wait_count=15, target_duration="500ms")
@@ -189,7 +185,7 @@ async def test_a_manager_that_adapts(jobs: Open) -> None:
             assert left.items() < first.items()
             assert len(cluster.scheduler.running) == nworkers
             await data.check(client)
-        await asyncio.sleep(LOST + 0.5)
+        await giving_up.look(cluster)
         assert opened.pids() == left
         await data.check(client)
         del data
@@ -199,7 +195,7 @@ async def test_a_manager_that_adapts(jobs: Open) -> None:
         await gone(tree, 15)
 
 
-async def test_jobs_of_several_workers(jobs: Open) -> None:
+async def test_jobs_of_several_workers(jobs: Open, giving_up: GivingUp) -> None:
     options = {"cores": 2, "processes": 2, "memory": "512MiB", "worker_extra_args": ["--nworkers", "2"]}
     async with jobs(**options) as opened:
         cluster, client = opened.cluster, opened.client
@@ -211,7 +207,7 @@ async def test_jobs_of_several_workers(jobs: Open) -> None:
                 await reprovision(client, nworkers)
                 assert names(cluster.scheduler) >= tracked
                 assert len(cluster.scheduler.running) == 2 * nworkers
-        await asyncio.sleep(LOST + 0.5)
+        await giving_up.look(cluster)
         assert opened.pids() == before
         tree = trees(opened.started)
         (kept,) = (await opened.scale(1)).items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 from collections.abc import AsyncIterator
@@ -10,24 +9,20 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import dask
 from distributed import Client, Scheduler, SpecCluster, Status
 
 from agentcluster import Agent
+from tests.support.giving_up import GivingUp
 from tests.support.managed import HOST, SCHEDULER, SHAPE, Work, clean, names, reprovision, there, workers
 from tests.support.programs import Program, Start, gone, start_scheduler
 from tests.support.waiting import wait_until
 
 SPEC = ("-m", "distributed.cli.dask_spec")
 
-#: Seconds after which a manager gives up a worker whose name is gone.
-LOST = 0.5
-
 
 @asynccontextmanager
 async def cluster_of(keys: Any, entry: dict[str, Any]) -> AsyncIterator[tuple[SpecCluster, Client]]:
-    """Open a SpecCluster that starts the same for each of its names, and gives lost ones up early."""
-    dask.config.set({"distributed.deploy.lost-worker-timeout": f"{LOST}s"})
+    """Open a SpecCluster that starts the same for each of its names."""
     scheduler = {"cls": Scheduler, "options": SCHEDULER}
     async with (
         SpecCluster(
@@ -42,13 +37,10 @@ async def cluster_of(keys: Any, entry: dict[str, Any]) -> AsyncIterator[tuple[Sp
 ENTRY = {"cls": Agent, "options": {**HOST, **SHAPE}}
 
 
-async def nobody_is_given_up(cluster: SpecCluster) -> None:
-    """Wait as long as the manager does, after all that the scheduler said has reached it."""
-    scheduler = cluster.scheduler
-    await wait_until(lambda: set(cluster.scheduler_info["workers"]) == set(scheduler.workers))
+async def nobody_is_given_up(cluster: SpecCluster, giving_up: GivingUp) -> None:
+    """Check that the manager keeps all agents when it looks for the workers that have gone."""
     agents = dict(cluster.workers)
-    # its own timers run in this event loop, and were set before this one
-    await asyncio.sleep(LOST + 0.2)
+    await giving_up.look(cluster)
     assert cluster.workers == agents
     assert {agent.status for agent in agents.values()} == {Status.running}
 
@@ -64,7 +56,7 @@ async def test_names_and_options_are_those_of_a_worker() -> None:
             assert (worker["nthreads"], worker["memory_limit"]) == (1, 300 * 2**20)
 
 
-async def test_reprovision_under_load_then_scale(tmp_path: Path) -> None:
+async def test_reprovision_under_load_then_scale(tmp_path: Path, giving_up: GivingUp) -> None:
     async with cluster_of([0, 1], ENTRY) as (cluster, client):
         await there(client, 0, 1)
         for nworkers in (2, 1, 3):
@@ -74,7 +66,7 @@ async def test_reprovision_under_load_then_scale(tmp_path: Path) -> None:
             found = await names(client)
             assert len(found) == 2 * nworkers
             assert found >= {0, 1}
-            await nobody_is_given_up(cluster)
+            await nobody_is_given_up(cluster, giving_up)
             assert cluster.plan <= cluster.observed
             await work.all_there()
 
@@ -82,25 +74,25 @@ async def test_reprovision_under_load_then_scale(tmp_path: Path) -> None:
         await wait_until(lambda: list(cluster.workers) == [0], 20)
         assert len(await names(client)) == 3
         await work.all_there()
-        await nobody_is_given_up(cluster)  # for the worker 1 that went: the cluster would take the next one for it
+        await nobody_is_given_up(cluster, giving_up)  # it would take the next worker 1 for the last
         cluster.scale(3)
         await wait_until(lambda: cluster.observed >= {0, 1, 2}, 20)
         assert set(cluster.workers) == {0, 1, 2}
         await work.all_there()
 
 
-async def test_a_node_without_workers_is_not_given_up(tmp_path: Path) -> None:
+async def test_a_node_without_workers_is_not_given_up(tmp_path: Path, giving_up: GivingUp) -> None:
     async with cluster_of([0, 1], ENTRY) as (cluster, client):
         await there(client, 0, 1)
         work = Work(client, tmp_path / "work")
         await work.begin()
         await client.scheduler.reprovision_nodes(mode="none", nodes=["1"])
-        await nobody_is_given_up(cluster)
+        await nobody_is_given_up(cluster, giving_up)
         assert await names(client) == {0, 1}
         await work.all_there()
         assert not (await client.has_what())[(await workers(client))[1]["address"]]
         await reprovision(client, 2)
-        await nobody_is_given_up(cluster)
+        await nobody_is_given_up(cluster, giving_up)
         await work.all_there()
 
 
@@ -114,7 +106,7 @@ async def test_scale_takes_the_newest_also_after_a_reprovision() -> None:
         assert set(cluster.workers) == {0, 1}
 
 
-async def test_several_workers_of_an_entry_are_its_group(tmp_path: Path) -> None:
+async def test_several_workers_of_an_entry_are_its_group(tmp_path: Path, giving_up: GivingUp) -> None:
     options = {**HOST, "mode": "auto-cpu", "config": {**SHAPE, "nworkers": 2}}
     entry = {"cls": "agentcluster.Agent", "options": options, "group": ["-0", "-1"]}
     async with cluster_of(["a", "b"], entry) as (cluster, client):
@@ -126,7 +118,7 @@ async def test_several_workers_of_an_entry_are_its_group(tmp_path: Path) -> None
         await work.begin()
         for nworkers in (1, 3):
             await reprovision(client, nworkers)
-            await nobody_is_given_up(cluster)
+            await nobody_is_given_up(cluster, giving_up)
             assert first <= await names(client)
         await work.all_there()
         await cluster.scale_down(["b-0", "b-1"])
@@ -134,7 +126,7 @@ async def test_several_workers_of_an_entry_are_its_group(tmp_path: Path) -> None
         await work.all_there()
 
 
-async def test_adapt_counts_nodes(tmp_path: Path) -> None:
+async def test_adapt_counts_nodes(tmp_path: Path, giving_up: GivingUp) -> None:
     """Every node has two workers when the manager looks; it closes whole nodes, the right number of them."""
     async with cluster_of([0], ENTRY) as (cluster, client):
         await there(client, 0)
@@ -150,7 +142,7 @@ async def test_adapt_counts_nodes(tmp_path: Path) -> None:
         await wait_until(lambda: len(cluster.scheduler.workers) == 6)
         await work.all_there()
         cluster.adapt(minimum=2, maximum=9, interval="20ms", wait_count=2)
-        await nobody_is_given_up(cluster)
+        await nobody_is_given_up(cluster, giving_up)
         assert len(cluster.worker_spec) == 2
         await work.all_there()
 

@@ -122,11 +122,11 @@ async def test_an_agent_that_does_not_come_is_given_back(local: Callable[..., Lo
 
 
 async def test_a_launch_that_is_cancelled_is_given_back_once_it_is_known(local: Callable[..., Local]) -> None:
-    asked = asyncio.Event()
+    asked, answer = asyncio.Event(), asyncio.Event()
 
     async def slow() -> None:
         asked.set()
-        await asyncio.sleep(0.5)
+        await answer.wait()
 
     launcher = local(lambda method: slow() if method == "start" else None)
 
@@ -137,6 +137,7 @@ async def test_a_launch_that_is_cancelled_is_given_back_once_it_is_known(local: 
     opening = asyncio.create_task(opened())
     await asyncio.wait_for(asked.wait(), 10)
     opening.cancel()
+    answer.set()
     with pytest.raises(asyncio.CancelledError):
         await opening
     assert launcher.calls == ["start", "stop"]

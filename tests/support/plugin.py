@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, settings
 from agentcluster import AgentCluster
 from tests.support import nvml, ssh_servers
 from tests.support.census import KEPT, Census, kill_since
+from tests.support.giving_up import GivingUp
 from tests.support.programs import ROOT, Start, programs, start_scheduler
 from tests.support.ssh_servers import SSHServer
 from tests.support.waiting import INTERVAL
@@ -61,8 +62,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes a Slurm of its own, as root, or minutes under another tool, unless it is asked for."""
-    for mark in ("slurm", "deploy", "browser", "notebook"):
+    """Leave out what needs programs of the machine, or minutes under another tool, unless it is asked for."""
+    for mark in ("sshd", "slurm", "deploy", "browser", "notebook"):
         for item in items if mark not in config.option.markexpr else ():
             if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=f"run by: pytest -m {mark}"))
@@ -211,6 +212,12 @@ async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The stub of NVIDIA's library, compiled."""
     return nvml.build(tmp_path_factory.getbasetemp() / "nvml")
+
+
+@pytest.fixture
+def giving_up(monkeypatch: pytest.MonkeyPatch) -> GivingUp:
+    """The looks of cluster managers for workers that have gone, which come when the test says so."""
+    return GivingUp(monkeypatch)
 
 
 assert distributed.__version__  # imported here, so that what it keeps open is there before the first test
