@@ -598,7 +598,7 @@ async def test_an_address_where_something_else_answers(start: Start) -> None:
         assert await agent.ended() == 1
     said = sentence(agent.output())
     assert address in said
-    assert "no scheduler" in said
+    assert "is not a scheduler" in said
 
 
 @pytest.mark.parametrize(
