@@ -299,6 +299,7 @@ async def test_who_could_not_leave_takes_data_at_once(world: World) -> None:
     key = await world.put("c", "goes back")
     await world.put("a", "only here")
     assert (await evacuate(world.scheduler, ["a", "b", "c"], LONG)).problem
+    assert {ws.status for ws in world.scheduler.workers.values()} == {Status.running}
     assert (await evacuate(world.scheduler, ["c"], LONG)).problem is None
     assert world.holders(key) <= {"a", "b"}
 
