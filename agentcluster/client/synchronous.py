@@ -62,7 +62,7 @@ def synced(method: Callable[Concatenate[Owner, P], Coroutine[Any, Any, T_co]]) -
     """
 
     @functools.wraps(method)
-    def call(self: Owner, /, *args: P.args, **kwargs: P.kwargs) -> Any:
+    def call(self: Owner, /, *args: P.args, **kwargs: P.kwargs) -> object:
         return self.sync(functools.partial(method, self, *args, **kwargs))
 
     # Otherwise documentation would show an "async" method, whatever the cluster is.
