@@ -42,32 +42,100 @@ class Markup(str):
 
 
 def escaped(text: str) -> Markup:
-    """Escape a text; :class:`Markup` stays as it is."""
+    """Escape a text; :class:`Markup` stays as it is.
+
+    Parameters
+    ----------
+    text
+        Plain text, which is escaped, or :class:`Markup`.
+
+    Returns
+    -------
+    Markup
+        HTML that shows the text.
+    """
     return text if isinstance(text, Markup) else Markup(html.escape(text))
 
 
 def page(*parts: str) -> Markup:
-    """Return parts below each other, with the style sheet that they need."""
+    """Return parts below each other, with the style sheet that they need.
+
+    Parameters
+    ----------
+    *parts
+        Parts of the page, from top to bottom; those that are plain text are escaped.
+
+    Returns
+    -------
+    Markup
+        One element with the style sheet and the parts.
+    """
     return Markup(f"<div class='agentcluster'>{_STYLE}{''.join(map(escaped, parts))}</div>")
 
 
 def paragraph(text: str) -> Markup:
-    """Return a paragraph."""
+    """Return a paragraph.
+
+    Parameters
+    ----------
+    text
+        Plain text, which is escaped, or :class:`Markup`.
+
+    Returns
+    -------
+    Markup
+        The paragraph.
+    """
     return Markup(f"<p>{escaped(text)}</p>")
 
 
 def scrolled(content: str) -> Markup:
-    """Wrap content so that it scrolls where it is long."""
+    """Wrap content so that it scrolls where it is long.
+
+    Parameters
+    ----------
+    content
+        Plain text, which is escaped, or :class:`Markup`.
+
+    Returns
+    -------
+    Markup
+        The content in an element of limited height.
+    """
     return Markup(f"<div class='scroll'>{escaped(content)}</div>")
 
 
 def preformatted(text: str) -> Markup:
-    """Return text with its line breaks and spaces kept."""
+    """Return text with its line breaks and spaces kept.
+
+    Parameters
+    ----------
+    text
+        Plain text, which is escaped, or :class:`Markup`.
+
+    Returns
+    -------
+    Markup
+        The text; lines that are too long for the page are wrapped.
+    """
     return Markup(f"<pre>{escaped(text)}</pre>")
 
 
 def toned(text: str, tone: Tone) -> Markup:
-    """Return a text after a dot in a tone's colour."""
+    """Return a text after a dot in a tone's colour.
+
+    Parameters
+    ----------
+    text
+        Plain text, which is escaped, or :class:`Markup`.
+    tone
+        Tone of the dot, a key of :data:`COLOURS`.
+
+    Returns
+    -------
+    Markup
+        The dot and the text.
+    """
     return Markup(f"<span style='color:{COLOURS[tone]}'>&#9679;</span>&nbsp;{escaped(text)}")
 
 
@@ -98,17 +166,54 @@ def bar(part: float, says: str, tone: Tone | None = None) -> Markup:
 
 
 def stacked(parts: Iterable[str]) -> Markup:
-    """Concatenate parts, of one cell or one paragraph."""
+    """Concatenate parts, of one cell or one paragraph.
+
+    Parameters
+    ----------
+    parts
+        The parts, in order; those that are plain text are escaped.
+
+    Returns
+    -------
+    Markup
+        The parts with nothing between them.
+    """
     return Markup("".join(map(escaped, parts)))
 
 
 def grid(parts: Sequence[str], columns: int) -> Markup:
-    """Arrange parts of one cell in columns."""
+    """Arrange parts of one cell in columns.
+
+    Parameters
+    ----------
+    parts
+        The parts, row by row; those that are plain text are escaped.
+    columns
+        Number of columns.
+
+    Returns
+    -------
+    Markup
+        The grid.
+    """
     return Markup(f"<div class='grid' style='grid-template-columns:repeat({columns},auto)'>{stacked(parts)}</div>")
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
-    """Return an HTML table."""
+    """Return an HTML table.
+
+    Parameters
+    ----------
+    header
+        Titles of the columns.
+    rows
+        Cells of each row, as many as there are titles.
+
+    Returns
+    -------
+    Markup
+        The table; cells that are plain text are escaped.
+    """
 
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in cells) + "</tr>"
@@ -117,7 +222,20 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of text with aligned columns."""
+    """Return a table of text with aligned columns.
+
+    Parameters
+    ----------
+    header
+        Titles of the columns.
+    rows
+        Cells of each row, as many as there are titles.
+
+    Returns
+    -------
+    str
+        Lines separated by newlines, with the header first and without trailing spaces.
+    """
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
@@ -126,10 +244,34 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def amounts(numbers: Mapping[str, int]) -> str:
-    """Format the number of each kind: ``2 cpu, 1 gpu``, or ``none``."""
+    """Format the number of each kind: ``2 cpu, 1 gpu``, or ``none``.
+
+    Parameters
+    ----------
+    numbers
+        Kind -> its number.
+
+    Returns
+    -------
+    str
+        The numbers, in the order of the mapping.
+    """
     return ", ".join(f"{number} {kind}" for kind, number in numbers.items()) or "none"
 
 
 def count(number: int, what: str) -> str:
-    """Format a number with its noun: ``1 node``, ``2 nodes``."""
+    """Format a number with its noun: ``1 node``, ``2 nodes``.
+
+    Parameters
+    ----------
+    number
+        The number.
+    what
+        The noun in the singular; its plural is formed with ``s``.
+
+    Returns
+    -------
+    str
+        Number and noun.
+    """
     return f"{number} {what}{'' if number == 1 else 's'}"

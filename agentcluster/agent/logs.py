@@ -65,7 +65,13 @@ class LastLines(logging.Handler):
         self._kept.extend(self.format(record).splitlines())
 
     def lines(self) -> list[str]:
-        """Return the kept lines, oldest first."""
+        """Return the kept lines, oldest first.
+
+        Returns
+        -------
+        list of str
+            The lines; the first of each message begins with time, logger and level.
+        """
         return list(self._kept)
 
     def begin(self) -> None:

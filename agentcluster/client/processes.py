@@ -289,7 +289,18 @@ class Blueprint:
 
 
 def is_address(where: object) -> bool:
-    """Return whether `where` is the address of a running process, and not a host to launch on."""
+    """Return whether `where` is the address of a running process, and not a host to launch on.
+
+    Parameters
+    ----------
+    where
+        An address such as ``tcp://10.0.0.5:8786``, or a host.
+
+    Returns
+    -------
+    bool
+        True for a text with ``://`` in it.
+    """
     return isinstance(where, str) and "://" in where
 
 
@@ -299,10 +310,32 @@ def _labels(launcher: Launcher) -> dict[str, dict[str, str]]:
 
 
 def in_standby(launcher: Launcher) -> bool:
-    """Return whether an agent is launched only when its workers are needed."""
+    """Return whether an agent is launched only when its workers are needed.
+
+    Parameters
+    ----------
+    launcher
+        Launcher of the agent.
+
+    Returns
+    -------
+    bool
+        The launcher's attribute ``standby``; False where it has none.
+    """
     return bool(getattr(launcher, "standby", False))
 
 
 def is_remote(launcher: Launcher) -> bool:
-    """Return whether a launcher starts a process on another machine, as far as can be known."""
+    """Return whether a launcher starts a process on another machine, as far as can be known.
+
+    Parameters
+    ----------
+    launcher
+        The launcher.
+
+    Returns
+    -------
+    bool
+        False for local processes, and for agents that are adopted at an address.
+    """
     return launcher.where != "local" and not is_address(launcher.where)

@@ -237,6 +237,11 @@ class ManagedLauncher(ABC):
         """Request one agent, ``dask-agent --standby --listen-address …``.
 
         Never cancelled, so that it is known what was requested; a call that can take long needs a timeout.
+
+        Raises
+        ------
+        Exception
+            When the request fails; :meth:`launch` makes it a LaunchError, or a LaunchTimeout of a TimeoutError.
         """
 
     @abstractmethod
@@ -254,6 +259,11 @@ class ManagedLauncher(ABC):
         """Stop the agent, or a request for it that is not yet served; return when it is gone.
 
         Called once for each :meth:`start` that did not fail, also when the agent never ran.
+
+        Raises
+        ------
+        Exception
+            When the agent could not be stopped; it is logged.
         """
 
     async def launch(self, settings: Settings, *, timeout: float) -> ManagedAgent:

@@ -36,22 +36,94 @@ UNIFORM: Mapping[str, Check] = {"nworkers": check_positive, **COMMON}
 
 
 def check_cpu(path: OptionPath, config: Options) -> CheckedOptions:
-    """Check the options of mode ``auto-cpu``; see :func:`~agentcluster.modes.options.check_options`."""
+    """Check the options of mode ``auto-cpu``; see :func:`~agentcluster.modes.options.check_options`.
+
+    Parameters
+    ----------
+    path
+        Path of the options, for messages.
+    config
+        The options: ``nworkers``, those of every worker, and keywords of the nanny.
+
+    Returns
+    -------
+    dict
+        The options that are set, as plain data.
+
+    Raises
+    ------
+    ConfigError
+        For a name or a value that is not allowed.
+    """
     return check_options(path, config, CPU, NANNY)
 
 
 def check_gpu(path: OptionPath, config: Options) -> CheckedOptions:
-    """Check the options of mode ``auto-gpu``; see :func:`~agentcluster.modes.options.check_options`."""
+    """Check the options of mode ``auto-gpu``; see :func:`~agentcluster.modes.options.check_options`.
+
+    Parameters
+    ----------
+    path
+        Path of the options, for messages.
+    config
+        The options: ``devices``, those of every worker, and keywords of dask-cuda's worker.
+
+    Returns
+    -------
+    dict
+        The options that are set, as plain data.
+
+    Raises
+    ------
+    ConfigError
+        For a name or a value that is not allowed.
+    """
     return check_options(path, config, GPU, CUDA_WORKER)
 
 
 def check_uniform(path: OptionPath, config: Options) -> CheckedOptions:
-    """Check the options of mode ``uniform``; see :func:`~agentcluster.modes.options.check_options`."""
+    """Check the options of mode ``uniform``; see :func:`~agentcluster.modes.options.check_options`.
+
+    Parameters
+    ----------
+    path
+        Path of the options, for messages.
+    config
+        The options: ``nworkers``, those of every worker, and keywords of the nanny.
+
+    Returns
+    -------
+    dict
+        The options that are set, as plain data.
+
+    Raises
+    ------
+    ConfigError
+        For a name or a value that is not allowed.
+    """
     return check_options(path, config, UNIFORM, NANNY)
 
 
 def check_none(path: OptionPath, config: Options) -> CheckedOptions:
-    """Check that mode ``none`` has no options; see :func:`~agentcluster.modes.options.check_options`."""
+    """Check that mode ``none`` has no options; see :func:`~agentcluster.modes.options.check_options`.
+
+    Parameters
+    ----------
+    path
+        Path of the options, for messages.
+    config
+        The options.
+
+    Returns
+    -------
+    dict
+        An empty mapping.
+
+    Raises
+    ------
+    ConfigError
+        For any option.
+    """
     return check_options(path, config, {})
 
 
@@ -67,12 +139,48 @@ SIDES: Mapping[str, Check] = {"gpu": _check_gpu_side, "cpu": _check_cpu_side}
 
 
 def check_auto(path: OptionPath, config: Options) -> CheckedOptions:
-    """Check the options of mode ``auto``; see :func:`~agentcluster.modes.options.check_options`."""
+    """Check the options of mode ``auto``; see :func:`~agentcluster.modes.options.check_options`.
+
+    Parameters
+    ----------
+    path
+        Path of the options, for messages.
+    config
+        The options: those of every worker; ``gpu`` and ``cpu``, mappings of options for auto-gpu and auto-cpu.
+
+    Returns
+    -------
+    dict
+        The options that are set, as plain data.
+
+    Raises
+    ------
+    ConfigError
+        For a name or a value that is not allowed.
+    """
     return check_options(path, config, {**SIDES, **COMMON})
 
 
 def check_mixed(path: OptionPath, config: Options) -> CheckedOptions:
-    """Check the options of mode ``mixed``; see :func:`~agentcluster.modes.options.check_options`."""
+    """Check the options of mode ``mixed``; see :func:`~agentcluster.modes.options.check_options`.
+
+    Parameters
+    ----------
+    path
+        Path of the options, for messages.
+    config
+        The options: ``gpu`` and ``cpu``, mappings of options for auto-gpu and auto-cpu.
+
+    Returns
+    -------
+    dict
+        The options that are set, as plain data.
+
+    Raises
+    ------
+    ConfigError
+        For a name or a value that is not allowed.
+    """
     return check_options(path, config, SIDES)
 
 
@@ -80,7 +188,26 @@ def check_mixed(path: OptionPath, config: Options) -> CheckedOptions:
 
 
 def plan_cpu(node: NodeHardware, options: Options) -> Workers:
-    """Split the node's cores as ``LocalCluster`` does; see :func:`agentcluster.modes.plan`."""
+    """Split the node's cores as ``LocalCluster`` does; see :func:`agentcluster.modes.plan`.
+
+    Parameters
+    ----------
+    node
+        The node, with its hardware.
+    options
+        Options of mode ``auto-cpu``, checked.
+
+    Returns
+    -------
+    tuple of WorkerSpec
+        Equal CPU workers.
+
+    Raises
+    ------
+    ModeRefused
+        When a negative ``nworkers`` leaves no worker, when a memory limit is more than the node has, or the node's
+        memory is too little for the workers.
+    """
     cpus = node.hardware.cpus
     nworkers, nthreads = split_cores(node, cpus, options.get("nworkers"), options.get("nthreads"))
     limit = node.limit_by_hand(options.get("memory_limit", "auto"))
@@ -90,7 +217,26 @@ def plan_cpu(node: NodeHardware, options: Options) -> Workers:
 
 
 def plan_gpu(node: NodeHardware, options: Options) -> Workers:
-    """Plan a worker for each GPU or MIG device, with dask-cuda's memory limit; see :func:`agentcluster.modes.plan`."""
+    """Plan a worker for each GPU or MIG device, with dask-cuda's memory limit; see :func:`agentcluster.modes.plan`.
+
+    Parameters
+    ----------
+    node
+        The node, with its hardware.
+    options
+        Options of mode ``auto-gpu``, checked.
+
+    Returns
+    -------
+    tuple of WorkerSpec
+        One worker for each GPU, in the order of ``devices`` or else the node's.
+
+    Raises
+    ------
+    ModeRefused
+        When the node has no GPU or no dask-cuda, when ``devices`` names a GPU twice or one that it does not have,
+        when a memory limit is more than the node has, or the node's memory is too little for the workers.
+    """
     gpus = _devices(node, options)
     limit = node.limit_by_hand(options.get("memory_limit", "auto"))
     if limit is None:
@@ -99,7 +245,25 @@ def plan_gpu(node: NodeHardware, options: Options) -> Workers:
 
 
 def plan_auto(node: NodeHardware, options: Options) -> Workers:
-    """Use the GPUs where dask-cuda can use them, else the cores; see :func:`agentcluster.modes.plan`."""
+    """Use the GPUs where dask-cuda can use them, else the cores; see :func:`agentcluster.modes.plan`.
+
+    Parameters
+    ----------
+    node
+        The node, with its hardware.
+    options
+        Options of mode ``auto``, checked; those of ``gpu`` or ``cpu`` win over the common ones.
+
+    Returns
+    -------
+    tuple of WorkerSpec
+        GPU workers, or CPU workers where the node has no GPU or no dask-cuda.
+
+    Raises
+    ------
+    ModeRefused
+        As for :func:`plan_gpu` or :func:`plan_cpu`, whichever is used.
+    """
     gpu = _gpu_refusal(node) is None
     common = {key: value for key, value in options.items() if key in COMMON}
     side = {**common, **options.get("gpu" if gpu else "cpu", {})}
@@ -107,7 +271,26 @@ def plan_auto(node: NodeHardware, options: Options) -> Workers:
 
 
 def plan_mixed(node: NodeHardware, options: Options) -> Workers:
-    """Plan a worker for each GPU, and CPU workers for the other cores; see :func:`agentcluster.modes.plan`."""
+    """Plan a worker for each GPU, and CPU workers for the other cores; see :func:`agentcluster.modes.plan`.
+
+    Parameters
+    ----------
+    node
+        The node, with its hardware.
+    options
+        Options of mode ``mixed``, checked.
+
+    Returns
+    -------
+    tuple of WorkerSpec
+        The GPU workers, then the CPU workers.
+
+    Raises
+    ------
+    ModeRefused
+        As for :func:`plan_gpu` and :func:`plan_cpu`; also when the GPU workers' threads leave no core for CPU workers,
+        or when the limits of one side leave no memory for the other.
+    """
     gpu, cpu = options.get("gpu", {}), options.get("cpu", {})
     gpus = _devices(node, gpu)
     cpus = node.hardware.cpus
@@ -123,7 +306,26 @@ def plan_mixed(node: NodeHardware, options: Options) -> Workers:
 
 
 def plan_uniform(node: NodeHardware, options: Options) -> Workers:
-    """Plan as many equal workers as the node has capacity for; see :func:`agentcluster.modes.plan`."""
+    """Plan as many equal workers as the node has capacity for; see :func:`agentcluster.modes.plan`.
+
+    Parameters
+    ----------
+    node
+        The node, with its hardware.
+    options
+        Options of mode ``uniform``, checked; ``nthreads`` is 1 where it is not set.
+
+    Returns
+    -------
+    tuple of WorkerSpec
+        Equal CPU workers: as many as cores and memory are enough for, at most ``nworkers``.
+
+    Raises
+    ------
+    ModeRefused
+        When one worker has more threads than the node has cores, when a memory limit is more than the node has, or
+        the node's memory is too little for the workers.
+    """
     cpus, memory = node.hardware.cpus, node.hardware.memory
     nthreads = options.get("nthreads", 1)
     if nthreads > cpus:
@@ -138,7 +340,20 @@ def plan_uniform(node: NodeHardware, options: Options) -> Workers:
 
 
 def plan_none(node: NodeHardware, options: Options) -> Workers:
-    """Plan no workers; see :func:`agentcluster.modes.plan`."""
+    """Plan no workers; see :func:`agentcluster.modes.plan`.
+
+    Parameters
+    ----------
+    node
+        The node, with its hardware.
+    options
+        Options of mode ``none``, which has none.
+
+    Returns
+    -------
+    tuple of WorkerSpec
+        An empty tuple.
+    """
     return ()
 
 

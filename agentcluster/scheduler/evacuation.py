@@ -236,7 +236,13 @@ class _Leaving:
         self._recipients_seen = self.began if len(scheduler.workers) > len(self.present()) else float("-inf")
 
     def present(self) -> frozenset[WorkerState]:
-        """Return the leaving workers that are in the scheduler."""
+        """Return the leaving workers that are in the scheduler.
+
+        Returns
+        -------
+        frozenset of WorkerState
+            The workers; empty when all have left.
+        """
         return frozenset(_states(self.scheduler, self.names))
 
     def cordon(self) -> None:
@@ -273,6 +279,16 @@ class _Leaving:
 
         No copies are made meanwhile. Dask drops one of two copies, here that of the worker that leaves, and a new
         worker that is given up afterwards would have the sole replica.
+
+        Parameters
+        ----------
+        wait
+            Seconds for the tasks, from the beginning of the evacuation.
+
+        Returns
+        -------
+        str or None
+            The reason; None when the tasks have ended or the time is over.
         """
         while (now := monotonic()) < self.began + wait and self.running_tasks(now):
             if now - self._handed_over > LOOK:
@@ -286,7 +302,18 @@ class _Leaving:
         return None
 
     async def empty(self, timeout: float) -> str | None:
-        """Wait until every key has a copy elsewhere; return why that is not possible."""
+        """Wait until every key has a copy elsewhere; return why that is not possible.
+
+        Parameters
+        ----------
+        timeout
+            Seconds for the copies, from the end of :meth:`drain`.
+
+        Returns
+        -------
+        str or None
+            The reason; None when every key has a copy elsewhere or was released.
+        """
         ends = self.began + (self.drained or 0.0) + timeout
         asked = moved = monotonic()
         self._pending = self.sole()
@@ -309,11 +336,28 @@ class _Leaving:
             await self.rest(now)
 
     async def rest(self, began: float) -> None:
-        """Leave time to the scheduler, in proportion to that of the look that began at `began`."""
+        """Leave time to the scheduler, in proportion to that of the look that began at `began`.
+
+        Parameters
+        ----------
+        began
+            Time of the monotonic clock at which the look began, in seconds.
+        """
         await asyncio.sleep(min(max(INTERVAL, SHARE * (monotonic() - began)), LOOK))
 
     def obstacle(self, now: float) -> str | None:
-        """Return why the data cannot be moved, if that is certain by now."""
+        """Return why the data cannot be moved, if that is certain by now.
+
+        Parameters
+        ----------
+        now
+            Time of the monotonic clock, in seconds.
+
+        Returns
+        -------
+        str or None
+            The reason: actors, or no other worker for longer than :data:`GRACE`; None when neither is certain.
+        """
         if any(ws.actors for ws in self.present()):
             return f"actors cannot be moved: {self.describe()}"
         if self.recipients():
@@ -327,6 +371,11 @@ class _Leaving:
 
         ``remove_worker`` forgets the worker before it first awaits, and the coroutines that ``gather`` starts take
         their first steps without anything in between: what the first of them finds is true for all.
+
+        Parameters
+        ----------
+        force
+            True to remove them even if they hold sole replicas, which are lost then.
         """
         leaving = self.present()
         free: list[bool] = []
@@ -344,12 +393,24 @@ class _Leaving:
     # -- data ----------------------------------------------------------------------------------------------------------
 
     def sole(self) -> list[TaskState]:
-        """Return the tasks whose results only leaving workers hold."""
+        """Return the tasks whose results only leaving workers hold.
+
+        Returns
+        -------
+        list of TaskState
+            The tasks, each once, in no particular order.
+        """
         leaving = self.present()
         return list({ts for ws in leaving for ts in ws.has_what if _holders(ts) <= leaving})
 
     def prune(self) -> bool:
-        """Forget, from the end, the keys that have a copy elsewhere or were released; return whether there were any."""
+        """Forget, from the end, the keys that have a copy elsewhere or were released; return whether there were any.
+
+        Returns
+        -------
+        bool
+            True when at least one key was forgotten.
+        """
         leaving = self.present()
         before = len(self._pending)
         while self._pending and not ((holders := _holders(self._pending[-1])) and holders <= leaving):
@@ -357,12 +418,24 @@ class _Leaving:
         return len(self._pending) < before
 
     def recipients(self) -> list[WorkerState]:
-        """Return the workers that can take data and tasks."""
+        """Return the workers that can take data and tasks.
+
+        Returns
+        -------
+        list of WorkerState
+            The running workers that do not leave; paused ones are left out.
+        """
         leaving = self.present()
         return [ws for ws in self.scheduler.running if ws not in leaving]
 
     def request_replicas(self, tasks: Sequence[TaskState]) -> None:
-        """Ask other workers to fetch copies."""
+        """Ask other workers to fetch copies.
+
+        Parameters
+        ----------
+        tasks
+            Tasks whose results are to be copied; nothing is requested while there are no recipients.
+        """
         for address, keys in choose_recipients(tasks, self.recipients()).items():
             self.scheduler.request_acquire_replicas(address, keys, stimulus_id=self.stimulus_id)
 
@@ -388,7 +461,18 @@ class _Leaving:
                     stealing.move_task_request(ts, ws, taker)
 
     def takers(self, ts: TaskState) -> list[WorkerState]:
-        """Return the other workers that could run a task."""
+        """Return the other workers that could run a task.
+
+        Parameters
+        ----------
+        ts
+            The task.
+
+        Returns
+        -------
+        list of WorkerState
+            The workers that its restrictions allow; all recipients when none is allowed and the restrictions are loose.
+        """
         valid, others = self.scheduler.valid_workers(ts), self.recipients()
         fit = [ws for ws in others if valid is None or ws in valid]
         return fit or (others if ts.loose_restrictions else [])
@@ -397,6 +481,16 @@ class _Leaving:
         """Count the tasks that run on leaving workers, as far as the scheduler knows.
 
         A task that no other worker could run cannot be stolen; the worker's heartbeat says whether it was begun.
+
+        Parameters
+        ----------
+        now
+            Time of the monotonic clock, in seconds.
+
+        Returns
+        -------
+        int
+            The number; after the first :data:`HEARD` seconds it is counted again once in :data:`LOOK` seconds.
         """
         present = self.present()
         if now - self.began < HEARD:
@@ -414,14 +508,26 @@ class _Leaving:
     # -- words ---------------------------------------------------------------------------------------------------------
 
     def progress(self) -> Progress:
-        """Return the progress; bytes are estimated from the number of keys."""
+        """Return the progress; bytes are estimated from the number of keys.
+
+        Returns
+        -------
+        Progress
+            The progress; no key counts as moved before the tasks have ended.
+        """
         keys, nbytes = sum(self.keys.values()), sum(self.nbytes.values())
         moved = 0 if self.drained is None else max(0, keys - len(self._pending))
         tasks = sum(len(ws.processing) for ws in self.present())
         return Progress(moved, keys, nbytes * moved // keys if keys else 0, nbytes, tasks)
 
     def describe(self) -> str:
-        """Describe which worker keeps which keys."""
+        """Describe which worker keeps which keys.
+
+        Returns
+        -------
+        str
+            Names of the workers, each with at most three keys and the number of the others.
+        """
         leaving = self.present()
         parts = []
         for ws in leaving:

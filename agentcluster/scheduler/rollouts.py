@@ -107,7 +107,13 @@ class RolloutEvents:
         self._nodes = nodes
 
     def rollout_began(self, waves: Iterable[Sequence[str]]) -> None:
-        """Publish the start of the rollout and the nodes of each wave."""
+        """Publish the start of the rollout and the nodes of each wave.
+
+        Parameters
+        ----------
+        waves
+            Names of the nodes of each wave.
+        """
         self._publish("began", waves=[list(wave) for wave in waves])
 
     def rollout_paused(self) -> None:
@@ -115,11 +121,23 @@ class RolloutEvents:
         self._publish("paused")
 
     def rollout_controlled(self, action: str) -> None:
-        """Publish that the rollout was told to pause, resume or cancel."""
+        """Publish that the rollout was told to pause, resume or cancel.
+
+        Parameters
+        ----------
+        action
+            ``pause``, ``resume`` or ``cancel``.
+        """
         self._publish(action)
 
     def rollout_ended(self, outcomes: Mapping[str, str]) -> None:
-        """Publish the end of the rollout and the outcome of each node."""
+        """Publish the end of the rollout and the outcome of each node.
+
+        Parameters
+        ----------
+        outcomes
+            Node name -> its outcome, such as ``changed`` or ``failed``.
+        """
         self._publish("ended", outcomes=outcomes)
 
     def node_step(self, node: str, step: str, facts: Mapping[str, object]) -> None:

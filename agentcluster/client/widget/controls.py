@@ -103,18 +103,55 @@ class Part:
 
 
 def text_field(label: str, hint: str) -> ipywidgets.Text:
-    """Return a field for text, with a hint in it while it is empty."""
+    """Return a field for text, with a hint in it while it is empty.
+
+    Parameters
+    ----------
+    label
+        Text before the field.
+    hint
+        Text in the field while it is empty.
+
+    Returns
+    -------
+    Text
+        The field, which is empty.
+    """
     return ipywidgets.Text(description=label, placeholder=hint)
 
 
 def number_field(label: str, value: str = "") -> ipywidgets.Text:
-    """Return a field for a number that may also be left empty."""
+    """Return a field for a number that may also be left empty.
+
+    Parameters
+    ----------
+    label
+        Text before the field.
+    value
+        Text in the field at first.
+
+    Returns
+    -------
+    Text
+        The field; its text is not checked before :func:`number_in` reads it.
+    """
     style = {"description_width": "90px"}
     return ipywidgets.Text(value=value, description=label, placeholder="-", style=style, layout={"width": "170px"})
 
 
 def names_in(field: ipywidgets.Text) -> list[str]:
-    """Return the names in a field, which are separated by commas."""
+    """Return the names in a field, which are separated by commas.
+
+    Parameters
+    ----------
+    field
+        The field.
+
+    Returns
+    -------
+    list of str
+        The names without spaces around them; empty for an empty field.
+    """
     return [each.strip() for each in field.value.split(",") if each.strip()]
 
 
@@ -133,7 +170,23 @@ def number_in(field: ipywidgets.Text) -> int:
 
 
 def numbers_in(fields: Mapping[str, ipywidgets.Text]) -> dict[str, int]:
-    """Return the numbers in those fields that are not empty."""
+    """Return the numbers in those fields that are not empty.
+
+    Parameters
+    ----------
+    fields
+        Key -> field.
+
+    Returns
+    -------
+    dict
+        Key -> number, without the keys of empty fields.
+
+    Raises
+    ------
+    ConfigError
+        When one of them is not a whole number.
+    """
     return {key: number_in(field) for key, field in fields.items() if field.value.strip()}
 
 
@@ -141,11 +194,35 @@ def numbers_in(fields: Mapping[str, ipywidgets.Text]) -> dict[str, int]:
 
 
 def error_message(error: Exception) -> Markup:
-    """Return an error as HTML."""
+    """Return an error as HTML.
+
+    Parameters
+    ----------
+    error
+        The error.
+
+    Returns
+    -------
+    Markup
+        Its message in one line, after a dot in the tone ``bad``.
+    """
     return page(paragraph(toned(one_line(error), "bad")))
 
 
 def report_message(report: RolloutReport, tone: Tone) -> Markup:
-    """Return a report as HTML, with a dot of a tone before its summary."""
+    """Return a report as HTML, with a dot of a tone before its summary.
+
+    Parameters
+    ----------
+    report
+        Report of a rollout.
+    tone
+        Tone of the dot.
+
+    Returns
+    -------
+    Markup
+        The summary, the table of the nodes where there are some, and the notes.
+    """
     table = [scrolled(html_table(report.header(), report.rows()))] if report.nodes else []
     return stacked([paragraph(toned(report.summary(), tone)), *table, *map(paragraph, report.notes())])

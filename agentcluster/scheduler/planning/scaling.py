@@ -111,22 +111,70 @@ class _Draft:
         return (*self.stay.values(), *self.candidates)
 
     def data(self, nbytes: Mapping[str, int]) -> int:
-        """Return the bytes that workers which can stay hold."""
+        """Return the bytes that workers which can stay hold.
+
+        Parameters
+        ----------
+        nbytes
+            Worker name -> bytes of data that it holds; a missing worker counts as 0.
+
+        Returns
+        -------
+        int
+            Bytes on all of them together.
+        """
         return sum(nbytes.get(worker, 0) for worker in self.stay)
 
     def kinds(self, spec: WorkerSpec) -> frozenset[str]:
-        """Return the kinds of a worker: its own, each resource that it offers, and its name in a spec."""
+        """Return the kinds of a worker: its own, each resource that it offers, and its name in a spec.
+
+        Parameters
+        ----------
+        spec
+            Settings of the worker.
+
+        Returns
+        -------
+        frozenset of str
+            The kinds; a resource is there as it is written and in lower case.
+        """
         named = (name for name, each in self.named if each == spec)
         offers = self.node.offers(spec)
         return frozenset({spec.kind, *(each.lower() for each in offers), *offers, *named})
 
     def kind(self, spec: WorkerSpec, wanted: Iterable[str]) -> str | None:
-        """Return the first of the wanted kinds that a worker is of; it counts for no other."""
+        """Return the first of the wanted kinds that a worker is of; it counts for no other.
+
+        Parameters
+        ----------
+        spec
+            Settings of the worker.
+        wanted
+            The kinds wanted, in the order in which they are tried.
+
+        Returns
+        -------
+        str or None
+            The kind; None when the worker is of none of them.
+        """
         its = self.kinds(spec)
         return next((kind for kind in wanted if kind in its), None)
 
     def change(self, leaving: Collection[str], add: Sequence[WorkerSpec]) -> NodeChange:
-        """Return the change in which some workers leave, and all that cannot stay."""
+        """Return the change in which some workers leave, and all that cannot stay.
+
+        Parameters
+        ----------
+        leaving
+            Names of the workers that leave; names of other nodes' workers are ignored.
+        add
+            Settings of the workers that come.
+
+        Returns
+        -------
+        NodeChange
+            The change, to the mode of this draft.
+        """
         here = self.node.plan.workers
         return change_without(self.node, self.mode, {w for w in here if w in leaving or w not in self.stay}, add)
 
