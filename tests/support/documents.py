@@ -98,7 +98,7 @@ _VARIES = (
     (re.compile(r"\b\d+\.\d+(?: [KMGT]iB\b)?"), "0.0"),
     (re.compile(r"\bnp\.(True|False)_"), r"\1"),
     (re.compile(r"\b(local|second|node-\d)-\d+\b"), r"\1-N"),
-    (re.compile(r"\b\d+ keys"), "N keys"),
+    (re.compile(r"\b\d+ keys?\b"), "N keys"),
     (re.compile(r"\b\d+(?= +0\.0 *(?: 0\.0 s|$))", re.MULTILINE), "N"),
 )
 
