@@ -20,9 +20,8 @@ from distributed import Scheduler
 
 import agentcluster
 from agentcluster import Agent, AgentCluster
-from agentcluster.launch.protocol import Launched, LogTail, Ready, Settings
 from agentcluster.scheduler.plugin import dask_setup
-from agentcluster.wire import unpickled
+from tests.support.inprocess import here
 
 ROOT = str(Path(agentcluster.__file__).parent) + os.sep
 
@@ -58,33 +57,6 @@ class Trace:
             self.files.setdefault(name.removeprefix(ROOT))
 
 
-class InProcess:
-    """Launcher of an agent in this process."""
-
-    name, where = "first", "local"
-
-    async def launch(self, settings: Settings, *, timeout: float) -> Launched:
-        """Start the agent."""
-        options = unpickled(settings.options)
-        agent = await Agent(settings.scheduler, name=settings.name, lasting=True, host="127.0.0.1", **options)
-        return _InProcessAgent(agent)
-
-
-class _InProcessAgent:
-    def __init__(self, agent: Agent) -> None:
-        self.agent, self.log = agent, LogTail()
-        self.ready = Ready(agent.address, os.getpid(), hardware=agent.hardware)
-
-    async def wait(self) -> int | None:
-        """Return when the agent has ended."""
-        await self.agent.finished()
-        return 0
-
-    async def close(self, timeout: float) -> None:
-        """End the agent."""
-        await self.agent.close()
-
-
 async def traced(scheduler: Any, call: Callable[[], Awaitable[Any]]) -> list[str]:
     """Return the files that are entered from `call` until the scheduler has a worker that it had not."""
     trace, before = Trace(), set(scheduler.workers)
@@ -103,10 +75,10 @@ async def measure() -> dict[str, list[str]]:
     async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler:
         await dask_setup(scheduler)
         found["agent start"] = await traced(scheduler, lambda: _agent(scheduler.address))
-    async with AgentCluster([InProcess()], mode="uniform", config=ONE, asynchronous=True) as cluster:
+    async with AgentCluster(here(), mode="uniform", config=ONE, asynchronous=True) as cluster:
         two = {**ONE, "nthreads": 2}
         found["reprovision"] = await traced(cluster.scheduler, lambda: cluster.reprovision("uniform", two))
-    async with AgentCluster([InProcess()], mode="uniform", config=ONE, asynchronous=True) as cluster:
+    async with AgentCluster(here(), mode="uniform", config=ONE, asynchronous=True) as cluster:
         await cluster.scale(0)
         found["adapt"] = await traced(cluster.scheduler, lambda: _adapt(cluster))
     return found

@@ -13,7 +13,7 @@ from distributed.protocol import dumps, loads
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentcluster import model
+from agentcluster import VersionMismatch, __version__, model
 from agentcluster.errors import ConfigError
 from agentcluster.model import (
     Gpu,
@@ -27,7 +27,7 @@ from agentcluster.model import (
     WorkerSpec,
     WorkerState,
 )
-from agentcluster.wire import PICKLED, from_wire, pickled, plain, to_wire, unpickled
+from agentcluster.wire import PICKLED, PROTOCOL, check_protocol, from_wire, pickled, plain, to_wire, unpickled
 
 TEXT = st.text(max_size=8)
 COUNT = st.integers(0, 2**50)
@@ -300,3 +300,15 @@ def test_plain_data_stays_as_it_is(value: Any) -> None:
 
 def test_plain_makes_keys_text_and_tuples_lists() -> None:
     assert plain({1: (True, None, 2.5, "x", [3])}) == {"1": [True, None, 2.5, "x", [3]]}
+
+
+@pytest.mark.parametrize(
+    ("protocol", "older"), [(PROTOCOL - 1, "peer"), (PROTOCOL + 1, "here"), (None, "peer"), ("x" * 1000, "peer")]
+)
+def test_mismatch_names_versions_and_remedy(protocol: object, older: str) -> None:
+    with pytest.raises(VersionMismatch) as caught:
+        check_protocol("peer", protocol, "0.0.1", here="here")
+    assert "peer has agentcluster 0.0.1" in str(caught.value)
+    assert f"here has agentcluster {__version__} with protocol {PROTOCOL}" in str(caught.value)
+    assert f"upgrade agentcluster where {older} runs" in str(caught.value)
+    assert len(str(caught.value)) < 300
