@@ -268,7 +268,7 @@ class Agent(Server):
         self._exit_stack.callback(self._lines.end)
         self._lines.begin()
         self._exit_stack.callback(StartMethod.release)
-        StartMethod.acquire()
+        StartMethod.acquire(dashboard=bool(self._own.options.get("dashboard")))
         await super().start_unsafe()
         self.hardware = await asyncio.to_thread(hardware.detect)
         await self._listen()

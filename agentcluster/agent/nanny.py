@@ -31,6 +31,9 @@ logger = logging.getLogger("agentcluster.agent.supervisor")
 
 METHOD_KEY = "distributed.worker.multiprocessing-method"
 
+#: Module that a worker with a dashboard imports, with bokeh: three quarters of all the time that its start takes.
+DASHBOARD = "distributed.dashboard.worker"
+
 #: Reasons of workers that close because they lost the scheduler; each also asks its nanny not to start it again.
 LOST_SCHEDULER = ("worker-handle-scheduler-connection-broken", "worker-heartbeat-error")
 
@@ -433,14 +436,21 @@ class StartMethod:
     _set: dask.config.set | None = None
 
     @classmethod
-    def acquire(cls) -> None:
-        """Install the start method and warm the forkserver, unless another agent has done it."""
+    def acquire(cls, dashboard: bool = False) -> None:
+        """Install the start method and warm the forkserver, unless another agent has done it.
+
+        Parameters
+        ----------
+        dashboard
+            Whether the workers have a dashboard: then bokeh is imported once for all of them.
+        """
         cls._users += 1
         if cls._users == 1 and (method := forkserver.install()):
             cls.configured = dask.config.get(METHOD_KEY)
             cls._set = dask.config.set({METHOD_KEY: method})
             configured = dask.config.get("distributed.nanny.pre-spawn-environ")
-            forkserver.warm(forkserver.pre_spawn_environ(configured), Config.load().forkserver_preload)
+            preload = Config.load().forkserver_preload + ((DASHBOARD,) if dashboard else ())
+            forkserver.warm(forkserver.pre_spawn_environ(configured), preload)
 
     @classmethod
     def release(cls) -> None:

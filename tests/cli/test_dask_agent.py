@@ -104,6 +104,19 @@ async def test_without_mode_it_is_what_dask_worker_is(scheduler: Scheduler, clie
     assert len(agent.children()) >= 1
 
 
+@pytest.mark.parametrize("option", ["--dashboard", "--no-dashboard"])
+async def test_bokeh_is_imported_once_for_all_workers(
+    scheduler: Scheduler, client: Client, start: Start, option: str
+) -> None:
+    """In the process that they are forked from, whose command line says what it imports."""
+    # A variable that counts at the start: it is a new Python, and none that was forked.
+    agent = start(*AGENT, scheduler.address, *ONE, option, env={"PYTHONNODEBUGRANGES": "1"})
+    await settled(client)
+    commands = [" ".join(child.cmdline()) for child in psutil.Process(agent.pid).children()]
+    (server,) = [command for command in commands if "forkserver import main" in command]
+    assert ("distributed.dashboard.worker" in server) is (option == "--dashboard")
+
+
 @pytest.mark.parametrize("options", [["--mode", "auto-cpu"], ["--nworkers", "auto"]], ids=" ".join)
 async def test_auto_splits_as_local_cluster(scheduler: Scheduler, client: Client, start: Start, options: Any) -> None:
     start(*AGENT, scheduler.address, *options)
