@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from distributed import Scheduler
 
@@ -22,6 +22,7 @@ from agentcluster.errors import AgentClusterError, SwapError
 from agentcluster.model import NodePlan, NodeReport
 from agentcluster.requests import RolloutPolicy
 from agentcluster.scheduler.planning.change import NodeChange, change_to
+from agentcluster.scheduler.planning.nodes import Node
 from agentcluster.scheduler.planning.rollout import (
     BackEnded,
     Cancel,
@@ -41,6 +42,8 @@ from agentcluster.wire import TOPIC, to_wire
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 Outcome = Literal["changed", "unchanged", "failed", "rolled back"]
 
 #: Plain data, as it travels to the caller.
@@ -58,7 +61,7 @@ class NodeEvents:
         async with self._changed:
             self._changed.notify_all()
 
-    async def wait_for(self, condition: Callable[[], bool], timeout: float) -> None:
+    async def wait_for(self, condition: Callable[[], bool], timeout: float | None) -> None:
         """Wait until a condition on nodes holds.
 
         Parameters
@@ -66,7 +69,7 @@ class NodeEvents:
         condition
             Evaluated now, and after each change.
         timeout
-            Seconds to wait.
+            Seconds to wait; None where the caller has a deadline.
 
         Raises
         ------
@@ -75,6 +78,33 @@ class NodeEvents:
         """
         async with asyncio.timeout(timeout), self._changed:
             await self._changed.wait_for(condition)
+
+    async def unless_lost(self, node: Node, call: Awaitable[T]) -> T | None:
+        """Wait for an agent's answer, but no longer than its node is there.
+
+        An agent that has ended would be called again and again, for as long as a connection may take.
+
+        Parameters
+        ----------
+        node
+            The agent's node.
+        call
+            The call; it is cancelled when the node is lost.
+
+        Returns
+        -------
+        object
+            The answer; None when the node is lost.
+        """
+        answer = asyncio.ensure_future(call)
+        lost = asyncio.ensure_future(self.wait_for(lambda: node.state == "lost", None))
+        try:
+            await asyncio.wait({answer, lost}, return_when=asyncio.FIRST_COMPLETED)
+            return await answer if answer.done() else None
+        finally:
+            for each in (answer, lost):
+                each.cancel()
+            await asyncio.gather(answer, lost, return_exceptions=True)
 
 
 class RolloutEvents:
@@ -95,6 +125,8 @@ class RolloutEvents:
     ----------
     began
         Time at which the rollout began, in seconds since the epoch.
+    nodes
+        Signal of the scheduler's nodes.
     steps
         Node name -> its step and facts about it.
     """
@@ -104,7 +136,7 @@ class RolloutEvents:
         self.began = time.time()
         self.steps: dict[str, Mapping[str, Any]] = {name: {"step": "waiting"} for name in names}
         self._scheduler = scheduler
-        self._nodes = nodes
+        self.nodes = nodes
 
     def rollout_began(self, waves: Iterable[Sequence[str]]) -> None:
         """Publish the start of the rollout and the nodes of each wave.
@@ -159,7 +191,7 @@ class RolloutEvents:
 
     async def nodes_changed(self) -> None:
         """Signal that nodes of the rollout changed their state."""
-        await self._nodes.notify()
+        await self.nodes.notify()
 
     def _publish(self, action: str, **facts: object) -> None:
         message = {"rollout": self.label, "began": self.began, "action": action, **to_wire(facts)}

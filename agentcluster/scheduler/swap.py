@@ -414,7 +414,9 @@ class Swap:
         try:
             # The agent ends a late start itself, within the timeout that it is given.
             async with asyncio.timeout(limits.start + limits.stop):
-                answer = await call
+                answer = await self.context.events.nodes.unless_lost(change.node, call)
+            if answer is None:
+                return StartFailed(node, f"node {node} was lost")
             if "failures" in answer:
                 cause = WorkerStartError(node, answer["failures"])
                 self._record.causes.append(cause)
@@ -470,9 +472,10 @@ class Swap:
 
     async def _stop(self, node: str, workers: tuple[str, ...]) -> None:
         limit = self.context.limits.stop
+        call = self._agent(node).stop_workers(names=self._record.present(workers), timeout=limit)
         try:
             async with asyncio.timeout(2 * limit):
-                await self._agent(node).stop_workers(names=self._record.present(workers), timeout=limit)
+                await self.context.events.nodes.unless_lost(self.changes[node].node, call)
         except Exception as error:  # the scheduler turns whatever the agent raised into a plain Exception
             # The workers hold nothing and are out of the scheduler; if the agent is gone they ended with it.
             logger.warning("Node %s did not confirm the end of %s: %s", node, ", ".join(workers), error)

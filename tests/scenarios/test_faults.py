@@ -441,7 +441,7 @@ async def test_actors_come_after_the_check(gate: Gates) -> None:
 
 
 @pytest.mark.parametrize("step", STEPS)
-async def test_agent_is_killed(step: Step, gate: Gates) -> None:
+async def test_agent_is_killed(step: Step, gate: Gates, caplog: pytest.LogCaptureFixture) -> None:
     entry, end = gate("start"), gate("stop")
     async with world_of(2, preloading(end.preload), processes=True) as world:
         if step != "start":
@@ -472,6 +472,7 @@ async def test_agent_is_killed(step: Step, gate: Gates) -> None:
         assert survivors or step == "stop"
         assert {future.status for future in survivors} <= {"finished"}
         assert len(await world.client.gather(survivors)) == len(survivors)
+    assert "Timed out" not in caplog.text, "an agent that was gone was asked again and again"
 
 
 # -- a scheduler that is killed ----------------------------------------------------------------------------------------

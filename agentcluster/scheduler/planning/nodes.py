@@ -430,14 +430,16 @@ class Registry:
         return next(c for c in candidates if c not in self.nodes or self.nodes[c].state == "lost")
 
     def unregister(self, name: str) -> None:
-        """Remove a node.
+        """Remove a node; calls of its agent that are under way end, as for a lost node.
 
         Parameters
         ----------
         name
             Name of the node; an unknown one is of a node that left already.
         """
-        self.nodes.pop(name, None)
+        if (node := self.nodes.pop(name, None)) is not None:
+            node.to("lost")
+            node.problem = "its agent left"
         self.wanted.pop(name, None)
         self.bare.discard(name)
 
