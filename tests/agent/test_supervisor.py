@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
 import os
 import signal
 import socket
@@ -25,6 +23,7 @@ from agentcluster.agent.supervisor import CUDA_WORKER, Supervisor, resolve
 from agentcluster.errors import ConfigError, WorkerStartError
 from agentcluster.model import WorkerSpec, WorkerState
 from agentcluster.wire import pickled
+from tests.support.census import children
 from tests.support.waiting import wait_until
 
 START = 30.0
@@ -137,21 +136,6 @@ def kill(supervisor: Watched, name: str) -> int:
     return state.pid
 
 
-def workers_now() -> set[int]:
-    """Return the pids of the processes below this one, less those that multiprocessing keeps; a zombie is none."""
-    server: Any = multiprocessing.forkserver._forkserver
-    tracker: Any = multiprocessing.resource_tracker._resource_tracker
-    below = filter(_lives, psutil.Process().children(recursive=True))
-    return {child.pid for child in below} - {server._forkserver_pid, tracker._pid}
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
 # -- starting and stopping ---------------------------------------------------------------------------------------------
 
 
@@ -183,7 +167,7 @@ async def test_stopping_twice_at_once(supervisor: Watched) -> None:
     await supervisor.start({"n-0": worker()}, START)
     await asyncio.gather(supervisor.stop(["n-0"], STOP), supervisor.stop(["n-0"], STOP), supervisor.close(STOP))
     assert supervisor.states() == ()
-    assert not workers_now()
+    assert not children()
 
 
 async def test_a_worker_that_calls_its_nanny_while_it_ends_is_heard(supervisor: Watched, tmp_path: Path) -> None:
@@ -275,7 +259,7 @@ async def test_all_or_none(supervisor: Watched, scheduler: Scheduler, bad: dict[
     assert set(caught.value.failures) == {"n-2"}
     assert supervisor.states() == (before,)
     await wait_until(lambda: {ws.name for ws in scheduler.workers.values()} == {"n-0"})
-    await wait_until(lambda: workers_now() == {before.pid})
+    await wait_until(lambda: children() == {before.pid})
 
 
 async def test_a_late_start(supervisor: Watched, scheduler: Scheduler, tmp_path: Path) -> None:
@@ -290,19 +274,19 @@ async def test_a_late_start(supervisor: Watched, scheduler: Scheduler, tmp_path:
     assert loop.time() - began < 20
     assert set(caught.value.failures) == {"n-2"}
     assert supervisor.states() == (before,)
-    await wait_until(lambda: workers_now() == {before.pid})
+    await wait_until(lambda: children() == {before.pid})
 
 
 async def test_a_start_that_is_cancelled(supervisor: Watched, tmp_path: Path) -> None:
     hangs = tmp_path / "hangs.py"
     hangs.write_text(HANGS)
     starting = asyncio.create_task(supervisor.start({"n-0": worker(options={"preload": [str(hangs)]})}, START))
-    await wait_until(workers_now)
+    await wait_until(children)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
     assert supervisor.states() == ()
-    await wait_until(lambda: not workers_now())
+    await wait_until(lambda: not children())
 
 
 async def test_a_worker_that_gets_ready_while_it_is_made_to_end(
@@ -322,7 +306,7 @@ async def test_a_worker_that_gets_ready_while_it_is_made_to_end(
         await supervisor.close(STOP)
         await asyncio.wait([started])  # what it says depends on who was first
     assert "did not end in order" not in caplog.text
-    assert not workers_now()
+    assert not children()
     assert supervisor.states() == ()
 
 
@@ -345,7 +329,7 @@ async def test_a_scheduler_that_is_not_there(supervisor: Watched) -> None:
     with pytest.raises(WorkerStartError, match=r"tcp://127\.0\.0\.1:1"):
         await supervisor.start({"n-0": worker()}, START)
     assert supervisor.states() == ()
-    assert not workers_now()
+    assert not children()
 
 
 # -- checking ----------------------------------------------------------------------------------------------------------
@@ -396,7 +380,7 @@ async def test_a_nanny_of_the_users_own_is_watched_too(supervisor: Watched, cls:
 async def test_a_worker_without_nanny_lives_in_this_process(supervisor: Watched, scheduler: Scheduler) -> None:
     state, other = await supervisor.start({"n-0": worker("distributed.Worker"), "n-1": worker()}, START)
     assert state.state == "running"
-    assert workers_now() == {other.pid}
+    assert children() == {other.pid}
     async with Client(scheduler.address, asynchronous=True) as client:
         assert await client.submit(os.getpid, workers=[state.address]) == os.getpid()
         assert await client.retire_workers([state.address])
@@ -418,7 +402,7 @@ async def test_a_process_that_cannot_be_made(supervisor: Watched) -> None:
     with pytest.raises(WorkerStartError, match="n-0: AttributeError: Can't pickle local object"):
         await supervisor.start({"n-0": worker(options={"worker_class": pickled(Local)}), "n-1": worker()}, START)
     assert supervisor.states() == ()
-    await wait_until(lambda: not workers_now())
+    await wait_until(lambda: not children())
 
 
 async def test_a_class_that_is_no_worker(supervisor: Watched) -> None:
@@ -433,7 +417,7 @@ async def test_a_class_that_does_not_end(supervisor: Watched) -> None:
     await supervisor.start({"n-0": spec, "n-1": worker()}, START)
     await supervisor.close(1.0)
     assert supervisor.states() == ()
-    assert not workers_now()
+    assert not children()
 
 
 # -- crashes -----------------------------------------------------------------------------------------------------------
@@ -477,7 +461,7 @@ async def test_a_worker_that_dies_at_each_restart_is_given_up(supervise: Factory
     (last,) = await wait_until(lambda: supervisor.said("n-0", "failed"), timeout=20)
     assert last.problem == "crashed 4 times within 60 s, last with exit code 3; not restarted"
     assert supervisor.states() == ()
-    assert not workers_now()
+    assert not children()
 
 
 async def test_a_restart_that_fails_is_no_retirement(supervisor: Watched, tmp_path: Path) -> None:
@@ -550,7 +534,7 @@ async def test_a_worker_that_the_client_retires_is_not_restarted(supervisor: Wat
     (last,) = await wait_until(lambda: supervisor.said("n-0", "retired"))
     assert (last.problem, last.restarts) == (None, 0)
     assert supervisor.states() == (second,)
-    assert workers_now() == {second.pid}
+    assert children() == {second.pid}
 
 
 async def test_all_workers_closed_by_the_scheduler(supervisor: Watched, scheduler: Scheduler) -> None:
@@ -558,7 +542,7 @@ async def test_all_workers_closed_by_the_scheduler(supervisor: Watched, schedule
     await scheduler.retire_workers(names=["n-0", "n-1"], close_workers=True, remove=True)
     await wait_until(lambda: supervisor.said("n-0", "retired") and supervisor.said("n-1", "retired"))
     assert supervisor.states() == ()
-    await wait_until(lambda: not workers_now())
+    await wait_until(lambda: not children())
 
 
 def cut_off(supervisor: Watched, name: str) -> None:
@@ -609,7 +593,7 @@ async def test_a_worker_that_is_cut_off_with_its_agent_ends(supervise: Factory, 
         touch = False
     await wait_until(lambda: supervisor.said("n-0", "retired"))
     assert supervisor.states() == ()
-    assert not workers_now()
+    assert not children()
 
 
 async def test_client_restart_is_no_crash(supervise: Factory, scheduler: Scheduler) -> None:
@@ -621,7 +605,7 @@ async def test_client_restart_is_no_crash(supervise: Factory, scheduler: Schedul
         assert await client.submit(sum, [40, 2]) == 42
     await wait_until(lambda: supervisor.runs("n-0") and supervisor.runs("n-1"))
     assert {state.pid for state in before}.isdisjoint(state.pid for state in supervisor.states())
-    assert len(workers_now()) == 2
+    assert len(children()) == 2
     kill(supervisor, "n-0")  # and what comes after a restart is one again
     await wait_until(lambda: supervisor.runs("n-0", restarts=1))
 

@@ -13,7 +13,8 @@ import pytest
 import pytest_asyncio
 from distributed import Client, Event, Scheduler, Status, Worker, wait
 
-from agentcluster.scheduler.evacuation import Evacuation, actors, evacuate, stored_bytes, stranded
+from agentcluster.scheduler.evacuation import Evacuation, evacuate
+from agentcluster.scheduler.preflight import actors, stored_bytes, stranded
 from tests.support.waiting import wait_until
 
 LONG = 20.0

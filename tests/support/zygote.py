@@ -2,14 +2,20 @@
 
 A program: it reads requests from stdin, each a JSON line with a module, its arguments, an environment, a directory and
 a log file. It answers ``{"pid": …}`` on stdout, and ``{"ended": pid, "code": …}`` when that process has ended. A fork
-runs the module as ``python -m`` does; what is missing is the second that the imports take.
+runs the module as ``python -m`` does; what is missing is the second that the imports take. The forkserver that an agent
+starts is a fork of the agent, for the same reason; as it has the variables that count when a process starts from here,
+the zygote has those that dask sets before it starts a worker.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
+import importlib
 import json
+import multiprocessing.forkserver
+import multiprocessing.util
 import os
 import runpy
 import select
@@ -22,8 +28,22 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+import dask
+
+from agentcluster.agent.forkserver import pre_spawn_environ
+
 #: Modules that a zygote runs.
 MODULES = ("agentcluster.cli.dask_agent", "distributed.cli.dask_scheduler")
+
+
+#: Modules that those import only in a process that is started, or that workers import.
+IMPORTED = (
+    "agentcluster.agent.agent",
+    "agentcluster.scheduler.plugin",
+    "distributed.dashboard.worker",
+    "distributed.nanny",
+    "numpy",
+)
 
 
 class Forked:
@@ -64,8 +84,13 @@ class Zygote:
     def __init__(self, environ: dict[str, str]) -> None:
         self.ended: dict[int, int] = {}
         self._environ = environ
+        configured = dask.config.get("distributed.nanny.pre-spawn-environ")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__], env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            [sys.executable, "-m", __name__],
+            env=environ | pre_spawn_environ(configured),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
         )
         self._rest = b""
 
@@ -130,6 +155,7 @@ def _fork(request: dict[str, Any]) -> None:
     code = 1
     try:
         _become(request)
+        multiprocessing.util.spawnv_passfds = _start_helper
         module, *arguments = request["arguments"]
         sys.argv[1:] = arguments
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -146,8 +172,6 @@ def _fork(request: dict[str, Any]) -> None:
 
 def _become(request: dict[str, Any]) -> None:
     """Take on the streams, the environment and the directory of a new process."""
-    import dask.config
-
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     nothing, log = os.open(os.devnull, os.O_RDONLY), os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -162,6 +186,31 @@ def _become(request: dict[str, Any]) -> None:
     dask.config.refresh()
 
 
+def _start_helper(path: str, arguments: list[str], fds: list[int]) -> int:
+    """Start a process of multiprocessing as its ``spawnv_passfds`` does; a forkserver is a fork of this process."""
+    code = arguments[-1]
+    if "multiprocessing.forkserver" not in code or threading.active_count() > 1:
+        return _spawn_helper(path, arguments, fds)
+    if pid := os.fork():
+        return pid
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        for fd in set(range(3, 256)).difference(fds):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        multiprocessing.forkserver._forkserver.__init__()  # type: ignore[attr-defined,misc]  # its lock is held
+        exec(code, {"__name__": "__main__"})
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+_spawn_helper = multiprocessing.util.spawnv_passfds
+
+
 def _end(code: int) -> NoReturn:
     """End as a Python does that has run its main module."""
     try:
@@ -174,13 +223,8 @@ def _end(code: int) -> NoReturn:
 
 
 def main() -> None:
-    import distributed.cli.dask_scheduler
-    import distributed.nanny  # noqa: F401
-
-    import agentcluster.agent.agent
-    import agentcluster.cli.dask_agent
-    import agentcluster.scheduler.plugin  # noqa: F401
-
+    for module in (*MODULES, *IMPORTED):
+        importlib.import_module(module)
     for module in MODULES:  # each is executed anew, as the main module
         del sys.modules[module]
     gc.collect()
