@@ -16,7 +16,7 @@ from typing import Any, Literal, NewType, TypeAlias, TypeVar
 
 import cloudpickle
 
-import agentcluster
+from agentcluster import __version__
 from agentcluster.errors import ConfigError, VersionMismatch, suggest
 
 #: Version of the protocol between two processes of agentcluster; both must have the same.
@@ -243,7 +243,7 @@ def spoken() -> dict[str, int | str]:
     dict
         ``protocol`` and ``version``: the versions of the protocol and of agentcluster.
     """
-    return {"protocol": PROTOCOL, "version": agentcluster.__version__}
+    return {"protocol": PROTOCOL, "version": __version__}
 
 
 def check_protocol(peer: str, protocol: object, version: object = None, *, here: str) -> None:
@@ -266,6 +266,6 @@ def check_protocol(peer: str, protocol: object, version: object = None, *, here:
     there = f"agentcluster {version}" if isinstance(version, str) else "another version of agentcluster"
     older = here if isinstance(protocol, int) and protocol > PROTOCOL else peer
     raise VersionMismatch(
-        f"{peer} has {there} with protocol {str(protocol)[:40]}, {here} has agentcluster {agentcluster.__version__} "
+        f"{peer} has {there} with protocol {str(protocol)[:40]}, {here} has agentcluster {__version__} "
         f"with protocol {PROTOCOL}; upgrade agentcluster where {older} runs (pip install --upgrade agentcluster)"
     )

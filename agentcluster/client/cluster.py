@@ -26,12 +26,13 @@ from distributed.security import Security
 from distributed.utils import Log, Logs
 from tornado.ioloop import IOLoop
 
+from agentcluster import modes
 from agentcluster.client.adaptive import AgentAdaptive
 from agentcluster.client.calls import Plain, SchedulerCalls
 from agentcluster.client.display import Display
 from agentcluster.client.hosts import Hosts, first_modes
 from agentcluster.client.processes import Blueprint, NodeEntry, NodeProcess, in_standby, is_address, is_remote
-from agentcluster.client.rollouts import NodeSelection, RolloutControl, parse_status, rollouts_of, watch
+from agentcluster.client.rollouts import RolloutControl, parse_status, watch
 from agentcluster.client.scaling import Request, Scaling, resource_name
 from agentcluster.client.synchronous import AsyncT, MaybeAsync, synced
 from agentcluster.client.view import NodeView
@@ -40,7 +41,7 @@ from agentcluster.errors import ConfigError, SchedulerUnfit
 from agentcluster.launch import Host, launchers_for
 from agentcluster.launch.protocol import Launcher
 from agentcluster.model import Mode, RolloutStatus
-from agentcluster.reports import AdaptiveLog, Nodes, RolloutReport, ScaleReport
+from agentcluster.reports import AdaptiveLog, Nodes, NodeSnapshot, RolloutReport, ScaleReport
 from agentcluster.requests import Drain, OnFailure, RolloutPolicy, ScaleTarget, Strategy
 from agentcluster.scheduler.plugin import dask_setup
 from agentcluster.security import resolve_credentials
@@ -54,6 +55,7 @@ logger = logging.getLogger(__name__)
 AsyncCluster: TypeAlias = "AgentCluster[Literal[True]]"
 
 AnyHost: TypeAlias = "str | os.PathLike[str] | Host | Launcher"
+NodeSelection: TypeAlias = str | Sequence[str] | Callable[[NodeSnapshot], bool] | None
 WorkerKey: TypeAlias = Callable[[WorkerState], Hashable]
 AdaptiveT = TypeVar("AdaptiveT", bound=distributed.deploy.adaptive.Adaptive)
 
@@ -462,11 +464,12 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
             dry_run=dry_run,
             wait=wait if isinstance(wait, bool) else parse_seconds("wait", wait, call="reprovision", zero=True),
         )
-        if not dry_run:
+        rollouts = _rollouts(self.nodes, mode, config, nodes)
+        if self._adaptive is not None and not dry_run:
             self.scaling.stop_adaptive()
         comm, reports = self.scheduler_comm, []
-        async with self.view.refreshed():
-            for names, each in rollouts_of(self.nodes, mode, config, nodes):
+        try:
+            for names, each in rollouts:
                 order = comm.reprovision_nodes(
                     mode=each.name,
                     config=to_wire(each.config),
@@ -476,6 +479,8 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
                 )
                 answer = await (watch(order, comm.rollout_status) if progress else order)
                 reports.append(RolloutReport.parse(answer))
+        finally:
+            await self.view.try_refresh()
         return reports[0] if len(reports) == 1 else RolloutReport.merged(reports)
 
     @property
@@ -739,6 +744,22 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
     def _widget(self) -> object:
         panel = self.display.panel()
         return None if panel is None else panel.root
+
+
+def _rollouts(
+    known: Nodes, mode: str | Mode | Mapping[str, str | Mode], config: Plain | str | None, nodes: NodeSelection
+) -> list[tuple[str | Sequence[str] | None, Mode]]:
+    """Return the nodes, None for all, and the mode of each rollout that a call of ``reprovision`` asks for."""
+    if isinstance(mode, Mapping):
+        if nodes is not None:
+            raise ConfigError("nodes= cannot be given with a mapping of modes: its keys are the nodes", key="nodes")
+        return [([name], modes.parse(each, config)) for name, each in mode.items()]
+    if callable(nodes):
+        names = [name for name, node in known.items() if nodes(node)]
+        if not names:
+            raise ConfigError(f"nodes={nodes!r} selects no node of {', '.join(known)}", key="nodes")
+        return [(names, modes.parse(mode, config))]
+    return [(nodes, modes.parse(mode, config))]
 
 
 def _optional_seconds(key: str, value: str | float | None, zero: bool = False) -> float | None:

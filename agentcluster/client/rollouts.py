@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from agentcluster import modes
-from agentcluster.client.calls import Plain
 from agentcluster.client.synchronous import AsyncT, MaybeAsync, synced
-from agentcluster.errors import ConfigError
-from agentcluster.model import Mode, NodeProgress, RolloutStatus
-from agentcluster.reports import Nodes, NodeSnapshot, RolloutReport
+from agentcluster.model import NodeProgress, RolloutStatus
+from agentcluster.reports import RolloutReport
 from agentcluster.wire import from_wire
 
 if TYPE_CHECKING:
@@ -106,8 +103,10 @@ class RolloutControl(MaybeAsync[AsyncT]):
         PreflightError, SwapError
             As for :meth:`AgentCluster.reprovision`.
         """
-        async with self._cluster.view.refreshed():
+        try:
             return RolloutReport.parse(await self._cluster.scheduler_comm.undo_rollout())
+        finally:
+            await self._cluster.view.try_refresh()
 
     @synced
     async def status(self) -> RolloutStatus | None:
@@ -119,43 +118,6 @@ class RolloutControl(MaybeAsync[AsyncT]):
             Progress of each node, with a table as its repr; None when no rollout runs.
         """
         return parse_status(await self._cluster.scheduler_comm.rollout_status())
-
-
-NodeSelection: TypeAlias = str | Sequence[str] | Callable[[NodeSnapshot], bool] | None
-
-
-def rollouts_of(
-    known: Nodes, mode: str | Mode | Mapping[str, str | Mode], config: Plain | str | None, nodes: NodeSelection
-) -> list[tuple[str | Sequence[str] | None, Mode]]:
-    """Return the rollouts that a call of ``reprovision`` asks for.
-
-    Parameters
-    ----------
-    known
-        The cluster's nodes.
-    mode, config, nodes
-        As in :meth:`AgentCluster.reprovision`.
-
-    Returns
-    -------
-    list of tuple
-        For each rollout its nodes, None for all, and their mode.
-
-    Raises
-    ------
-    ConfigError
-        When the arguments contradict each other, or select no node.
-    """
-    if isinstance(mode, Mapping):
-        if nodes is not None:
-            raise ConfigError("nodes= cannot be given with a mapping of modes: its keys are the nodes", key="nodes")
-        return [([name], modes.parse(each, config)) for name, each in mode.items()]
-    if callable(nodes):
-        names = [name for name, node in known.items() if nodes(node)]
-        if not names:
-            raise ConfigError(f"nodes={nodes!r} selects no node of {', '.join(known)}", key="nodes")
-        return [(names, modes.parse(mode, config))]
-    return [(nodes, modes.parse(mode, config))]
 
 
 _KNOWN = frozenset(field.name for field in fields(NodeProgress))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from distributed.core import Status
@@ -101,6 +100,11 @@ class NodeView:
         for name, entry in cluster.worker_spec.items():
             entry["group"] = [worker[len(name) :] for worker in found.get(name, {}).get("plan", ())]
 
+    async def try_refresh(self) -> None:
+        """Refresh the view after a call; a scheduler that cannot be reached is reported by it or by the next update."""
+        with contextlib.suppress(OSError):
+            await self.refresh()
+
     def _ended(self, found: dict[str, NodeSnapshot]) -> dict[str, NodeSnapshot]:
         """Return the nodes that the scheduler has forgotten because their agents ended by themselves."""
         ended: dict[str, NodeSnapshot] = {}
@@ -110,13 +114,3 @@ class NodeView:
                 problem = f"its agent ended; last output: {last!r}"
                 ended[name] = {**self.nodes[name], "state": "lost", "plan": {}, "workers": {}, "problem": problem}
         return ended
-
-    @contextlib.asynccontextmanager
-    async def refreshed(self) -> AsyncIterator[None]:
-        """Refresh the view at the end of the block, also after an error in it."""
-        try:
-            yield
-        finally:
-            # A scheduler that cannot be reached is reported by the block or by the next update.
-            with contextlib.suppress(OSError):
-                await self.refresh()

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from agentcluster.errors import ConfigError, ModeRefused, suggest
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.modes import builtin, spec
+from agentcluster.modes.builtin import NodeHardware, Workers, warn_of_overcommit
 from agentcluster.modes.options import (
     CheckedOptions,
     OptionPath,
@@ -27,7 +28,6 @@ from agentcluster.modes.options import (
     shown,
     worker_keywords,
 )
-from agentcluster.modes.sizing import NodeHardware, Workers, warn_of_overcommit
 from agentcluster.wire import from_wire, to_wire
 
 __all__ = ["GROUP", "Workers", "named", "names", "parse", "plan", "try_plan", "worker_keywords"]

@@ -2,7 +2,7 @@
 
 A check takes the path of an option and its value, and returns the value as plain data, or raises :class:`ConfigError`
 that names the option, the value and what is allowed. Checking a checked value returns the same, so that a mode can be
-parsed in each process that receives it. No check knows a node; :mod:`agentcluster.modes.sizing` decides what a value
+parsed in each process that receives it. No check knows a node; :mod:`agentcluster.modes.builtin` decides what a value
 means on one.
 """
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from agentcluster.errors import ConfigError, ModeRefused
 from agentcluster.model import WorkerSpec
+from agentcluster.modes.builtin import NodeHardware, Workers
 from agentcluster.modes.options import (
     COMMON,
     NANNY,
@@ -29,7 +30,6 @@ from agentcluster.modes.options import (
     parse_json,
     reserved,
 )
-from agentcluster.modes.sizing import NodeHardware, Workers
 from agentcluster.wire import PICKLED
 
 _ENTRY = ("cls", "options", "opts")

@@ -35,7 +35,6 @@ from agentcluster.model import Mode, NodePlan, WorkerSpec
 from agentcluster.requests import AdaptiveRequest, RolloutPolicy, ScaleTarget
 from agentcluster.scheduler import preflight
 from agentcluster.scheduler.autoscaling import Autoscaler, DemandWatch, label
-from agentcluster.scheduler.evacuation import stored_bytes
 from agentcluster.scheduler.managers import ExternalNames
 from agentcluster.scheduler.metrics import RolloutTotals
 from agentcluster.scheduler.planning.binpacking import Packing
@@ -196,7 +195,7 @@ class Controller:
             When the target is beyond the nodes' capacity and `strict`.
         """
         async with self._nodes(names, policy) as nodes:
-            nbytes = stored_bytes(self.scheduler, [worker for node in nodes for worker in node.plan.workers])
+            nbytes = preflight.stored_bytes(self.scheduler, [worker for node in nodes for worker in node.plan.workers])
             answer = plan_scale(target, nodes, {node.name: self.mode_of(node) for node in nodes}, nbytes)
             short = f"{target}: the nodes have room for {_listed(answer.short)}" if answer.short else None
             if short and strict:
@@ -276,7 +275,7 @@ class Controller:
         known = {name for name, node in self.registry.nodes.items() if node.state in ("ready", "standby")}
         async with self._nodes([name for name in known if names is None or name in names], policy) as nodes:
             there = sorted((node for node in nodes if node.state in ("ready", "standby")), key=lambda node: node.name)
-            nbytes = stored_bytes(self.scheduler, [worker for node in there for worker in node.plan.workers])
+            nbytes = preflight.stored_bytes(self.scheduler, [worker for node in there for worker in node.plan.workers])
             packing, answer = self._autoscaler.decide(self.scheduler, there, asked, nbytes)
             changes = self._changes_of(packing, there, asked)
             answer["decided"] = _decided(changes)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from distributed.stealing import WorkStealing
 
 from agentcluster.requests import Drain
 from agentcluster.scheduler.planning.placement import choose_recipients
+from agentcluster.scheduler.preflight import holders, sole_replicas, workers_named
 
 #: Key of ``Scheduler.extensions`` under which the :class:`ScatterCalls` are.
 SCATTER_CALLS = "agentcluster-scatter-calls"
@@ -91,74 +92,6 @@ class Progress:
     nbytes: int
     all_nbytes: int
     tasks: int
-
-
-def actors(scheduler: Scheduler, names: Iterable[str]) -> dict[str, list[str]]:
-    """Return the actors on workers; an actor cannot be moved.
-
-    Parameters
-    ----------
-    scheduler, names
-        The scheduler, and names of its workers.
-
-    Returns
-    -------
-    dict
-        Worker name -> keys of the actors that it holds; workers without actors are left out.
-    """
-    return {str(ws.name): sorted(str(ts.key) for ts in ws.actors) for ws in _states(scheduler, names) if ws.actors}
-
-
-def stored_bytes(scheduler: Scheduler, names: Iterable[str]) -> dict[str, int]:
-    """Return the amount of data on workers.
-
-    Parameters
-    ----------
-    scheduler, names
-        The scheduler, and names of its workers.
-
-    Returns
-    -------
-    dict
-        Worker name -> bytes.
-    """
-    return {str(ws.name): ws.nbytes for ws in _states(scheduler, names)}
-
-
-def sole_replicas(scheduler: Scheduler, names: Iterable[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """Count the keys that only the named workers hold.
-
-    Parameters
-    ----------
-    scheduler, names
-        The scheduler, and names of its workers.
-
-    Returns
-    -------
-    dict, dict
-        Worker name -> number of keys; worker name -> their bytes. A key on several of the workers counts once.
-    """
-    return _count(_states(scheduler, names))
-
-
-def stranded(scheduler: Scheduler, names: Iterable[str]) -> dict[str, int]:
-    """Count the keys that would be lost if the named workers left and no worker joined.
-
-    Parameters
-    ----------
-    scheduler, names
-        The scheduler, and names of its workers.
-
-    Returns
-    -------
-    dict
-        Worker name -> number of keys; {} when other workers could take them.
-    """
-    leaving = _states(scheduler, names)
-    if scheduler.running - set(leaving):
-        return {}
-    keys, _ = _count(leaving)
-    return {name: count for name, count in keys.items() if count}
 
 
 async def evacuate(
@@ -243,7 +176,7 @@ class _Leaving:
         frozenset of WorkerState
             The workers; empty when all have left.
         """
-        return frozenset(_states(self.scheduler, self.names))
+        return frozenset(workers_named(self.scheduler, self.names))
 
     def cordon(self) -> None:
         """Stop sending tasks to the workers, and give the tasks that they have not begun to others."""
@@ -401,7 +334,7 @@ class _Leaving:
             The tasks, each once, in no particular order.
         """
         leaving = self.present()
-        return list({ts for ws in leaving for ts in ws.has_what if _holders(ts) <= leaving})
+        return list({ts for ws in leaving for ts in ws.has_what if holders(ts) <= leaving})
 
     def prune(self) -> bool:
         """Forget, from the end, the keys that have a copy elsewhere or were released; return whether there were any.
@@ -413,7 +346,7 @@ class _Leaving:
         """
         leaving = self.present()
         before = len(self._pending)
-        while self._pending and not ((holders := _holders(self._pending[-1])) and holders <= leaving):
+        while self._pending and not ((there := holders(self._pending[-1])) and there <= leaving):
             self._pending.pop()
         return len(self._pending) < before
 
@@ -531,37 +464,11 @@ class _Leaving:
         leaving = self.present()
         parts = []
         for ws in leaving:
-            some = sorted(str(ts.key) for ts in ws.has_what if _holders(ts) <= leaving)
+            some = sorted(str(ts.key) for ts in ws.has_what if holders(ts) <= leaving)
             more = f" and {len(some) - 3} more" if len(some) > 3 else ""
             if some:
                 parts.append(f"worker {ws.name} keeps {', '.join(some[:3])}{more}")
         return "; ".join(sorted(parts)) or f"{', '.join(sorted(self.names))} could not leave"
-
-
-def _states(scheduler: Scheduler, names: Iterable[str]) -> list[WorkerState]:
-    """Return the workers of these names that are in the scheduler."""
-    wanted = set(names)
-    return [ws for ws in scheduler.workers.values() if str(ws.name) in wanted]
-
-
-def _count(states: Sequence[WorkerState]) -> tuple[dict[str, int], dict[str, int]]:
-    """Count the keys, and their bytes, that no staying worker holds; a key that several hold counts once."""
-    leaving = frozenset(states)
-    keys = {str(ws.name): 0 for ws in states}
-    nbytes = dict(keys)
-    seen: set[TaskState] = set()
-    for ws in states:
-        for ts in ws.has_what:
-            if ts not in seen and _holders(ts) <= leaving:
-                seen.add(ts)
-                keys[str(ws.name)] += 1
-                nbytes[str(ws.name)] += ts.get_nbytes()
-    return keys, nbytes
-
-
-def _holders(ts: TaskState) -> set[WorkerState]:
-    """Return the workers that hold the result of a task."""
-    return ts.who_has or set()
 
 
 class ScatterCalls:

@@ -6,17 +6,17 @@ Reads the scheduler and asks the agents; changes nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from dask.utils import format_bytes, parse_bytes
 from distributed import Scheduler
 from distributed.core import PooledRPCCall
+from distributed.scheduler import TaskState, WorkerState
 
 from agentcluster.model import WorkerSpec
 from agentcluster.requests import RolloutPolicy
-from agentcluster.scheduler.evacuation import actors, sole_replicas, stranded
 from agentcluster.scheduler.planning.change import NodeChange
 from agentcluster.scheduler.planning.nodes import Node
 from agentcluster.wire import to_wire
@@ -247,3 +247,114 @@ def describe(scheduler: Scheduler, report: dict[str, Any], changes: Mapping[str,
             "nbytes": sum(nbytes.values()),
             "bound": bound.get(name, []),
         }
+
+
+# -- what workers hold -------------------------------------------------------------------------------------------------
+
+
+def holders(ts: TaskState) -> set[WorkerState]:
+    """Return the workers that hold the result of a task.
+
+    Parameters
+    ----------
+    ts
+        The task.
+    """
+    return ts.who_has or set()
+
+
+def workers_named(scheduler: Scheduler, names: Iterable[str]) -> list[WorkerState]:
+    """Return the workers of these names that are in the scheduler.
+
+    Parameters
+    ----------
+    scheduler, names
+        The scheduler, and names of workers.
+    """
+    wanted = set(names)
+    return [ws for ws in scheduler.workers.values() if str(ws.name) in wanted]
+
+
+def actors(scheduler: Scheduler, names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the actors on workers; an actor cannot be moved.
+
+    Parameters
+    ----------
+    scheduler, names
+        The scheduler, and names of its workers.
+
+    Returns
+    -------
+    dict
+        Worker name -> keys of the actors that it holds; workers without actors are left out.
+    """
+    return {
+        str(ws.name): sorted(str(ts.key) for ts in ws.actors) for ws in workers_named(scheduler, names) if ws.actors
+    }
+
+
+def stored_bytes(scheduler: Scheduler, names: Iterable[str]) -> dict[str, int]:
+    """Return the amount of data on workers.
+
+    Parameters
+    ----------
+    scheduler, names
+        The scheduler, and names of its workers.
+
+    Returns
+    -------
+    dict
+        Worker name -> bytes.
+    """
+    return {str(ws.name): ws.nbytes for ws in workers_named(scheduler, names)}
+
+
+def sole_replicas(scheduler: Scheduler, names: Iterable[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Count the keys that only the named workers hold.
+
+    Parameters
+    ----------
+    scheduler, names
+        The scheduler, and names of its workers.
+
+    Returns
+    -------
+    dict, dict
+        Worker name -> number of keys; worker name -> their bytes. A key on several of the workers counts once.
+    """
+    return _count(workers_named(scheduler, names))
+
+
+def stranded(scheduler: Scheduler, names: Iterable[str]) -> dict[str, int]:
+    """Count the keys that would be lost if the named workers left and no worker joined.
+
+    Parameters
+    ----------
+    scheduler, names
+        The scheduler, and names of its workers.
+
+    Returns
+    -------
+    dict
+        Worker name -> number of keys; {} when other workers could take them.
+    """
+    leaving = workers_named(scheduler, names)
+    if scheduler.running - set(leaving):
+        return {}
+    keys, _ = _count(leaving)
+    return {name: count for name, count in keys.items() if count}
+
+
+def _count(states: Sequence[WorkerState]) -> tuple[dict[str, int], dict[str, int]]:
+    """Count the keys, and their bytes, that no staying worker holds; a key that several hold counts once."""
+    leaving = frozenset(states)
+    keys = {str(ws.name): 0 for ws in states}
+    nbytes = dict(keys)
+    seen: set[TaskState] = set()
+    for ws in states:
+        for ts in ws.has_what:
+            if ts not in seen and holders(ts) <= leaving:
+                seen.add(ts)
+                keys[str(ws.name)] += 1
+                nbytes[str(ws.name)] += ts.get_nbytes()
+    return keys, nbytes
