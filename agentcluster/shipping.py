@@ -10,6 +10,7 @@ The text of this file runs where agentcluster is not installed: it imports the p
 
 from __future__ import annotations
 
+import functools
 import pickle
 import sys
 import zlib
@@ -27,8 +28,9 @@ PACKAGE = "agentcluster"
 _RUN = "[exec(source, space), space['land'](files, version)][1]"
 
 
+@functools.cache
 def shipped() -> bytes:
-    """Return a pickle that loads as a new plugin where distributed is installed.
+    """Return a pickle that loads as a new plugin where distributed is installed; made once in a process.
 
     Returns
     -------
