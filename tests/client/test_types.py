@@ -115,9 +115,10 @@ def calls_wrongly() -> None:
 """
 
 
+@pytest.mark.types
 @pytest.mark.timeout(300)
 def test_types_of_calls(tmp_path: Path) -> None:
-    """One run of mypy, as it takes long where it sees dask for the first time."""
+    """One run of mypy, after that of the lint step, which leaves what it knows of dask."""
     paths = []
     for name, program in (("use.py", USE), ("wrong.py", WRONG)):
         paths.append(tmp_path / name)

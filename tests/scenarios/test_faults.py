@@ -481,6 +481,7 @@ async def test_agent_is_killed(step: Step, gate: Gates, caplog: pytest.LogCaptur
 @asynccontextmanager
 async def change_of_a_cluster(step: Step, gate: Gates, *hosts: str) -> AsyncIterator[tuple[AgentCluster, Any]]:
     """Open a cluster whose scheduler is a process of its own, and bring a change of all nodes into a step."""
+    dask.config.set({"distributed.comm.timeouts.connect": "3s"})  # who is left asks for the scheduler in vain
     entry, end = gate("start"), gate("stop")
     async with (
         AgentCluster(
@@ -512,7 +513,6 @@ async def test_scheduler_is_killed_and_agents_end(step: Step, gate: Gates) -> No
     async with change_of_a_cluster(step, gate, "local", "local") as (cluster, change):
         trees = [each for node in cluster.workers.values() for each in family(node.launched.ready.pid)]
         os.kill(cluster.scheduler.launched.ready.pid, signal.SIGKILL)
-        dask.config.set({"distributed.comm.timeouts.connect": "1s"})  # who is left asks for it in vain
         await gone(trees, LATE)
         with pytest.raises(OSError, match=r"connect|closed"):
             await change
@@ -525,7 +525,6 @@ async def test_scheduler_is_killed_and_adopted_agents_stand_by(step: Step, gate:
     async with change_of_a_cluster(step, gate, address) as (cluster, _):
         assert listening(agent.pid)
         os.kill(cluster.scheduler.launched.ready.pid, signal.SIGKILL)
-        dask.config.set({"distributed.comm.timeouts.connect": "1s"})  # who is left asks for it in vain
         await agent.says("was released", LATE)
         await wait_until(lambda: not listening(agent.pid), LATE)
     options = {"dashboard": False, "dashboard_address": ":0", "host": "127.0.0.1"}
