@@ -17,6 +17,7 @@ import multiprocessing
 import multiprocessing.context
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     MessageQueue: TypeAlias = Queue[dict[str, object]]
 
 METHOD = "agentcluster"
+
+#: Names of the commands that run an agent.
+COMMANDS = ("dask-agent",)
 
 #: Modules that distributed preloads into a forkserver, spelled out so that it can start before that is imported.
 PRELOAD = ("distributed", "numpy", "pandas", "lz4")
@@ -94,6 +98,7 @@ def warm(environ: Mapping[str, str], preload: Sequence[str] = PRELOAD) -> None:
         return
     from multiprocessing import forkserver
 
+    _release_main()
     if forkserver._forkserver._forkserver_pid is not None:  # type: ignore[attr-defined]
         return  # another library's, with an unknown environment, so workers are spawned
     forkserver.set_forkserver_preload([*preload, "agentcluster.agent.forkserver_preload"])
@@ -101,6 +106,18 @@ def warm(environ: Mapping[str, str], preload: Sequence[str] = PRELOAD) -> None:
         forkserver.ensure_running()
         _server_environ = start_time_variables(os.environ)
     atexit.register(_kill_left)
+
+
+def _release_main() -> None:
+    """Keep the main module of this process, when it is a command of ours, from being imported again by each worker.
+
+    multiprocessing has children import the main module of their parent, as they may be asked for what it defines.
+    """
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None) or ""
+    if os.path.basename(file) in COMMANDS or (spec is not None and spec.name.startswith("agentcluster.")):
+        main.__spec__ = None
+        vars(main).pop("__file__", None)
 
 
 def pre_spawn_environ(configured: Mapping[str, object]) -> dict[str, str]:

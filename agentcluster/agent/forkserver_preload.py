@@ -5,6 +5,7 @@ Imported there, by name, after the modules of the configuration; nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -24,9 +25,13 @@ LATE = (
     "distributed.http.worker",
     "distributed.nanny",
     "email.policy",
+    "multiprocessing.popen_forkserver",
     "multiprocessing.synchronize",
     "tornado.platform.asyncio",
 )
+
+#: The same, where the packages that they need are installed.
+OPTIONAL = ("distributed.http.worker.prometheus.core", "http.server", "numpy.random")
 
 #: Seconds after SIGTERM at which a worker ends by itself.
 GRACE = 30.0
@@ -51,6 +56,9 @@ signal.signal(signal.SIGTERM, _end_later)
 quiet_ends()
 for module in LATE:
     import_module(module)
+for module in OPTIONAL:
+    with contextlib.suppress(ImportError):
+        import_module(module)
 get_versions()  # reads the metadata of every package that it knows, and keeps the answers
 # A collection in a worker would write to, and so copy, the pages that it shares with the others.
 gc.collect()

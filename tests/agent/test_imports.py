@@ -1,4 +1,7 @@
-"""Imports of an agent's process: nothing of the other processes, and nothing heavy before its forkserver runs."""
+"""Imports of an agent's process: nothing of the other processes, and nothing heavy before its forkserver runs.
+
+And of its workers: they are forked with all that they need.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,23 @@ import subprocess
 import sys
 
 import pytest
+from distributed import Client, Scheduler
+
+from agentcluster.agent.forkserver import PRELOAD
+from agentcluster.agent.nanny import DASHBOARD
+from tests.support.programs import AGENT, Start
+from tests.support.waiting import wait_until
+
+#: Prints the modules that a forkserver has imported when it forks.
+FORKSERVER = f"""
+import importlib, json, sys
+for name in {[*PRELOAD, DASHBOARD, "agentcluster.agent.forkserver_preload"]}:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        pass
+print(json.dumps(sorted(sys.modules)))
+"""
 
 #: Prints the modules that are loaded at the moment at which the forkserver is warmed.
 FIRST_PHASE = """
@@ -54,3 +74,20 @@ def test_forkserver_is_warmed_before_distributed_is_imported() -> None:
     loaded = modules_after(FIRST_PHASE, settings.encode() + "\n")
     assert "agentcluster.launch.protocol" in loaded
     assert not {name.partition(".")[0] for name in loaded} & {"dask", "distributed", "numpy", "pandas", "tornado"}
+
+
+#: Imported by bokeh when a page is first made.
+BY_BOKEH = {"bokeh.application.handlers.document_lifecycle"}
+
+
+@pytest.mark.parametrize("command", [AGENT, ("-c", "from agentcluster.cli.dask_agent import main; main()")])
+async def test_a_worker_imports_nothing_while_it_starts(
+    scheduler: Scheduler, client: Client, start: Start, command: tuple[str, ...]
+) -> None:
+    # A variable that counts at the start: it is a new Python, and none that was forked.
+    start(*command, scheduler.address, "--nworkers", "1", env={"PYTHONNODEBUGRANGES": "1"})
+    await wait_until(lambda: scheduler.workers, 20)
+    (loaded,) = (await client.run(eval, "sorted(__import__('sys').modules)")).values()
+    assert "distributed.worker" in loaded
+    assert "agentcluster.agent.forkserver" in loaded
+    assert set(loaded) - modules_after(FORKSERVER) <= BY_BOKEH
