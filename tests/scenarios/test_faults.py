@@ -22,6 +22,7 @@ from distributed.core import Status
 from agentcluster import AgentCluster
 from agentcluster.errors import SwapError
 from agentcluster.scheduler.planning.nodes import SETTLED
+from tests.support.forked import ForkedHosts
 from tests.support.inprocess import here
 from tests.support.programs import AGENT, Start, gone, start_scheduler
 from tests.support.waiting import wait_until
@@ -211,13 +212,11 @@ class World:
 
 
 @asynccontextmanager
-async def world_of(
-    nodes: int, config: dict[str, Any] | None = None, *, processes: bool = False
-) -> AsyncIterator[World]:
-    """Open a cluster, whose agents are processes where one of them is killed, and put keys into its workers."""
+async def world_of(nodes: int | list[Any], config: dict[str, Any] | None = None) -> AsyncIterator[World]:
+    """Open a cluster, whose agents are in this process where a number is given, and put keys into its workers."""
     async with (
         AgentCluster(
-            hosts=["local"] * nodes if processes else here(nodes),
+            hosts=here(nodes) if isinstance(nodes, int) else nodes,
             config={**SMALL, **(config or {})},
             scheduler_options={"dashboard": False, "dashboard_address": ":0"},
             asynchronous=True,
@@ -441,9 +440,9 @@ async def test_actors_come_after_the_check(gate: Gates) -> None:
 
 
 @pytest.mark.parametrize("step", STEPS)
-async def test_agent_is_killed(step: Step, gate: Gates, caplog: pytest.LogCaptureFixture) -> None:
+async def test_agent_is_killed(step: Step, gate: Gates, forked: ForkedHosts, caplog: pytest.LogCaptureFixture) -> None:
     entry, end = gate("start"), gate("stop")
-    async with world_of(2, preloading(end.preload), processes=True) as world:
+    async with world_of(forked(2), preloading(end.preload)) as world:
         if step != "start":
             entry.open()
         if step == "retire":
@@ -479,14 +478,16 @@ async def test_agent_is_killed(step: Step, gate: Gates, caplog: pytest.LogCaptur
 
 
 @asynccontextmanager
-async def change_of_a_cluster(step: Step, gate: Gates, *hosts: str) -> AsyncIterator[tuple[AgentCluster, Any]]:
+async def change_of_a_cluster(
+    step: Step, gate: Gates, scheduler: Any, *hosts: Any
+) -> AsyncIterator[tuple[AgentCluster, Any]]:
     """Open a cluster whose scheduler is a process of its own, and bring a change of all nodes into a step."""
     dask.config.set({"distributed.comm.timeouts.connect": "3s"})  # who is left asks for the scheduler in vain
     entry, end = gate("start"), gate("stop")
     async with (
         AgentCluster(
             hosts=list(hosts),
-            scheduler="local",
+            scheduler=scheduler,
             config={**SMALL, **preloading(end.preload)},
             scheduler_options={"dashboard": False, "dashboard_address": ":0"},
             security=False,
@@ -509,8 +510,8 @@ async def change_of_a_cluster(step: Step, gate: Gates, *hosts: str) -> AsyncIter
 
 
 @pytest.mark.parametrize("step", STEPS)
-async def test_scheduler_is_killed_and_agents_end(step: Step, gate: Gates) -> None:
-    async with change_of_a_cluster(step, gate, "local", "local") as (cluster, change):
+async def test_scheduler_is_killed_and_agents_end(step: Step, gate: Gates, forked: ForkedHosts) -> None:
+    async with change_of_a_cluster(step, gate, *forked(1), *forked(2)) as (cluster, change):
         trees = [each for node in cluster.workers.values() for each in family(node.launched.ready.pid)]
         os.kill(cluster.scheduler.launched.ready.pid, signal.SIGKILL)
         await gone(trees, LATE)
@@ -519,10 +520,12 @@ async def test_scheduler_is_killed_and_agents_end(step: Step, gate: Gates) -> No
 
 
 @pytest.mark.parametrize("step", STEPS)
-async def test_scheduler_is_killed_and_adopted_agents_stand_by(step: Step, gate: Gates, start: Start) -> None:
+async def test_scheduler_is_killed_and_adopted_agents_stand_by(
+    step: Step, gate: Gates, start: Start, forked: ForkedHosts
+) -> None:
     agent = start(*AGENT, "--standby", "--listen-address", "tcp://127.0.0.1:0")
     address = (await agent.says("Standing by at ")).rpartition(" ")[2]
-    async with change_of_a_cluster(step, gate, address) as (cluster, _):
+    async with change_of_a_cluster(step, gate, *forked(1), address) as (cluster, _):
         assert listening(agent.pid)
         os.kill(cluster.scheduler.launched.ready.pid, signal.SIGKILL)
         await agent.says("was released", LATE)

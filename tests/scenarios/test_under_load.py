@@ -28,8 +28,8 @@ from tests.support.waiting import wait_until
 FULL = os.environ.get("AGENTCLUSTER_TEST_FULL") == "1"
 
 #: Partitions of the shuffle; its tasks are as many squared, and some more.
-PARTITIONS = 100 if FULL else 30
-REPROVISIONS = 20 if FULL else 5
+PARTITIONS = 100 if FULL else 20
+REPROVISIONS = 20 if FULL else 4
 #: Seconds that each piece of the shuffle takes.
 PIECE = 0.02 if FULL else 0.01
 #: Scattered keys, half of which the job uses.

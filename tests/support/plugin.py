@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, settings
 from agentcluster import AgentCluster
 from tests.support import nvml, ssh_servers
 from tests.support.census import KEPT, Census, kill_since
+from tests.support.forked import ForkedHosts, ForkedLauncher
 from tests.support.giving_up import GivingUp
 from tests.support.programs import ROOT, Start, programs, start_scheduler
 from tests.support.ssh_servers import SSHServer
@@ -138,6 +139,16 @@ def zygote() -> Iterator[Zygote]:
     yield zygote
     KEPT.discard(zygote.pid)
     zygote.close()
+
+
+@pytest.fixture
+def forked(zygote: Zygote) -> ForkedHosts:
+    """A function that makes hosts whose agents are forked."""
+
+    def hosts(count: int = 1) -> list[ForkedLauncher]:
+        return [ForkedLauncher("local" if n == 1 else f"local.{n}", zygote) for n in range(1, count + 1)]
+
+    return hosts
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def programs(directory: Path, zygote: Zygote | None = None) -> Iterator[Start]:
         popen: subprocess.Popen[bytes] | Forked
         if zygote is not None and zygote.can_run(words, environ):
             log.touch()
-            popen = zygote.start(words, environ, directory, log)
+            popen = zygote.start(words, environ, directory, (os.devnull, str(log), str(log)))
         else:
             with log.open("wb") as file:
                 popen = subprocess.Popen(

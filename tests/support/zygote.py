@@ -1,10 +1,10 @@
 """A process that has imported what commands import, and forks for each command that a test starts.
 
 A program: it reads requests from stdin, each a JSON line with a module, its arguments, an environment, a directory and
-a log file. It answers ``{"pid": …}`` on stdout, and ``{"ended": pid, "code": …}`` when that process has ended. A fork
-runs the module as ``python -m`` does; what is missing is the second that the imports take. The forkserver that an agent
-starts is a fork of the agent, for the same reason; as it has the variables that count when a process starts from here,
-the zygote has those that dask sets before it starts a worker.
+the files that are its three streams. It answers ``{"pid": …}`` on stdout, and ``{"ended": pid, "code": …}`` when that
+process has ended. A fork runs the module as ``python -m`` does; what is missing is the second that the imports take.
+The forkserver that an agent starts is a fork of the agent, for the same reason; as it has the variables that count when
+a process starts from here, the zygote has those that dask sets before it starts a worker.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,7 +34,12 @@ import dask
 from agentcluster.agent.forkserver import pre_spawn_environ
 
 #: Modules that a zygote runs.
-MODULES = ("agentcluster.cli.dask_agent", "distributed.cli.dask_scheduler")
+MODULES = (
+    "agentcluster.cli.dask_agent",
+    "agentcluster.cli.launched",
+    "distributed.cli.dask_scheduler",
+    "distributed.cli.dask_spec",
+)
 
 
 #: Modules that those import only in a process that is started, or that workers import.
@@ -44,6 +50,10 @@ IMPORTED = (
     "distributed.nanny",
     "numpy",
 )
+
+
+#: Flags with which a file is opened for output.
+APPEND = os.O_CREAT | os.O_WRONLY | os.O_APPEND
 
 
 class Forked:
@@ -106,9 +116,32 @@ class Zygote:
 
         return arguments[0] == "-m" and arguments[1] in MODULES and at_start(environ) == at_start(self._environ)
 
-    def start(self, arguments: tuple[str, ...], environ: dict[str, str], directory: Path, log: Path) -> Forked:
-        """Fork for a command, such as ``("-m", module, …)``."""
-        request = {"arguments": arguments[1:], "environ": environ, "directory": str(directory), "log": str(log)}
+    def start(
+        self,
+        arguments: tuple[str, ...],
+        environ: dict[str, str],
+        directory: Path,
+        streams: Sequence[str],
+        session: bool = False,
+    ) -> Forked:
+        """Fork for a command, such as ``("-m", module, …)``.
+
+        Parameters
+        ----------
+        arguments, environ, directory
+            As for a new Python.
+        streams
+            Files that are stdin, stdout and stderr.
+        session
+            Whether it has a session of its own.
+        """
+        request = {
+            "arguments": arguments[1:],
+            "environ": environ,
+            "directory": str(directory),
+            "streams": list(streams),
+            "session": session,
+        }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         while (pid := self.read(30)) is None:
@@ -148,13 +181,17 @@ def _say(**answer: Any) -> None:
 
 
 def _fork(request: dict[str, Any]) -> None:
+    flags = (os.O_RDONLY, APPEND, APPEND)
+    streams = [os.open(path, flag) for path, flag in zip(request["streams"], flags, strict=True)]
     pid = os.fork()
     if pid:
-        _say(pid=pid)
+        for fd in streams:
+            os.close(fd)
+        _say(pid=pid)  # who waits for it may close the streams now
         return
     code = 1
     try:
-        _become(request)
+        _become(request, streams)
         multiprocessing.util.spawnv_passfds = _start_helper
         module, *arguments = request["arguments"]
         sys.argv[1:] = arguments
@@ -170,13 +207,14 @@ def _fork(request: dict[str, Any]) -> None:
         _end(code)
 
 
-def _become(request: dict[str, Any]) -> None:
+def _become(request: dict[str, Any], streams: Sequence[int]) -> None:
     """Take on the streams, the environment and the directory of a new process."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    nothing, log = os.open(os.devnull, os.O_RDONLY), os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    for old, new in ((nothing, 0), (log, 1), (log, 2)):
-        os.dup2(old, new)
+    if request["session"]:
+        os.setsid()
+    for number, fd in enumerate(streams):
+        os.dup2(fd, number)
     os.closerange(3, 256)
     os.chdir(request["directory"])
     os.environ.clear()
