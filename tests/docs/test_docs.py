@@ -35,7 +35,7 @@ from agentcluster.config import Config
 from agentcluster.launch import launchers_for
 from tests.support import nvml
 from tests.support.documents import ROOT, Block, blocks, shape
-from tests.support.programs import AGENT, Start
+from tests.support.programs import AGENT, CALM_ENVIRON, Start
 from tests.support.waiting import wait_blocking, wait_until
 
 README, QUICKSTART, TUTORIAL, HOWTO = "README.rst", "docs/quickstart.rst", "docs/tutorial.rst", "docs/howto.rst"
@@ -139,6 +139,7 @@ def environment(directory: Path) -> dict[str, str]:
         path.chmod(0o755)
     environ = {key: value for key, value in os.environ.items() if not key.startswith(("DASK_", "CUDA_"))}
     return environ | {
+        **CALM_ENVIRON,
         "PATH": f"{directory}:{environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "DASK_DISTRIBUTED__SCHEDULER__DASHBOARD__ENABLED": "False",

@@ -20,7 +20,7 @@ from distributed import Client
 from tornado.iostream import StreamClosedError
 
 from tests.support.giving_up import GivingUp
-from tests.support.programs import ROOT, gone
+from tests.support.programs import CALM_ENVIRON, ROOT, gone
 from tests.support.under_manager import imported, names, ready, reprovision, working
 from tests.support.waiting import wait_until
 
@@ -61,7 +61,8 @@ Open = Callable[..., AbstractAsyncContextManager[Jobs]]
 @pytest.fixture
 def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, giving_up: GivingUp) -> Open:
     """Return a function that opens a cluster of local jobs."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name, value in {"PYTHONPATH": str(ROOT), **CALM_ENVIRON}.items():
+        monkeypatch.setenv(name, value)
     loopback = next(name for name, (first, *_) in psutil.net_if_addrs().items() if first.address == "127.0.0.1")
 
     @asynccontextmanager

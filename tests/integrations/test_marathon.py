@@ -34,7 +34,7 @@ from tornado.web import Application, RequestHandler
 
 from agentcluster import AgentCluster
 from agentcluster.errors import LaunchError, LaunchTimeout
-from tests.support.programs import ROOT, gone
+from tests.support.programs import CALM_ENVIRON, ROOT, gone
 from tests.support.waiting import INTERVAL, wait_until
 
 EXAMPLE = ROOT / "docs" / "examples" / "marathon.py"
@@ -136,7 +136,13 @@ class Marathon:
             port = free.getsockname()[1]
         task = f"{app.definition['id'].strip('/')}.instance-{uuid.uuid4()}"
         environ = {key: value for key, value in os.environ.items() if not key.startswith(("DASK_", "CUDA_"))}
-        environ |= {"PYTHONPATH": str(ROOT), "HOST": "127.0.0.1", "PORT0": str(port), "MESOS_TASK_ID": task}
+        environ |= {
+            "PYTHONPATH": str(ROOT),
+            **CALM_ENVIRON,
+            "HOST": "127.0.0.1",
+            "PORT0": str(port),
+            "MESOS_TASK_ID": task,
+        }
         self.started += 1
         with (self.directory / f"task-{self.started}.log").open("wb") as log:
             app.process = subprocess.Popen(

@@ -26,7 +26,7 @@ from tests.support import nvml, ssh_servers
 from tests.support.census import KEPT, Census, kill_since
 from tests.support.forked import ForkedHosts, ForkedLauncher
 from tests.support.giving_up import GivingUp
-from tests.support.programs import ROOT, Start, programs, start_scheduler
+from tests.support.programs import CALM, ROOT, Start, programs, start_scheduler
 from tests.support.ssh_servers import SSHServer
 from tests.support.waiting import INTERVAL
 from tests.support.zygote import Zygote
@@ -78,9 +78,9 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def dask_settings() -> Iterator[None]:
-    """Short connect timeouts, and dask's configuration as it was before the test."""
+    """Short connect timeouts, few measurements, and dask's configuration as it was before the test."""
     before = copy.deepcopy(dask.config.config)
-    dask.config.set({"distributed.comm.timeouts.connect": "10s"})
+    dask.config.set({"distributed.comm.timeouts.connect": "10s", **CALM})
     yield
     dask.config.config.clear()
     dask.config.config.update(before)
