@@ -13,10 +13,13 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import socket
+import string
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -36,6 +39,7 @@ from agentcluster import AgentCluster
 from agentcluster.errors import LaunchError, LaunchTimeout
 from tests.support.programs import CALM_ENVIRON, ROOT, gone
 from tests.support.waiting import INTERVAL, wait_until
+from tests.support.zygote import Forked, Zygote
 
 EXAMPLE = ROOT / "docs" / "examples" / "marathon.py"
 AGENT = f"{sys.executable} -m agentcluster.cli.dask_agent"
@@ -70,7 +74,7 @@ class App:
 
     definition: dict[str, Any]
     task: dict[str, Any] | None = None
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | Forked | None = None
     failure: dict[str, Any] | None = None
     supervisor: asyncio.Task[None] | None = None
     looks: int = 0
@@ -88,6 +92,7 @@ class Marathon:
     offers: bool = True
     url: str = ""
     started: int = 0
+    zygote: Zygote | None = None
 
     def create(self, definition: dict[str, Any]) -> tuple[int, Any]:
         """Return the status and the answer of ``POST /v2/apps``."""
@@ -144,10 +149,7 @@ class Marathon:
             "MESOS_TASK_ID": task,
         }
         self.started += 1
-        with (self.directory / f"task-{self.started}.log").open("wb") as log:
-            app.process = subprocess.Popen(
-                ["sh", "-c", app.definition["cmd"]], env=environ, cwd=self.directory, stdout=log, stderr=log
-            )
+        app.process = self._start(app.definition["cmd"], environ, self.directory / f"task-{self.started}.log")
         app.task = {"id": task, "appId": app.definition["id"], "host": "127.0.0.1", "ports": [port], "slaveId": "a-0"}
         while app.process.poll() is None:
             await asyncio.sleep(INTERVAL)
@@ -160,6 +162,15 @@ class Marathon:
             "state": "TASK_FAILED",
             "taskId": task,
         }
+
+    def _start(self, command: str, environ: dict[str, str], log: Path) -> subprocess.Popen[bytes] | Forked:
+        """Run a command as a shell does; an agent is forked where the shell would start just that."""
+        words = tuple(shlex.split(string.Template(command.removeprefix("exec ")).safe_substitute(environ)))
+        log.touch()
+        if self.zygote and words[0] == sys.executable and self.zygote.can_run(words[1:], environ):
+            return self.zygote.start(words[1:], environ, self.directory, (os.devnull, str(log), str(log)))
+        with log.open("wb") as file:
+            return subprocess.Popen(["sh", "-c", command], env=environ, cwd=self.directory, stdout=file, stderr=file)
 
     async def _end(self, app: App, deployment: str) -> None:
         await ended(app)
@@ -183,9 +194,10 @@ async def ended(app: App) -> None:
         return
     tree = [psutil.Process(app.process.pid), *psutil.Process(app.process.pid).children(recursive=True)]
     app.process.send_signal(signal.SIGTERM)
-    try:
-        await asyncio.to_thread(app.process.wait, GRACE)
-    except subprocess.TimeoutExpired:
+    deadline = time.monotonic() + GRACE
+    while app.process.poll() is None and time.monotonic() < deadline:
+        await asyncio.sleep(INTERVAL)
+    if app.process.poll() is None:
         for process in tree:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -233,8 +245,8 @@ class Api(RequestHandler):
 
 
 @pytest_asyncio.fixture
-async def marathon(tmp_path: Path) -> AsyncIterator[Marathon]:
-    marathon = Marathon(tmp_path)
+async def marathon(tmp_path: Path, zygote: Zygote) -> AsyncIterator[Marathon]:
+    marathon = Marathon(tmp_path, zygote=zygote)
     server = HTTPServer(Application([(r"/v2(/.*)", Api, {"marathon": marathon})], log_function=lambda handler: None))
     server.listen(0, "127.0.0.1")
     port = next(iter(server._sockets.values())).getsockname()[1]
@@ -263,6 +275,7 @@ def agent_process(marathon: Marathon, name: str) -> psutil.Process:
 
 
 async def test_nodes_appear_and_close_deletes_the_apps(marathon: Marathon) -> None:
+    marathon.zygote = None  # as Marathon does it: through a shell
     async with (
         cluster_of(launcher(marathon, "dask-0"), launcher(marathon, "dask-1"), config=TWO) as cluster,
         Client(cluster, asynchronous=True) as client,

@@ -21,10 +21,11 @@ from distributed.core import connect
 
 from agentcluster import AgentCluster
 from agentcluster.errors import ConfigError, PreflightError, RolloutBusy, SwapError
-from agentcluster.launch.local import LocalLauncher
+from agentcluster.launch.protocol import Launcher
 from agentcluster.model import Mode, RolloutStatus
 from agentcluster.wire import TOPIC, to_wire
 from tests.support.census import children
+from tests.support.forked import ForkedHosts
 from tests.support.inprocess import here
 from tests.support.waiting import wait_until
 
@@ -43,9 +44,9 @@ EVENTS: WeakKeyDictionary[AgentCluster, int] = WeakKeyDictionary()
 
 
 @contextlib.asynccontextmanager
-async def nodes(count: int, process: str = "") -> AsyncIterator[AgentCluster]:
+async def nodes(count: int, process: Launcher | None = None) -> AsyncIterator[AgentCluster]:
     """Run agents with one worker of one thread each: ``local``, ``local.2``, ``local.3``; one may be a process."""
-    hosts = [LocalLauncher(each.name) if each.name == process else each for each in here(count)]
+    hosts = [process if process is not None and each.name == process.name else each for each in here(count)]
     async with AgentCluster(hosts=hosts, config=ONE, asynchronous=True, **QUIET) as cluster:
         EVENTS[cluster] = len(cluster.scheduler.get_events(TOPIC))
         yield cluster
@@ -258,8 +259,8 @@ async def test_nodes_of_one_wave_go_on_without_the_one_that_cannot(three: AgentC
     assert names(three) == three.plan
 
 
-async def test_a_node_lost_before_its_turn_fails_alone() -> None:
-    async with nodes(3, process="local.2") as three:
+async def test_a_node_lost_before_its_turn_fails_alone(forked: ForkedHosts) -> None:
+    async with nodes(3, process=forked(2)[1]) as three:
         await lose_a_node_before_its_turn(three)
 
 
@@ -280,8 +281,8 @@ async def lose_a_node_before_its_turn(three: AgentCluster) -> None:
     assert plans(three) == {"local": "next", "local.2": "", "local.3": "next"}
 
 
-async def test_a_changed_node_that_is_lost_cannot_be_brought_back(tmp_path: Path) -> None:
-    async with nodes(3, process="local") as three:
+async def test_a_changed_node_that_is_lost_cannot_be_brought_back(tmp_path: Path, forked: ForkedHosts) -> None:
+    async with nodes(3, process=forked(1)[0]) as three:
         await lose_a_changed_node(three, tmp_path)
 
 
