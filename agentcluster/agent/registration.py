@@ -223,11 +223,20 @@ class Registration:
     # -- the scheduler -------------------------------------------------------------------------------------------------
 
     async def _connect(self, timeout: float | None) -> Comm:
+        connecting: asyncio.Future[Comm] = asyncio.ensure_future(
+            connect(self.scheduler, timeout=timeout, **self._connection)
+        )
         try:
-            comm: Comm = await connect(self.scheduler, timeout=timeout, **self._connection)
+            return await asyncio.shield(connecting)
         except OSError as error:
             raise OSError(f"scheduler at {self.scheduler} cannot be reached: {error}; {IS_IT_THERE}") from error
-        return comm
+        except asyncio.CancelledError:
+            # dask's own leaves a connection open that is being made when it is cancelled.
+            await asyncio.wait({connecting}, timeout=PROMPT)
+            if connecting.done() and not connecting.cancelled() and connecting.exception() is None:
+                connecting.result().abort()
+            connecting.cancel()
+            raise
 
     def _call_scheduler(self) -> rpc:
         return rpc(self.scheduler, connection_args=self._connection)
