@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,8 @@ class NodeView:
         self._interval = interval
         self._changed = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
+        self._numbers = itertools.count()
+        self._shown = 0
 
     def __repr__(self) -> str:
         return f"<NodeView: {', '.join(self.nodes) or 'no nodes'}{f'; {self.problem}' if self.problem else ''}>"
@@ -93,7 +96,11 @@ class NodeView:
         cluster = self._cluster
         if cluster.status is not Status.running:
             return
+        number = next(self._numbers)
         found = await cluster.scheduler_comm.get_nodes()
+        if number < self._shown:
+            return  # a later question was answered first
+        self._shown = number
         found |= self._ended(found)
         first = [name for name in cluster.worker_spec if name in found]
         self.nodes = Nodes({name: found[name] for name in dict.fromkeys([*first, *found])})
