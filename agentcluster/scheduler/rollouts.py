@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: Seconds that a call of an agent has to end by itself when the agent's node is lost.
+LOST_GRACE = 1.0
+
 Outcome = Literal["changed", "unchanged", "failed", "rolled back"]
 
 #: Plain data, as it travels to the caller.
@@ -80,16 +83,17 @@ class NodeEvents:
             await self._changed.wait_for(condition)
 
     async def unless_lost(self, node: Node, call: Awaitable[T]) -> T | None:
-        """Wait for an agent's answer, but no longer than its node is there.
+        """Wait for an agent's answer, but not much longer than its node is there.
 
-        An agent that has ended would be called again and again, for as long as a connection may take.
+        An agent that has ended would be called again and again, for as long as a connection may take. A call that it
+        has received ends with the connection: that is waited for, as a cancelled one may leave its connection open.
 
         Parameters
         ----------
         node
             The agent's node.
         call
-            The call; it is cancelled when the node is lost.
+            The call; it is cancelled when the node has been lost for :data:`LOST_GRACE`.
 
         Returns
         -------
@@ -100,6 +104,8 @@ class NodeEvents:
         lost = asyncio.ensure_future(self.wait_for(lambda: node.state == "lost", None))
         try:
             await asyncio.wait({answer, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                await asyncio.wait({answer}, timeout=LOST_GRACE)
             return await answer if answer.done() else None
         finally:
             for each in (answer, lost):

@@ -472,6 +472,8 @@ class Swap:
 
     async def _stop(self, node: str, workers: tuple[str, ...]) -> None:
         limit = self.context.limits.stop
+        if self.changes[node].node.state == "lost":
+            return  # its workers ended with its agent
         call = self._agent(node).stop_workers(names=self._record.present(workers), timeout=limit)
         try:
             async with asyncio.timeout(2 * limit):

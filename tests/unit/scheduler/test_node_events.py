@@ -8,11 +8,17 @@ import contextlib
 import pytest
 
 from agentcluster.model import Hardware
+from agentcluster.scheduler import rollouts
 from agentcluster.scheduler.planning.nodes import Node, Registry
 from agentcluster.scheduler.rollouts import NodeEvents
 
 #: Far beyond any of these waits; a test that gets there fails.
 LATE = 20.0
+
+
+@pytest.fixture(autouse=True)
+def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollouts, "LOST_GRACE", 0.0)
 
 
 @pytest.fixture
@@ -68,6 +74,20 @@ async def test_a_lost_node_ends_its_call(node: Node) -> None:
     await events.notify()
     assert await asyncio.wait_for(waiting, LATE) is None
     assert call.cancelled
+
+
+async def test_a_call_that_ends_with_the_connection_is_waited_for(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollouts, "LOST_GRACE", LATE)
+    events, call = NodeEvents(), Call()
+    waiting = asyncio.ensure_future(events.unless_lost(node, call()))
+    await turns()
+    node.to("lost")
+    await events.notify()
+    await turns()
+    call.answer.set_exception(OSError("closed"))
+    with pytest.raises(OSError, match="closed"):
+        await asyncio.wait_for(waiting, LATE)
+    assert not call.cancelled
 
 
 async def test_a_node_that_is_lost_already_is_not_waited_for(node: Node) -> None:
