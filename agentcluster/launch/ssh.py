@@ -222,6 +222,8 @@ def _why_no_connection(error: Exception, host: Host) -> str:
                 f"{error.reason}, with {_keys(host)}; add your public key to ~/.ssh/authorized_keys there, or give "
                 f"another user (user@{host.host}) or key (connect_options={{'client_keys': ['…']}})"
             )
+        case asyncssh.HostKeyNotVerifiable() if _knows_another_key(host, port):
+            return _changed_key(host, port)
         case asyncssh.HostKeyNotVerifiable():
             scan = f"ssh-keyscan -p {port} {host.host}"
             return (
@@ -243,6 +245,29 @@ def _why_no_connection(error: Exception, host: Host) -> str:
             refused = f"[Errno {errno.ECONNREFUSED}]" in str(error)
             return _refused(at) if refused else f"no connection to {at}: {error}"
     return f"asyncssh cannot use its options: {error}; check connect_options and ~/.ssh/config"
+
+
+def _knows_another_key(host: Host, port: int) -> bool:
+    """Return whether a host, whose key was not accepted, is among the known hosts: with another key."""
+    known = host.connect_options.get("known_hosts", ())
+    known = os.path.expanduser("~/.ssh/known_hosts") if known == () else known
+    try:
+        keys, authorities, *_ = asyncssh.match_known_hosts(known, host.host, "", port)
+    except (OSError, TypeError, ValueError, asyncssh.Error):  # whatever form it has, asyncssh could not use it either
+        return False
+    return bool(keys or authorities)
+
+
+def _changed_key(host: Host, port: int) -> str:
+    """Explain that a host showed another key than the known one; never with advice to accept it unseen."""
+    name = host.host if port == 22 else f"[{host.host}]:{port}"
+    given = host.connect_options.get("known_hosts", ())
+    file = f" -f {shlex.quote(os.fspath(given))}" if isinstance(given, str | os.PathLike) else ""
+    return (
+        f"its host key has changed: it is not the one that is known for {name}. Either the host was installed anew, or "
+        f"another machine answers in its place; nothing was sent to it. Compare the key with whoever runs the host, "
+        f"and only then remove the old one (ssh-keygen -R {shlex.quote(name)}{file}) and add the new one"
+    )
 
 
 def _refused(at: str) -> str:

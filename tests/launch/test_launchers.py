@@ -143,6 +143,19 @@ async def test_unknown_host_key(server: SSHServer, tmp_path: Path) -> None:
     assert "connect_options={'known_hosts': None}" in error.reason
 
 
+async def test_a_host_key_that_has_changed_is_not_one_that_is_unknown(server: SSHServer, tmp_path: Path) -> None:
+    import asyncssh
+
+    other = asyncssh.generate_private_key("ssh-ed25519").export_public_key().decode()
+    known = tmp_path / "known_hosts"
+    known.write_text(f"[127.0.0.1]:{server.port} {other}")
+    error = await _refusal(_ssh(server, options={"known_hosts": str(known)}))
+    assert "its host key has changed" in error.reason
+    assert f"(ssh-keygen -R '[127.0.0.1]:{server.port}' -f {known})" in error.reason
+    assert "ssh-keyscan" not in error.reason
+    assert "None" not in error.reason
+
+
 async def test_option_of_the_wrong_type(server: SSHServer) -> None:
     error = await _refusal(_ssh(server, options={"keepalive_interval": "soup"}))
     assert "asyncssh cannot use its options" in error.reason
