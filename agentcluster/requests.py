@@ -12,6 +12,9 @@ from typing import Literal
 from agentcluster.errors import ConfigError
 from agentcluster.model import Hardware, Mode
 
+#: Greatest number of characters of a node's name or of a label, as for a name in DNS.
+LONGEST_NAME = 253
+
 Drain = Literal["tasks", "data", "now"]
 OnFailure = Literal["rollback", "stop", "continue"]
 Strategy = Literal["surge", "replace"]
@@ -180,6 +183,12 @@ class NodeRegistration:
         Resources that each worker of the node offers, whatever its mode.
     labels
         Labels of the host, by which nodes are selected.
+
+    Raises
+    ------
+    ConfigError
+        For a name or a label that others could not show: it has control characters, is empty, or is longer than
+        :data:`LONGEST_NAME`.
     """
 
     name: str
@@ -192,3 +201,34 @@ class NodeRegistration:
     slots: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_name("node", self.name)
+        if isinstance(self.external_name, str):
+            check_name("external", self.external_name)
+        for label, value in self.labels.items():
+            check_name("label", label)
+            if value:
+                check_name("label", value)
+
+
+def check_name(kind: str, name: str) -> None:
+    """Check a name that is shown to others: in tables, logs, pages and messages.
+
+    Parameters
+    ----------
+    kind
+        What it is the name of, for the message.
+    name
+        The name.
+
+    Raises
+    ------
+    ConfigError
+        When it is empty, longer than :data:`LONGEST_NAME`, or has a character that is not printed.
+    """
+    if not name.strip() or len(name) > LONGEST_NAME or not name.isprintable():
+        shown = ascii(name) if len(name) <= LONGEST_NAME else f"{name[:40]!a}… of {len(name)} characters"
+        raise ConfigError(
+            f"{kind} name {shown} is not allowed; give 1 to {LONGEST_NAME} printable characters", key="name"
+        )

@@ -36,10 +36,11 @@ def resolve_credentials(security: Security | bool | Arguments | None, *, remote:
     Raises
     ------
     ConfigError
-        When encryption is asked for, or needed, and an attached agent is reached without.
+        When encryption is asked for, or needed, and an attached agent is reached without; for a mapping without
+        credentials.
     """
     if isinstance(security, dict):
-        security = Security(**security)
+        security = _from_mapping(security)
     if security is None:
         security = remote
     if security is True:
@@ -57,6 +58,22 @@ def resolve_credentials(security: Security | bool | Arguments | None, *, remote:
         return Security()
     if not isinstance(security, Security):
         raise ConfigError(f"security={security!r} must be None, True, False or a distributed.Security", key="security")
+    return security
+
+
+def _from_mapping(arguments: Arguments) -> Security:
+    """Make credentials of keyword arguments; refuse those that would turn encryption off without a word."""
+    try:
+        security = Security(**arguments)
+    except TypeError as error:
+        names = ", ".join(sorted(arguments))
+        raise ConfigError(f"security= cannot be made of {names}: {error}", key="security") from None
+    if not has_credentials(security):
+        raise ConfigError(
+            f"security={{{', '.join(sorted(arguments))}}} has no credentials; give tls_ca_file with certificates and "
+            f"keys, True for temporary credentials, or False for no encryption",
+            key="security",
+        )
     return security
 
 
