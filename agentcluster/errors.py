@@ -88,6 +88,24 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """Return a text that other machines may have written, without what a terminal or a log takes for a command.
+
+    Parameters
+    ----------
+    text
+        The text.
+
+    Returns
+    -------
+    str
+        The text with each control character, also a line's end, as its escape, such as ``\\x1b``.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def _rebuild(cls: type[AgentClusterError], args: tuple[object, ...], state: dict[str, object]) -> AgentClusterError:
     """Make an error without calling its constructor."""
     # `cls.__new__` is that of the first builtin base, which does not fit the memory layout of an OSError.
@@ -99,7 +117,13 @@ def _rebuild(cls: type[AgentClusterError], args: tuple[object, ...], state: dict
 
 
 class AgentClusterError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package.
+
+    Their messages have no control characters, whoever wrote the names and reasons in them.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.args, self.__dict__)
@@ -210,6 +234,7 @@ class LaunchError(AgentClusterError, RuntimeError):
     """
 
     def __init__(self, host: str, reason: str, last_output: str = "") -> None:
+        reason, last_output = printable(reason), printable(last_output)
         said = f'; last output: "{last_output}"' if last_output else ""
         super().__init__(f"agent on {host} did not start: {reason}{said}")
         self.host = host

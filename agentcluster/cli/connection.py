@@ -29,6 +29,7 @@ from agentcluster.errors import (
     RolloutBusy,
     SchedulerUnfit,
     VersionMismatch,
+    printable,
 )
 from agentcluster.wire import TOPIC, check_protocol
 
@@ -133,7 +134,8 @@ class Connection:
         mapping
             Node name -> lines.
         """
-        return await self.call("get_node_logs", nodes=nodes)
+        found: Mapping[str, Sequence[str]] = await self.call("get_node_logs", nodes=nodes)
+        return {name: [printable(line) for line in lines] for name, lines in found.items()}
 
     async def events(self) -> Sequence[tuple[float, Facts]]:
         """Return the events of rollouts and of adaptive scaling that the scheduler has kept.

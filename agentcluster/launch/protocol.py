@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import agentcluster
-from agentcluster.errors import ConfigError
+from agentcluster.errors import ConfigError, printable
 from agentcluster.model import Hardware
 from agentcluster.wire import PROTOCOL, check_protocol, from_wire, to_wire
 
@@ -215,8 +215,9 @@ class LogTail:
         Parameters
         ----------
         line
-            The line, without its newline.
+            The line, without its newline; control characters, which would reach the user's terminal, become escapes.
         """
+        line = printable(line)
         self._lines.append(line)
         self._size += len(line)
         while len(self._lines) > self._maxlen or (self._size > self._maxsize and len(self._lines) > 1):

@@ -29,6 +29,7 @@ from agentcluster.errors import (
     SwapError,
     VersionMismatch,
     WorkerStartError,
+    printable,
     suggest,
 )
 
@@ -229,3 +230,36 @@ def test_facts_are_the_errors_own() -> None:
 )
 def test_suggest(wrong: str, allowed: list[str], expected: str) -> None:
     assert suggest(wrong, allowed) == expected
+
+
+# -- what other machines wrote -----------------------------------------------------------------------------------------
+
+CLEAR = "\x1b[2J\x1b]0;mine\x07"
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("plain: ünïcödé, ✓\tand tabs", "plain: ünïcödé, ✓\tand tabs"),
+        (CLEAR, "\\x1b[2J\\x1b]0;mine\\x07"),
+        ("one\ntwo\r", "one\\ntwo\\r"),
+        ("\x9b31m\x7f\u202e\udc80", "\\x9b31m\\x7f\\u202e\\udc80"),
+    ],
+)
+def test_control_characters_are_shown_as_what_they_are(written: str, shown: str) -> None:
+    assert printable(written) == shown
+    assert printable(shown) == shown
+
+
+def test_no_error_takes_a_control_character_to_the_terminal() -> None:
+    for error in (
+        LaunchError("gpu-1", f"it said {CLEAR}", CLEAR),
+        ConfigError(f"name {CLEAR} is taken"),
+        PreflightError("uniform", {CLEAR: CLEAR}),
+        pickle.loads(pickle.dumps(SwapError(CLEAR, CLEAR, {}))),
+    ):
+        assert str(error).isprintable()
+        assert "\\x1b[2J" in str(error)
+    launch = LaunchError("gpu-1", CLEAR, CLEAR)
+    assert launch.reason.isprintable()
+    assert launch.last_output.isprintable()
