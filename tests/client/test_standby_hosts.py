@@ -19,6 +19,7 @@ from tests.support.inprocess import InProcess, here
 from tests.support.plugin import SCHEDULER
 from tests.support.programs import gone
 from tests.support.waiting import wait_until
+from tests.support.zygote import Zygote
 
 QUIET: dict[str, Any] = {"asynchronous": True, "scheduler_options": SCHEDULER}
 TWO = {"nworkers": 2, "nthreads": 1, "memory_limit": "300MiB"}
@@ -185,8 +186,8 @@ async def test_by_hand(cluster: AgentCluster) -> None:
     assert {node["mode"] for node in cluster.nodes.values()} == {"uniform"}
 
 
-async def test_over_ssh(tmp_path: Path) -> None:
-    async with ssh_servers.serve("asyncssh", tmp_path) as server:
+async def test_over_ssh(tmp_path: Path, zygote: Zygote) -> None:
+    async with ssh_servers.serve("asyncssh", tmp_path, zygote) as server:
         host = Host(
             server.host, user=server.username, port=server.port, connect_options=server.connect_options, standby=True
         )

@@ -26,28 +26,41 @@ class ForkedLauncher(LocalLauncher):
         self._zygote = zygote
 
     async def _start(self) -> Any:
-        process = _Process()
-        await process.start(self._zygote)
+        process = ForkedProcess(self._zygote)
+        await process.start(os.environ | {"PYTHONPATH": str(ROOT)})
         return process
 
 
-class _Process:
-    """A forked process with its streams (a ``Process``)."""
+class ForkedProcess:
+    """A forked ``python -m agentcluster.cli.launched`` with its streams: a ``Process``, and like one of asyncio's."""
 
-    def __init__(self) -> None:
+    stdin: asyncio.StreamWriter
+
+    def __init__(self, zygote: Zygote) -> None:
         self.stdout = asyncio.StreamReader()
         self.stderr = asyncio.StreamReader()
+        self._zygote = zygote
+        self._forked: Forked
 
-    async def start(self, zygote: Zygote) -> None:
+    @property
+    def pid(self) -> int:
+        return self._forked.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._forked.poll()
+
+    async def start(self, environ: dict[str, str], go: str | None = None) -> None:
+        """Fork; see :meth:`tests.support.zygote.Zygote.start` for the arguments."""
         pipes = [os.pipe() for _ in range(3)]
         theirs = [pipes[0][0], pipes[1][1], pipes[2][1]]
         ours = [pipes[0][1], pipes[1][0], pipes[2][0]]
         streams = [f"/proc/{os.getpid()}/fd/{fd}" for fd in theirs]
-        environ = os.environ | {"PYTHONPATH": str(ROOT)}
-        self._forked: Forked = zygote.start(("-m", MODULE), environ, ROOT, streams, session=True)
+        self._forked = self._zygote.start(("-m", MODULE), environ, ROOT, streams, session=True, go=go)
         loop = asyncio.get_running_loop()
         files = [os.fdopen(fd, mode) for fd, mode in zip(ours, ("wb", "rb", "rb"), strict=True)]
-        self._stdin, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, files[0])
+        transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, files[0])
+        self.stdin = asyncio.StreamWriter(transport, protocol, None, loop)
         self._pipes = [
             (await loop.connect_read_pipe(lambda reader=reader: asyncio.StreamReaderProtocol(reader), file))[0]
             for reader, file in zip((self.stdout, self.stderr), files[1:], strict=True)
@@ -56,23 +69,23 @@ class _Process:
             os.close(fd)
 
     def write(self, data: bytes) -> None:
-        self._stdin.write(data)
+        self.stdin.write(data)
 
     def write_eof(self) -> None:
-        self._stdin.close()
+        self.stdin.close()
 
     async def terminate(self) -> None:
         self._forked.send_signal(signal.SIGTERM)
 
     async def kill(self) -> None:
-        if self._forked.poll() is None:
-            os.killpg(self._forked.pid, signal.SIGKILL)
+        if self.returncode is None:
+            os.killpg(self.pid, signal.SIGKILL)
 
-    async def wait(self) -> int | None:
-        while (code := self._forked.poll()) is None:
+    async def wait(self) -> int:
+        while (code := self.returncode) is None:
             await asyncio.sleep(INTERVAL)
         return code
 
     async def release(self) -> None:
-        for transport in (self._stdin, *self._pipes):
+        for transport in (self.stdin.transport, *self._pipes):
             transport.close()

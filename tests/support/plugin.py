@@ -94,6 +94,7 @@ def leaks() -> Iterator[None]:
     gc.collect()
     deadline = time.monotonic() + SETTLE
     while (left := Census.take().since(before)) and time.monotonic() < deadline:
+        gc.collect()  # what ended meanwhile may hold a socket in a circle
         time.sleep(INTERVAL)
     if left:
         kill_since(before)
@@ -213,9 +214,9 @@ async def client(joined: Any) -> AsyncIterator[Client]:
 
 
 @pytest_asyncio.fixture(params=ssh_servers.KINDS)
-async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[SSHServer]:
+async def server(request: pytest.FixtureRequest, tmp_path: Path, zygote: Zygote) -> AsyncIterator[SSHServer]:
     """An SSH server of each kind."""
-    async with ssh_servers.serve(request.param, tmp_path) as server:
+    async with ssh_servers.serve(request.param, tmp_path, zygote) as server:
         yield server
 
 

@@ -1,19 +1,22 @@
 """Real SSH servers on loopback: asyncssh's own in this process, and OpenSSH's sshd.
 
 Both run what they are asked to run as real child processes through ``/bin/sh``, let in one generated key, and put the
-repository on the ``PYTHONPATH`` of what they run.
+repository on the ``PYTHONPATH`` of what they run. But where asyncssh's is asked for an agent with this very Python, it
+forks one from the zygote of the tests.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import getpass
 import os
 import shlex
 import shutil
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +26,16 @@ import asyncssh
 import psutil
 import pytest
 
+from agentcluster.launch.process import MODULE
+from agentcluster.launch.ssh import START
 from tests.support.census import MARK
+from tests.support.forked import ForkedProcess
+from tests.support.zygote import Zygote
 
 ROOT = Path(__file__).resolve().parents[2]
+
+#: The command by which an SSH launcher starts an agent with this Python.
+AGENT = "exec " + shlex.join(["sh", "-c", START, sys.executable])
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
@@ -68,9 +78,9 @@ class SSHServer:
 
 
 @contextlib.asynccontextmanager
-async def serve(kind: str, directory: Path) -> AsyncIterator[SSHServer]:
+async def serve(kind: str, directory: Path, zygote: Zygote | None = None) -> AsyncIterator[SSHServer]:
     """Run a server of a kind, with its keys and settings in a directory of its own."""
-    server = {"asyncssh": _serve_asyncssh, "sshd": _serve_openssh}[kind]
+    server = {"asyncssh": functools.partial(_serve_asyncssh, zygote=zygote), "sshd": _serve_openssh}[kind]
     place = directory / f"ssh-{kind}-{len(list(directory.iterdir()))}"
     place.mkdir(mode=0o700)
     for name in ("host_key", "client_key"):
@@ -94,7 +104,7 @@ def _client_options(place: Path, port: int) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def _serve_asyncssh(place: Path) -> AsyncIterator[SSHServer]:
+async def _serve_asyncssh(place: Path, zygote: Zygote | None) -> AsyncIterator[SSHServer]:
     connections: list[asyncssh.SSHServerConnection] = []
     sessions: list[_Session] = []
 
@@ -103,7 +113,7 @@ async def _serve_asyncssh(place: Path) -> AsyncIterator[SSHServer]:
             connections.append(conn)
 
         def session_requested(self) -> asyncssh.SSHServerSession[bytes]:
-            sessions.append(_Session())
+            sessions.append(_Session(zygote))
             return sessions[-1]
 
     acceptor = await asyncssh.listen(
@@ -133,12 +143,13 @@ async def _serve_asyncssh(place: Path) -> AsyncIterator[SSHServer]:
 class _Session(asyncssh.SSHServerSession[bytes]):
     """Runs one command, as a child with three pipes; when the client goes away, its stdin ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, zygote: Zygote | None) -> None:
+        self._zygote = zygote
         self._input: asyncio.Queue[bytes] = asyncio.Queue()
         self._may_write = asyncio.Event()
         self._may_write.set()
         self._task: asyncio.Task[None] | None = None
-        self._child: asyncio.subprocess.Process | None = None
+        self._child: asyncio.subprocess.Process | ForkedProcess | None = None
         self._lost = False
 
     def connection_made(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:
@@ -176,18 +187,24 @@ class _Session(asyncssh.SSHServerSession[bytes]):
         if self._child is not None and self._child.returncode is None:
             os.killpg(self._child.pid, signal.Signals[f"SIG{name}"])
 
-    async def _run(self) -> None:
+    async def _start(self) -> asyncio.subprocess.Process | ForkedProcess:
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if self._command == AGENT and self._zygote is not None and self._zygote.can_run(("-m", MODULE), environ):
+            forked = ForkedProcess(self._zygote)
+            await forked.start(environ, go="agentcluster-pid $$\n")
+            return forked
         pipe = asyncio.subprocess.PIPE
-        child = self._child = await asyncio.create_subprocess_exec(
-            "/bin/sh",
-            "-c",
-            self._command,
+        return await asyncio.create_subprocess_exec(
+            *("/bin/sh", "-c", self._command),
             stdin=pipe,
             stdout=pipe,
             stderr=pipe,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env=environ,
             start_new_session=True,
         )
+
+    async def _run(self) -> None:
+        child = self._child = await self._start()
         assert child.stdin is not None
         assert child.stdout is not None
         assert child.stderr is not None
@@ -200,6 +217,8 @@ class _Session(asyncssh.SSHServerSession[bytes]):
         code = await child.wait()
         feeding.cancel()
         await asyncio.wait({feeding})
+        if isinstance(child, ForkedProcess):
+            await child.release()
         if not self._lost:
             if code < 0:
                 self._channel.exit_with_signal(signal.Signals(-code).name.removeprefix("SIG"))

@@ -123,6 +123,7 @@ class Zygote:
         directory: Path,
         streams: Sequence[str],
         session: bool = False,
+        go: str | None = None,
     ) -> Forked:
         """Fork for a command, such as ``("-m", module, …)``.
 
@@ -134,6 +135,8 @@ class Zygote:
             Files that are stdin, stdout and stderr.
         session
             Whether it has a session of its own.
+        go
+            Text that it writes first, with its pid in place of ``$$``, and then waits for a line; None for neither.
         """
         request = {
             "arguments": arguments[1:],
@@ -141,6 +144,7 @@ class Zygote:
             "directory": str(directory),
             "streams": list(streams),
             "session": session,
+            "go": go,
         }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -215,6 +219,11 @@ def _become(request: dict[str, Any], streams: Sequence[int]) -> None:
         os.setsid()
     for number, fd in enumerate(streams):
         os.dup2(fd, number)
+    if request["go"] is not None:
+        os.write(1, request["go"].replace("$$", str(os.getpid())).encode())
+        while (read := os.read(0, 1)) != b"\n":
+            if not read:
+                os._exit(1)
     os.closerange(3, 256)
     os.chdir(request["directory"])
     os.environ.clear()
