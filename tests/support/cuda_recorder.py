@@ -8,6 +8,7 @@ and the environment; imports, which take most of the time, are done once.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import inspect
 import json
@@ -87,6 +88,7 @@ def run(command: str, arguments: list[str], directory: Path) -> dict[str, Any]:
         except BaseException:
             traceback.print_exc()
         finally:
+            atexit._run_exitfuncs()  # which end what the command has started
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
