@@ -8,7 +8,6 @@ and the environment; imports, which take most of the time, are done once.
 
 from __future__ import annotations
 
-import atexit
 import functools
 import inspect
 import json
@@ -24,6 +23,7 @@ import dask_cuda.cli
 from dask_cuda import CUDAWorker
 from distributed.security import Security
 
+from agentcluster.agent import forkserver
 from agentcluster.cli import dask_agent as agent
 
 COMMANDS = {"dask-agent": agent.main, "dask cuda worker": dask_cuda.cli.worker}
@@ -88,7 +88,7 @@ def run(command: str, arguments: list[str], directory: Path) -> dict[str, Any]:
         except BaseException:
             traceback.print_exc()
         finally:
-            atexit._run_exitfuncs()  # which end what the command has started
+            forkserver._kill_left()  # as at the exit of an agent's process
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
