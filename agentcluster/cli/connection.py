@@ -29,7 +29,6 @@ from agentcluster.errors import (
     RolloutBusy,
     SchedulerUnfit,
     VersionMismatch,
-    printable,
 )
 from agentcluster.wire import TOPIC, check_protocol
 
@@ -134,8 +133,7 @@ class Connection:
         mapping
             Node name -> lines.
         """
-        found: Mapping[str, Sequence[str]] = await self.call("get_node_logs", nodes=nodes)
-        return {name: [printable(line) for line in lines] for name, lines in found.items()}
+        return await self.call("get_node_logs", nodes=nodes)
 
     async def events(self) -> Sequence[tuple[float, Facts]]:
         """Return the events of rollouts and of adaptive scaling that the scheduler has kept.

@@ -10,7 +10,6 @@ from distributed.core import Status
 from tornado.ioloop import PeriodicCallback
 
 from agentcluster.config import Config
-from agentcluster.errors import printable
 
 if TYPE_CHECKING:
     from agentcluster.client.cluster import AsyncCluster
@@ -95,5 +94,5 @@ class Display:
         logs = {name: node.lines() for name, node in self._cluster.workers.items()}
         if remote := [name for name, lines in logs.items() if not lines]:
             found = await self._cluster.scheduler_comm.get_node_logs(nodes=remote)
-            logs |= {name: [printable(line) for line in lines] for name, lines in found.items()}
+            logs |= {name: list(lines) for name, lines in found.items()}
         return {name: lines[-self._log_lines :] for name, lines in logs.items()}

@@ -25,7 +25,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 
 from agentcluster import modes
 from agentcluster.config import Config, warn_untested
-from agentcluster.errors import AgentClusterError, LaunchError
+from agentcluster.errors import AgentClusterError, LaunchError, printable
 from agentcluster.model import HostMetrics, Mode, WorkerState
 from agentcluster.requests import AdaptiveRequest, NodeRegistration, RolloutPolicy, ScaleTarget
 from agentcluster.scheduler import managers, metrics
@@ -635,12 +635,12 @@ class AgentPlugin(SchedulerPlugin):
         Returns
         -------
         dict
-            Node name -> lines.
+            Node name -> lines, without control characters.
         """
         chosen = [node for node in self.registry.select(nodes) if node.state != "lost"]
         agents: list[PooledRPCCall] = [self.scheduler.rpc(node.address) for node in chosen]
         lines = await asyncio.gather(*(agent.agent_logs() for agent in agents))
-        return {node.name: list(log) for node, log in zip(chosen, lines, strict=True)}
+        return {node.name: [printable(line) for line in log] for node, log in zip(chosen, lines, strict=True)}
 
 
 def _parsed(mode: Mode | None) -> Mode | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import pytest
 from distributed import Client, Scheduler
@@ -51,3 +52,12 @@ async def test_locks_of_nodes_that_left_are_dropped(scheduler: Scheduler, client
             assert {node.name for node in nodes} == set(plugin.controller._locks) == {"blue", "red"}
     await wait_until(lambda: not plugin.registry.nodes)
     assert not plugin.controller._locks
+
+
+async def test_logs_of_agents_have_no_control_characters(scheduler: Scheduler, client: Client) -> None:
+    async with Agent(scheduler.address, name="blue", mode="none") as blue:
+        await blue.provisioned()
+        logging.getLogger("agentcluster").warning("plain \x1b[2J\x07 ✓")
+        logs = await client.scheduler.get_node_logs()
+    assert any(line.endswith("plain \\x1b[2J\\x07 ✓") for line in logs["blue"])
+    assert all(line.isprintable() for line in logs["blue"])
