@@ -27,8 +27,10 @@ from agentcluster.launch.local import LocalLauncher
 from agentcluster.launch.protocol import Launched, Settings
 from agentcluster.model import Hardware, WorkerSpec
 from agentcluster.wire import PLUGIN, from_wire, to_wire
+from tests.support.forked import ForkedLauncher
 from tests.support.programs import ROOT
 from tests.support.waiting import wait_until
+from tests.support.zygote import Zygote
 
 HOST = {"host": "127.0.0.1"}
 TWO = {"nworkers": 2, "nthreads": 1, "memory_limit": 0}
@@ -345,20 +347,22 @@ def test_spec_cluster_in_a_script() -> None:
 # -- launched ----------------------------------------------------------------------------------------------------------
 
 
-async def launched(scheduler: Scheduler, name: str, **settings: Any) -> Launched:
+async def launched(launcher: LocalLauncher, scheduler: Scheduler, **settings: Any) -> Launched:
     """Launch an agent of one worker in a process of its own."""
     settings = {"options": {"mode": "auto-cpu", "config": TWO | {"nworkers": 1}, **HOST}, **settings}
     # Otherwise the forkserver has another environment than the worker wants, which is spawned then.
     pre_spawn = {key: str(value) for key, value in dask.config.get("distributed.nanny.pre-spawn-environ").items()}
-    told = Settings(scheduler=scheduler.address, name=name, pre_spawn=pre_spawn, **settings)
-    found = await LocalLauncher(name=name).launch(told, timeout=30)
-    await wait_until(lambda: node(scheduler, name).state == "ready", 20)
+    told = Settings(scheduler=scheduler.address, name=launcher.name, pre_spawn=pre_spawn, **settings)
+    found = await launcher.launch(told, timeout=30)
+    await wait_until(lambda: node(scheduler, launcher.name).state == "ready", 20)
     return found
 
 
 @pytest.mark.parametrize("how", ["signal", "end of stdin"])
-async def test_a_launched_agent_moves_its_data_unless_its_launcher_is_gone(scheduler: Scheduler, how: str) -> None:
-    one, two = await asyncio.gather(launched(scheduler, "a"), launched(scheduler, "b"))
+async def test_a_launched_agent_moves_its_data_unless_its_launcher_is_gone(
+    scheduler: Scheduler, zygote: Zygote, how: str
+) -> None:
+    one, two = await asyncio.gather(*(launched(ForkedLauncher(name, zygote), scheduler) for name in ("a", "b")))
     try:
         async with Client(scheduler.address, asynchronous=True) as client:
             kept = await client.scatter(list(range(20)), hash=False)
@@ -382,7 +386,7 @@ async def test_a_launched_agents_forkserver_imports_what_it_is_told(scheduler: S
     text = f"import os, sys\nwith open({str(tmp_path / 'seen')!r}, 'a') as file:\n    print(f{note!r}, file=file)\n"
     (tmp_path / "preloaded_by_test.py").write_text(text)
     config = {"agentcluster": {"forkserver": {"preload": ["preloaded_by_test", "distributed"]}}}
-    one = await launched(scheduler, "a", config=config, environ={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    one = await launched(LocalLauncher("a"), scheduler, config=config, environ={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     try:
         (line,) = (tmp_path / "seen").read_text().splitlines()
         pid, dask_first = line.split()

@@ -5,6 +5,7 @@ And of its workers: they are forked with all that they need.
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -49,6 +50,7 @@ except Warmed:
 """
 
 
+@functools.cache
 def modules_after(code: str, stdin: str = "") -> set[str]:
     """Return the modules that a new process has loaded, which prints them as JSON."""
     done = subprocess.run([sys.executable, "-c", code], input=stdin, capture_output=True, text=True, timeout=50)

@@ -12,6 +12,7 @@ from distributed import Client, Scheduler
 from agentcluster import Agent, AgentCluster
 from agentcluster.config import warn_untested
 from agentcluster.scheduler.plugin import dask_setup
+from tests.support.forked import ForkedHosts
 
 
 @pytest.fixture
@@ -42,9 +43,9 @@ async def test_agent_warns_once(untested: None, bare: Scheduler) -> None:
         Agent(bare.address, host="127.0.0.1")
 
 
-async def test_cluster_warns_and_works(untested: None) -> None:
+async def test_cluster_warns_and_works(untested: None, forked: ForkedHosts) -> None:
     options = {"config": {"nworkers": 1, "nthreads": 1}, "scheduler_options": {"dashboard_address": ":0"}}
     with pytest.warns(UserWarning, match=r"2099\.1\.0 is installed"):
-        cluster = AgentCluster(asynchronous=True, **options)
+        cluster = AgentCluster(forked(), asynchronous=True, **options)
     async with cluster, Client(cluster, asynchronous=True) as client:
         assert await client.submit(sum, [1, 2]) == 3

@@ -17,6 +17,7 @@ from agentcluster.cli.main import main
 from agentcluster.model import RolloutStatus
 from agentcluster.scheduler.plugin import AgentPlugin
 from agentcluster.wire import PLUGIN, PROTOCOL, to_wire
+from tests.support.forked import ForkedHosts
 from tests.support.waiting import wait_blocking
 
 ONE = {"nworkers": 1, "nthreads": 1, "memory_limit": "300MiB"}
@@ -108,9 +109,9 @@ def test_top_names_the_rollout(changes: dict[str, Any], title: str) -> None:
     assert lines[-3:] == [title, "  b  ████░░ 5 of 10 keys moved", "  c  █░░░░░ start"]
 
 
-def test_top_during_a_rollout() -> None:
+def test_top_during_a_rollout(forked: ForkedHosts) -> None:
     options: dict[str, Any] = {"scheduler_options": {"dashboard_address": ":0"}}
-    with AgentCluster(hosts=["local", "local"], config=ONE, **options) as cluster:
+    with AgentCluster(hosts=forked(2), config=ONE, **options) as cluster:
         change = threading.Thread(target=cluster.reprovision, args=("uniform", TWO), kwargs={"canary": True})
         change.start()
         try:

@@ -31,6 +31,7 @@ from agentcluster.errors import (
     SwapError,
     WorkerStartError,
 )
+from tests.support.forked import ForkedHosts
 from tests.support.inprocess import here
 from tests.support.waiting import wait_blocking, wait_until
 
@@ -100,8 +101,8 @@ async def _enter(cluster: AgentCluster) -> None:
     await cluster
 
 
-async def test_close_after_the_agent_was_killed() -> None:
-    async with AgentCluster(config={"nworkers": 2, "nthreads": 1}, asynchronous=True, **QUIET) as cluster:
+async def test_close_after_the_agent_was_killed(forked: ForkedHosts) -> None:
+    async with AgentCluster(forked(), config={"nworkers": 2, "nthreads": 1}, asynchronous=True, **QUIET) as cluster:
         os.kill(cluster.workers["local"].launched.ready.pid, signal.SIGKILL)
         await wait_until(lambda: not cluster.scheduler.workers)
         await wait_until(lambda: cluster.nodes["local"]["state"] == "lost")
@@ -118,8 +119,8 @@ async def test_two_clusters_in_one_process(cluster: AgentCluster) -> None:
         assert cluster.nodes["local"]["state"] == "ready"
 
 
-async def test_logs() -> None:
-    async with AgentCluster(mode="none", asynchronous=True, **QUIET) as cluster:
+async def test_logs(forked: ForkedHosts) -> None:
+    async with AgentCluster(hosts=forked(), mode="none", asynchronous=True, **QUIET) as cluster:
         logs = await cluster.get_logs(agents=True)
     assert {"Cluster", "Scheduler", "local"} <= set(logs)
     assert "registered to" in logs["local"]
@@ -409,12 +410,12 @@ async def test_mode_by_node_and_removal() -> None:
         assert cluster.plan == {"local.2-0"}
 
 
-async def test_join_a_scheduler_that_runs() -> None:
+async def test_join_a_scheduler_that_runs(forked: ForkedHosts) -> None:
     async with Scheduler(host="127.0.0.1", dashboard_address=":0", dashboard=False) as scheduler:
-        async with AgentCluster(scheduler=scheduler.address, mode="auto-cpu", asynchronous=True) as cluster:
+        async with AgentCluster(forked(), mode="auto-cpu", scheduler=scheduler.address, asynchronous=True) as cluster:
             assert {str(ws.name) for ws in scheduler.workers.values()} == cluster.plan
             with pytest.raises(LaunchError, match="already registered"):
-                await AgentCluster(scheduler=scheduler.address, asynchronous=True)
+                await AgentCluster(forked(), scheduler=scheduler.address, asynchronous=True)
         assert scheduler.status is Status.running
         assert not scheduler.workers
 

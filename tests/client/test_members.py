@@ -18,6 +18,7 @@ from distributed.core import Status
 from agentcluster import AgentCluster, Host, VersionMismatch, dask_setup
 from agentcluster.reports import ScaleReport
 from agentcluster.wire import PROTOCOL
+from tests.support.forked import ForkedHosts
 from tests.support.waiting import wait_until
 
 QUIET: dict[str, Any] = {"scheduler_options": {"dashboard": False, "dashboard_address": ":0"}}
@@ -25,9 +26,9 @@ TWO = {"nworkers": 2, "nthreads": 1, "memory_limit": "300MiB"}
 
 
 @pytest_asyncio.fixture
-async def cluster() -> AsyncIterator[AgentCluster]:
+async def cluster(forked: ForkedHosts) -> AsyncIterator[AgentCluster]:
     """One local agent with two workers, and a host in standby."""
-    hosts = ["local", Host("local", name="more", standby=True)]
+    hosts = [*forked(), Host("local", name="more", standby=True)]
     async with AgentCluster(hosts, config=TWO, name="mine", asynchronous=True, **QUIET) as cluster:
         yield cluster
 
@@ -79,10 +80,10 @@ async def test_scale_reports(cluster: AgentCluster) -> None:
 # -- requests ----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_request_looks_twice_a_second_at_most() -> None:
+async def test_a_request_looks_twice_a_second_at_most(forked: ForkedHosts) -> None:
     """Counted where looks arrive, at the scheduler; those of the interval are a minute apart."""
     looks: list[Any] = []
-    async with AgentCluster(config=TWO, asynchronous=True, **QUIET) as cluster:
+    async with AgentCluster(forked(), config=TWO, asynchronous=True, **QUIET) as cluster:
         assert isinstance(cluster.scheduler, Scheduler)
         adapt_nodes = cluster.scheduler.handlers["adapt_nodes"]
 
@@ -102,10 +103,10 @@ async def test_a_request_looks_twice_a_second_at_most() -> None:
 # -- logs --------------------------------------------------------------------------------------------------------------
 
 
-async def test_logs_of_agents_are_as_long_as_configured() -> None:
+async def test_logs_of_agents_are_as_long_as_configured(forked: ForkedHosts) -> None:
     with dask.config.set({"agentcluster.log.lines": 5}):
         async with (
-            AgentCluster(config={**TWO, "nworkers": 1}, asynchronous=True, **QUIET) as cluster,
+            AgentCluster(forked(), config={**TWO, "nworkers": 1}, asynchronous=True, **QUIET) as cluster,
             Client(cluster, asynchronous=True) as client,
         ):
 

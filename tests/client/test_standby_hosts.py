@@ -15,6 +15,7 @@ from agentcluster.errors import ConfigError, NodeNotFound
 from agentcluster.launch.local import LocalLauncher
 from tests.support import ssh_servers
 from tests.support.census import children
+from tests.support.forked import ForkedLauncher
 from tests.support.inprocess import InProcess, here
 from tests.support.plugin import SCHEDULER
 from tests.support.programs import gone
@@ -146,8 +147,8 @@ async def test_one_that_cannot_be_launched_is_left_out(slow: Callable[[int], int
         assert await client.gather(futures) == list(range(80))
 
 
-async def test_one_that_dies_goes_back(slow: Callable[[int], int]) -> None:
-    hosts = [*here(), LocalLauncher("b", standby=True), extra("c")]
+async def test_one_that_dies_goes_back(slow: Callable[[int], int], zygote: Zygote) -> None:
+    hosts = [*here(), ForkedLauncher("b", zygote, standby=True), extra("c")]
     async with AgentCluster(hosts=hosts, config=TWO, **QUIET) as cluster, Client(cluster, asynchronous=True) as client:
         await kill_and_replace(cluster, client, slow)
 

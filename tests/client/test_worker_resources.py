@@ -18,19 +18,25 @@ from distributed import Client, get_worker
 
 from agentcluster import AgentCluster, Mode
 from agentcluster.launch.local import LocalLauncher
+from tests.support.forked import ForkedLauncher
 from tests.support.plugin import SCHEDULER
 from tests.support.waiting import wait_until
+from tests.support.zygote import Zygote
 
 ONE = {"nworkers": 1, "nthreads": 4, "memory_limit": "300MiB"}
 
 
 @pytest_asyncio.fixture
-async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[AgentCluster]:
+async def cluster(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> AsyncIterator[AgentCluster]:
     config = tmp_path_factory.mktemp("config") / "dask.yaml"
     config.write_text("distributed: {worker: {resources: {GPU: 2}}}")
     gpus = {"DASK_CONFIG": str(config)}
     async with AgentCluster(
-        hosts=[LocalLauncher("gpu-1", env=gpus), LocalLauncher("gpu-2", env=gpus), LocalLauncher("large")],
+        hosts=[
+            ForkedLauncher("gpu-1", zygote, env=gpus),
+            ForkedLauncher("gpu-2", zygote, env=gpus),
+            ForkedLauncher("large", zygote),
+        ],
         mode={
             "gpu-1": Mode("auto-cpu", ONE),
             "gpu-2": Mode("auto-cpu", ONE),

@@ -27,6 +27,7 @@ from agentcluster.wire import PROTOCOL
 from tests.support import ssh_servers
 from tests.support.ssh_servers import SSHServer
 from tests.support.waiting import wait_until
+from tests.support.zygote import Zygote
 
 #: Seconds that no launch of these tests may come near.
 PLENTY = 30.0
@@ -35,12 +36,14 @@ SECRET = "-----BEGIN PRIVATE KEY-----\nsecret\n-----END PRIVATE KEY-----\n"
 
 
 @pytest.fixture(params=["local", *ssh_servers.KINDS])
-async def any_launcher(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Callable[..., Launcher]]:
+async def any_launcher(
+    request: pytest.FixtureRequest, tmp_path: Path, zygote: Zygote
+) -> AsyncIterator[Callable[..., Launcher]]:
     """How to make a launcher for a given python, locally and over each SSH server."""
     if request.param == "local":
         yield lambda python=None: LocalLauncher(python=python)
         return
-    async with ssh_servers.serve(request.param, tmp_path) as server:
+    async with ssh_servers.serve(request.param, tmp_path, zygote) as server:
         yield lambda python=None: _ssh(server, remote_python=python)
 
 
@@ -313,8 +316,10 @@ def _ended(tree: list[psutil.Process]) -> bool:
 
 
 async def test_an_agent_runs_until_it_is_closed(
-    any_launcher: Callable[..., Launcher], scheduler: distributed.Scheduler
+    any_launcher: Callable[..., Launcher], scheduler: distributed.Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A variable that counts at the start: it is a new Python, and none that was forked.
+    monkeypatch.setenv("PYTHONNODEBUGRANGES", "1")
     launcher = any_launcher()
     launched = await launcher.launch(_settings(scheduler), timeout=PLENTY)
     ready = launched.ready

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from agentcluster.launch.local import LocalLauncher
@@ -21,13 +21,15 @@ ForkedHosts = Callable[[int], "list[ForkedLauncher]"]
 class ForkedLauncher(LocalLauncher):
     """Forks a process where a local host starts one, with the same three streams; a local host in all else."""
 
-    def __init__(self, name: str, zygote: Zygote) -> None:
-        super().__init__(name)
+    def __init__(
+        self, name: str, zygote: Zygote, env: Mapping[str, str] | None = None, *, standby: bool = False
+    ) -> None:
+        super().__init__(name, env=env, standby=standby)
         self._zygote = zygote
 
     async def _start(self) -> Any:
         process = ForkedProcess(self._zygote)
-        await process.start(os.environ | {"PYTHONPATH": str(ROOT)})
+        await process.start(os.environ | {"PYTHONPATH": str(ROOT)} | self._env)
         return process
 
 

@@ -230,7 +230,7 @@ def _become(request: dict[str, Any], streams: Sequence[int]) -> None:
     os.environ.update(request["environ"])
     places = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
     sys.path[:] = [request["directory"], *places, *(place for place in sys.path[1:] if place not in places)]
-    dask.config.refresh()
+    dask.config.refresh(paths=dask.config._get_paths())
 
 
 def _start_helper(path: str, arguments: list[str], fds: list[int]) -> int:
