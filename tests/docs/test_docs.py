@@ -30,13 +30,15 @@ import pytest
 from distributed import Client
 
 import agentcluster
-from agentcluster import AgentCluster, Host, PreflightError, errors
+from agentcluster import AgentCluster, PreflightError, errors
 from agentcluster.config import Config
 from agentcluster.launch import launchers_for
 from tests.support import nvml
 from tests.support.documents import ROOT, Block, blocks, shape
+from tests.support.forked import ForkedHosts, ForkedLauncher
 from tests.support.programs import AGENT, CALM_ENVIRON, Start
 from tests.support.waiting import wait_blocking, wait_until
+from tests.support.zygote import Zygote
 
 README, QUICKSTART, TUTORIAL, HOWTO = "README.rst", "docs/quickstart.rst", "docs/tutorial.rst", "docs/howto.rst"
 PAGES = (README, QUICKSTART, "docs/index.rst", TUTORIAL, HOWTO)
@@ -265,12 +267,12 @@ async def test_an_agent_in_standby_is_adopted(start: Start) -> None:
         assert [node["state"] for node in cluster.nodes.values()] == ["ready"]
 
 
-def test_pause_and_undo(tmp_path: Path) -> None:
+def test_pause_and_undo(tmp_path: Path, zygote: Zygote) -> None:
     """The how-to's three blocks, the first in one client while the second is in another."""
     here = run_by("test_pause_and_undo", HOWTO)
     change, steer, undo = (compile(block.text, HOWTO, "exec") for block in here)
     options = {"scheduler_options": {"dashboard_address": ":0"}, "config": {"nworkers": 1, "memory_limit": "600 MiB"}}
-    hosts = [Host("local", name=f"node-{number}") for number in (1, 2)]
+    hosts = [ForkedLauncher(f"node-{number}", zygote) for number in (1, 2)]
     go = tmp_path / "go"
 
     def until_told(path: str) -> None:
@@ -305,7 +307,7 @@ def test_the_inventory(tmp_path: Path) -> None:
     assert [launcher.name for launcher in launchers] == ["login", "gpu-1", "gpu-2", "gpu-3", "gpu-4"]
 
 
-def test_the_examples_of_docstrings() -> None:
+def test_the_examples_of_docstrings(forked: ForkedHosts) -> None:
     """Each runs; those that speak of `cluster` and `client` have a cluster of one local agent."""
     names = [each.name for each in pkgutil.walk_packages(agentcluster.__path__, "agentcluster.")]
     lacking = tuple(name for name, package in NEEDS.items() if not has(package))
@@ -315,7 +317,7 @@ def test_the_examples_of_docstrings() -> None:
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
     said: list[str] = []
     no_dashboard = dask.config.set({"distributed.scheduler.dashboard.enabled": False})
-    with no_dashboard, AgentCluster(**options) as cluster, Client(cluster) as client:
+    with no_dashboard, AgentCluster(forked(), **options) as cluster, Client(cluster) as client:
         for module in modules:
             for test in finder.find(module, extraglobs={"cluster": cluster, "client": client}):
                 runner.run(test, out=said.append)

@@ -93,11 +93,11 @@ class Zygote:
 
     def __init__(self, environ: dict[str, str]) -> None:
         self.ended: dict[int, int] = {}
-        self._environ = environ
-        configured = dask.config.get("distributed.nanny.pre-spawn-environ")
+        # Nannies in this process may set the latter at any time.
+        self._environ = pre_spawn_environ(dask.config.get("distributed.nanny.pre-spawn-environ")) | environ
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
-            env=environ | pre_spawn_environ(configured),
+            env=self._environ,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -111,10 +111,12 @@ class Zygote:
     def can_run(self, arguments: tuple[str, ...], environ: dict[str, str]) -> bool:
         """Whether a fork is as good as a new Python: some variables count at the start of a process only."""
 
-        def at_start(each: dict[str, str]) -> dict[str, str]:
-            return {k: v for k, v in each.items() if k.startswith(("LD_", "PYTHON", "MALLOC_")) and k != "PYTHONPATH"}
+        def counts(name: str) -> bool:
+            return name.startswith(("LD_", "PYTHON", "MALLOC_")) and name != "PYTHONPATH"
 
-        return arguments[0] == "-m" and arguments[1] in MODULES and at_start(environ) == at_start(self._environ)
+        ours = {name: value for name, value in self._environ.items() if counts(name)}
+        theirs = {name: value for name, value in environ.items() if counts(name)}
+        return arguments[0] == "-m" and arguments[1] in MODULES and ours | theirs == ours
 
     def start(
         self,
