@@ -88,6 +88,10 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+#: Characters of the longest message; dask cannot send one of 10,000, and names in it may come from anybody.
+LONGEST = 8000
+
+
 def printable(text: str) -> str:
     """Return a text that other machines may have written, without what a terminal or a log takes for a command.
 
@@ -123,7 +127,8 @@ class AgentClusterError(Exception):
     """
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        text = printable(super().__str__())
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.args, self.__dict__)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
+import inspect
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, NewType, TypeAlias, TypeVar
 
 import cloudpickle
 
 from agentcluster import __version__
-from agentcluster.errors import ConfigError, VersionMismatch, suggest
+from agentcluster.errors import AgentClusterError, ConfigError, VersionMismatch, suggest
 
 #: Version of the protocol between two processes of agentcluster; both must have the same.
 PROTOCOL = 1
@@ -172,11 +173,11 @@ def from_wire(cls: type[T], data: object, where: str = "") -> T:
     """
     place = where or cls.__name__
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{place}: expected a mapping of {cls.__name__}'s fields, got {data!r}")
+        raise ConfigError(f"{place}: expected a mapping of {cls.__name__}'s fields, got {_shown(data)}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
-            raise ConfigError(f"{place}: unknown key {key!r}; {suggest(str(key), fields)}", key=str(key))
+            raise ConfigError(f"{place}: unknown key {_shown(key)}; {suggest(str(key), fields)}", key=str(key))
     hints = _hints(cls)  # type: ignore[arg-type]
     values = {key: _parse(hints[key], value, f"{place}.{key}") for key, value in data.items()}
     missing = [
@@ -189,35 +190,100 @@ def from_wire(cls: type[T], data: object, where: str = "") -> T:
     return cls(**values)
 
 
+def handler(call: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T | Mapping[str, object]]]:
+    """Return a call as a handler of one of dask's servers: it gets arguments of the types of its hints, and no others.
+
+    Errors of agentcluster are its answers. An exception that a handler raises would be logged by the server with a
+    traceback, as a fault.
+
+    Parameters
+    ----------
+    call
+        The call; its hints are those of :mod:`agentcluster.model`.
+    """
+    from distributed.core import error_message  # heavy, and a process that is launched reads its settings first
+
+    parameters = _Parameters(call)
+
+    @functools.wraps(call)
+    async def handle(*args: Any, **kwargs: Any) -> T | Mapping[str, object]:
+        try:
+            return await call(*args, **parameters.parse(kwargs))
+        except (AgentClusterError, TimeoutError) as error:
+            refusal: Mapping[str, object] = error_message(error, status="uncaught-error")
+            return refusal
+
+    return handle
+
+
+class _Parameters:
+    """Parameters of a call: its keyword arguments are parsed by their hints.
+
+    Arguments that a ``**`` parameter takes are left as they are, and so is ``comm``, which the server gives.
+    """
+
+    def __init__(self, call: Callable[..., object]) -> None:
+        parameters = inspect.signature(call).parameters.values()
+        any_number = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        named = [each for each in parameters if each.kind not in any_number and each.name != "comm"]
+        hints = typing.get_type_hints(call)
+        self._call = call.__name__
+        self._hints = {each.name: hints[each.name] for each in named}
+        self._required = [each.name for each in named if each.default is each.empty]
+        self._others = any(each.kind is each.VAR_KEYWORD for each in parameters)
+
+    def parse(self, given: Mapping[str, object]) -> dict[str, Plain]:
+        """Return the arguments, of the types of the hints; raise ConfigError for one that is wrong or missing."""
+        values = dict(given)
+        for name, value in given.items():
+            if name in self._hints:
+                values[name] = _parse(self._hints[name], value, f"{self._call}: {name}")
+            elif not self._others:
+                problem = f"{self._call}: there is no argument {_shown(name)}"
+                raise ConfigError(f"{problem}; {suggest(str(name), self._hints)}" if self._hints else problem)
+        for name in self._required:
+            if name not in given:
+                raise ConfigError(f"{self._call}: the argument {name!r} is missing")
+        return values
+
+
 def _parse(hint: Hint, value: object, where: str) -> Plain:
     """Check a value against a type hint, and convert it to that type."""
     origin: object = typing.get_origin(hint)
     args = typing.get_args(hint)
     if hint is Any:
         return plain(value)  # dask's protocol turns lists into tuples
+    if hint is object:
+        return value
     if isinstance(hint, NewType):
         return _parse(hint.__supertype__, value, where)
     if origin in (types.UnionType, typing.Union):
         return _parse_union(args, value, where)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"{where}: {value!r} is not allowed; {suggest(str(value), map(str, args))}")
+            raise ConfigError(f"{where}: {_shown(value)} is not allowed; {suggest(str(value), map(str, args))}")
         return value
-    if origin is tuple:
+    if origin in (tuple, Sequence):
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: expected a list, got {value!r}")
+            raise ConfigError(f"{where}: expected a list, got {_shown(value)}")
         return tuple(_parse(args[0], v, where) for v in value)
     if origin is Mapping:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: expected a mapping, got {value!r}")
+            raise ConfigError(f"{where}: expected a mapping, got {_shown(value)}")
         return {str(k): _parse(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return from_wire(typing.cast(type, hint), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+        raise ConfigError(f"{where}: expected {hint.__name__}, got {_shown(value)}")
     return value
+
+
+def _shown(value: object) -> str:
+    """Return the beginning of a value's repr, for a message."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _parse_union(choices: tuple[Hint, ...], value: object, where: str) -> Plain:

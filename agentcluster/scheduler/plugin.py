@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import importlib
 import logging
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from distributed import Scheduler, Status
 from distributed.comm.core import Comm, CommClosedError
-from distributed.core import ErrorMessage, PooledRPCCall, error_message
+from distributed.core import PooledRPCCall
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from agentcluster import modes
@@ -32,12 +31,9 @@ from agentcluster.scheduler import managers, metrics
 from agentcluster.scheduler.controller import Controller
 from agentcluster.scheduler.planning.nodes import SETTLED, Node, Registry
 from agentcluster.scheduler.rollouts import NodeEvents, Plain
-from agentcluster.wire import PLUGIN, RETIRED, check_protocol, from_wire, spoken, to_wire
+from agentcluster.wire import PLUGIN, RETIRED, check_protocol, from_wire, handler, spoken, to_wire
 
 logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 #: Methods of :class:`AgentPlugin` that become handlers of the scheduler.
 CALLS = (
@@ -45,22 +41,6 @@ CALLS = (
     *("await_demand", "get_provision_mode", "set_provision_mode", "reprovision_nodes", "scale_nodes", "adapt_nodes"),
     *("retire_node", "retire_node_workers", "undo_rollout", "rollout_status", "control_rollout"),
 )
-
-
-def _handler(call: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T | ErrorMessage]]:
-    """Return a call as a handler: errors of agentcluster are its answers.
-
-    An exception that a handler raises would be logged by the scheduler with a traceback, as a fault.
-    """
-
-    @functools.wraps(call)
-    async def handler(*args: P.args, **kwargs: P.kwargs) -> T | ErrorMessage:
-        try:
-            return await call(*args, **kwargs)
-        except (AgentClusterError, TimeoutError) as error:
-            return error_message(error, status="uncaught-error")
-
-    return handler
 
 
 class BackgroundTasks:
@@ -250,7 +230,7 @@ class AgentPlugin(SchedulerPlugin):
         self.controller = Controller(scheduler, self.registry, config, self._events, names)
         self.connections = AgentConnections(self.controller, self._tasks)
         scheduler.add_plugin(self.controller.demand)
-        scheduler.handlers.update({call: _handler(getattr(self, call)) for call in CALLS})
+        scheduler.handlers.update({call: handler(getattr(self, call)) for call in CALLS})
         self._tasks.spawn(self.connections.expire(config.node_ttl), "expire nodes")
         metrics.publish(scheduler, self.registry, self.controller.totals)
         self._add_dashboard()
