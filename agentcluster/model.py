@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NewType
 
 from agentcluster.tables import text_table
+from agentcluster.wire import Plain
 
 NodeName = NewType("NodeName", str)
 WorkerName = NewType("WorkerName", str)
@@ -17,6 +18,9 @@ Address = NewType("Address", str)
 
 #: Kind of a worker: ``cpu`` and ``gpu`` have resources of these names, ``custom`` is as the user wrote it.
 Kind = Literal["cpu", "gpu", "custom"]
+
+#: What is shown in place of a value that may be a secret.
+HIDDEN = "…"
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,31 @@ class Mode:
     name: str
     config: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Mode(name={self.name!r}, config={without_env(dict(self.config))!r})"
+
+
+def without_env(data: Plain) -> Plain:
+    """Return plain data with the names of environment variables, and without their values.
+
+    Parameters
+    ----------
+    data
+        Plain data, with mappings of variables below keys ``env`` at any depth.
+
+    Returns
+    -------
+    Plain
+        A copy in which :data:`HIDDEN` is the value of each of those variables.
+    """
+    if isinstance(data, Mapping):
+        hidden = data.get("env")
+        shown = {key: without_env(value) for key, value in data.items()}
+        return {**shown, "env": dict.fromkeys(hidden, HIDDEN)} if isinstance(hidden, Mapping) else shown
+    if isinstance(data, list | tuple):
+        return [without_env(each) for each in data]
+    return data
+
 
 @dataclass(frozen=True)
 class WorkerSpec:
@@ -103,24 +132,24 @@ class WorkerSpec:
         Import path of the class, such as ``distributed.Nanny``, or a pickled class (see
         :func:`agentcluster.wire.pickled`).
     options
-        Keyword arguments of that class, without the fields below.
+        Keyword arguments of that class, without the fields below. Not in the repr: they may hold a password.
     nthreads, memory_limit
         Threads and bytes; ``None`` leaves them to the class. ``memory_limit=0`` means no limit, as in dask.
     resources
         Abstract resources that the worker offers, amount by name.
     env
-        Environment variables of the worker's process.
+        Environment variables of the worker's process. Not in the repr.
     devices, device
         For a GPU worker: ids of all the node's devices that the mode uses, and this worker's index among them.
     """
 
     kind: Kind
     cls: str | Mapping[str, str]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     nthreads: int | None = None
     memory_limit: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
     devices: tuple[str, ...] = ()
     device: int | None = None
 

@@ -341,12 +341,14 @@ def check_env(path: OptionPath, value: object) -> dict[str, str]:
     """
     allowed = "text or numbers by variable name, such as {'OMP_NUM_THREADS': 1}"
     if not isinstance(value, Mapping):
-        raise path.not_allowed(value, allowed)
+        raise path.error(f"a value of type {type(value).__name__} is not allowed; give {allowed}")  # no secret is shown
     for name, text in value.items():
         if not isinstance(name, str) or not name or "=" in name or "\0" in name:
             raise path.not_allowed(name, allowed)
         if not (isinstance(text, str) and "\0" not in text) and not is_number(text):
-            raise path.at(name).not_allowed(text, "text or a number")
+            raise path.at(name).error(
+                f"a value of type {type(text).__name__} is not allowed; give a number, or text without NUL"
+            )
     return {name: str(text) for name, text in value.items()}
 
 

@@ -33,8 +33,8 @@ pytestmark = pytest.mark.usefixtures("by_value")
 
 QUIET = {"scheduler_options": {"dashboard": False, "dashboard_address": ":0"}}
 ONE = {"nworkers": 1, "nthreads": 1}
-NEXT = {**ONE, "env": {"PLAN": "next"}}
-OTHER = {**ONE, "env": {"PLAN": "other"}}
+NEXT = {**ONE, "resources": {"next": 1}}
+OTHER = {**ONE, "resources": {"other": 1}}
 
 #: In the order of their names, which is that of a rollout; the order in which they joined is another one.
 ALL = ["local", "local.2", "local.3"]
@@ -75,9 +75,9 @@ def names(cluster: AgentCluster) -> set[str]:
 
 
 def plans(cluster: AgentCluster) -> dict[str, str]:
-    """Return node name -> the PLAN of its workers, "" for the first one."""
+    """Return node name -> what its workers offer, besides a CPU; "" for the first plan."""
     return {
-        name: ",".join(spec["env"].get("PLAN", "") for spec in node["plan"].values())
+        name: ",".join("".join(set(spec["resources"]) - {"CPU"}) for spec in node["plan"].values())
         for name, node in cluster.nodes.items()
     }
 

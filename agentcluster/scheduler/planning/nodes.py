@@ -24,7 +24,7 @@ from typing import Any, Literal
 from dask.utils import natural_sort_key
 
 from agentcluster.errors import NodeExists, NodeNotFound
-from agentcluster.model import Hardware, HostMetrics, Mode, NodePlan, WorkerSpec, WorkerState, like_dask
+from agentcluster.model import Hardware, HostMetrics, Mode, NodePlan, WorkerSpec, WorkerState, like_dask, without_env
 from agentcluster.requests import NodeRegistration
 from agentcluster.wire import to_wire
 
@@ -319,7 +319,7 @@ class Node:
         Returns
         -------
         dict
-            The form in which ``get_nodes`` sends it.
+            The form in which ``get_nodes`` sends it; environment variables have no values there.
         """
         return {
             "name": self.name,
@@ -327,10 +327,10 @@ class Node:
             "address": self.address,
             "state": self.state,
             "mode": self.plan.mode.name,
-            "config": to_wire(self.plan.mode.config),
+            "config": without_env(to_wire(self.plan.mode.config)),
             "revision": self.plan.revision,
             "hardware": to_wire(self.hardware),
-            "plan": to_wire(self.plan.workers),
+            "plan": without_env(to_wire(self.plan.workers)),
             "workers": to_wire(self.workers),
             "metrics": to_wire(self.metrics),
             "problem": self.problem,

@@ -644,7 +644,12 @@ CLS = 'give a class or its import path, such as "dask.distributed.Nanny"'
                 (3, "3"),
             ]
         ),
-        ("auto-cpu", {"env": "A=1"}, "env", f"mode 'auto-cpu', option 'env': 'A=1' is not allowed; {ENV}"),
+        (
+            "auto-cpu",
+            {"env": "A=1"},
+            "env",
+            f"mode 'auto-cpu', option 'env': a value of type str is not allowed; {ENV}",
+        ),
         ("auto-cpu", {"env": {"A=B": "1"}}, "env", f"mode 'auto-cpu', option 'env': 'A=B' is not allowed; {ENV}"),
         ("auto-cpu", {"env": {1: "1"}}, "env", f"mode 'auto-cpu', option 'env': 1 is not allowed; {ENV}"),
         *(
@@ -652,7 +657,8 @@ CLS = 'give a class or its import path, such as "dask.distributed.Nanny"'
                 "auto-cpu",
                 {"env": {"A": value}},
                 "env.A",
-                f"mode 'auto-cpu', option 'env.A': {value!r} is not allowed; give text or a number",
+                f"mode 'auto-cpu', option 'env.A': a value of type {type(value).__name__} is not allowed; give a "
+                "number, or text without NUL",
             )
             for value in (True, None, ["x"], "nul\0")
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -30,7 +31,7 @@ def cpu(nthreads: int) -> WorkerSpec:
 
 def counted(specs: Iterable[WorkerSpec]) -> Counter[str]:
     """Count specs; their text is equal when they are, and they cannot be hashed."""
-    return Counter(map(repr, specs))
+    return Counter(str(dataclasses.asdict(spec)) for spec in specs)
 
 
 MODE = Mode("auto-cpu")
