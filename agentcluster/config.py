@@ -76,6 +76,9 @@ class Config:
         Number of the last lines of output that are kept for each node.
     ssh_keepalive_interval
         Seconds between keepalive requests on an SSH connection.
+    secret_file
+        Path of the secret by which this user's clusters and agents in standby know each other on one machine; ``None``
+        for the user's folder of states.
     ssh_keepalive_count
         Number of unanswered keepalive requests after which an SSH connection is lost.
     """
@@ -94,6 +97,7 @@ class Config:
     worker_restart_backoff_max: float
     forkserver_preload: tuple[str, ...]
     log_lines: int
+    secret_file: str | None
     ssh_keepalive_interval: float
     ssh_keepalive_count: int
 
@@ -172,6 +176,13 @@ def _name(key: str, value: object) -> str | None:
     raise _wrong(key, value, "a name, or null for the hostname")
 
 
+def _path(key: str, value: object) -> str | None:
+    """Read the path of a file."""
+    if value is None or (isinstance(value, str) and value.strip()):
+        return value
+    raise _wrong(key, value, "the path of a file, or null for the default")
+
+
 def _modules(key: str, value: object) -> tuple[str, ...]:
     """Read names of modules."""
     if isinstance(value, list | tuple) and all(
@@ -197,6 +208,7 @@ _READERS: Mapping[str, Callable[[str, object], Any]] = {
     f"{ROOT}.worker.restart.backoff-max": parse_seconds,
     f"{ROOT}.forkserver.preload": _modules,
     f"{ROOT}.log.lines": _integer(1),
+    f"{ROOT}.secret-file": _path,
     f"{ROOT}.ssh.keepalive-interval": parse_seconds,
     f"{ROOT}.ssh.keepalive-count": _integer(1),
 }

@@ -6,10 +6,15 @@ are read here: a launched process always gets text, over its stdin.
 
 from __future__ import annotations
 
+import ipaddress
+import socket
+import warnings
+from datetime import UTC, datetime
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from distributed.comm.addressing import parse_address
+from distributed.comm.addressing import get_address_host_port, parse_address
 from distributed.security import Security
 
 from agentcluster.errors import ConfigError
@@ -17,17 +22,22 @@ from agentcluster.errors import ConfigError
 #: Keyword arguments of :class:`distributed.Security`, or of its connections.
 Arguments: TypeAlias = dict[str, Any]
 
+#: Address of this machine that no other can reach.
+LOOPBACK = "127.0.0.1"
+
 _COMMON = ("require_encryption", "tls_ciphers", "tls_min_version", "tls_max_version", "tls_ca_file")
 
 
-def resolve_credentials(security: Security | bool | Arguments | None, *, remote: bool, attached: list[str]) -> Security:
+def resolve_credentials(
+    security: Security | bool | Arguments | str | PathLike[str] | None, *, remote: bool, attached: list[str]
+) -> Security:
     """Return the credentials of a cluster.
 
     Parameters
     ----------
     security
-        The user's argument. None means temporary credentials as soon as a node is on another machine; True always;
-        False never.
+        The user's argument. None means TLS as soon as a process is on another machine; True always; False never. A path
+        is that of a folder for :func:`credentials`.
     remote
         Whether a process is launched on another machine.
     attached
@@ -39,26 +49,118 @@ def resolve_credentials(security: Security | bool | Arguments | None, *, remote:
         When encryption is asked for, or needed, and an attached agent is reached without; for a mapping without
         credentials.
     """
+    if isinstance(security, str | PathLike):
+        security = credentials(security)
     if isinstance(security, dict):
         security = _from_mapping(security)
     if security is None:
-        security = remote
+        security = remote or any(not is_private(address) for address in attached)
     if security is True:
-        plain = [address for address in attached if address.startswith("tcp://")]
-        if plain:
-            raise ConfigError(
-                f"agent {plain[0]} is reached without encryption, so it cannot be given this cluster's temporary "
-                f"credentials; start it with --tls-ca-file, --tls-cert and --tls-key and pass security=Security(…), "
-                f"or turn encryption off with security=False",
-                key="security",
-            )
+        if attached:
+            raise ConfigError(_attached_problem(attached), key="security")
         temporary: Security = Security.temporary()
         return temporary
     if security is False:
         return Security()
     if not isinstance(security, Security):
-        raise ConfigError(f"security={security!r} must be None, True, False or a distributed.Security", key="security")
+        raise ConfigError(
+            f"security={security!r} must be None, True, False, a distributed.Security, or a folder of credentials",
+            key="security",
+        )
     return security
+
+
+def is_private(address: str) -> bool:
+    """Return whether an agent is reached without TLS and on this machine.
+
+    Parameters
+    ----------
+    address
+        Address of the agent.
+    """
+    return address.startswith("tcp://") and is_loopback(get_address_host_port(address)[0])
+
+
+def _attached_problem(addresses: list[str]) -> str:
+    """Return why the cluster cannot make credentials for agents that run already."""
+    plain = [address for address in addresses if address.startswith("tcp://")]
+    if plain:
+        return (
+            f"agent {plain[0]} is reached without encryption, so it cannot be given this cluster's temporary "
+            f"credentials; start it with --credentials DIR (made by `agentcluster credentials DIR`) and a "
+            f"--listen-address with tls://, and pass security=DIR; or turn encryption off with security=False"
+        )
+    return (
+        f"agent {addresses[0]} has credentials of its own, so it cannot be given this cluster's temporary ones; pass "
+        f"the same to this cluster, security=DIR or security=Security(…)"
+    )
+
+
+#: Roles of processes with a certificate; agents have that of their workers.
+ROLES = ("scheduler", "worker", "client")
+
+#: Days before the expiry of a certificate from which on there are warnings.
+SOON = 14
+
+
+def credentials(folder: str | PathLike[str], *roles: str) -> Security:
+    """Return the credentials in a folder that ``agentcluster credentials`` wrote.
+
+    Parameters
+    ----------
+    folder
+        Path of the folder.
+    *roles
+        Roles whose certificates must be there: ``scheduler``, ``worker``, ``client``; default is those that are there,
+        at least one.
+
+    Returns
+    -------
+    Security
+        The credentials, which require encryption; also for ``Client(security=…)`` and ``Scheduler(security=…)``.
+
+    Raises
+    ------
+    ConfigError
+        When a file is missing or cannot be read, or a certificate has expired.
+
+    Warns
+    -----
+    UserWarning
+        When a certificate expires within two weeks.
+    """
+    place = Path(folder).expanduser()
+    found = roles or tuple(role for role in ROLES if (place / f"{role}.pem").exists()) or ROLES
+    names = {"tls_ca_file": "ca.pem"}
+    for role in found:
+        names |= {f"tls_{role}_cert": f"{role}.pem", f"tls_{role}_key": f"{role}.key"}
+    for name in names.values():
+        if not (place / name).is_file():
+            raise ConfigError(
+                f"credentials {str(folder)!r}: there is no {name}; `agentcluster credentials DIR` makes the files",
+                key="security",
+            )
+    _check_expiry([place / name for name in names.values() if name.endswith(".pem")])
+    return Security(require_encryption=True, **{key: str(place / name) for key, name in names.items()})
+
+
+def _check_expiry(paths: list[Path]) -> None:
+    """Refuse expired certificates; warn about those that expire soon."""
+    from cryptography import x509  # only who has credentials in files needs it
+
+    found: list[tuple[datetime, Path]] = []
+    for path in paths:
+        try:
+            found.append((x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc, path))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"certificate {str(path)!r} cannot be read: {error}", key="security") from None
+    ends, first = min(found)
+    left = ends - datetime.now(UTC)
+    remedy = f"`agentcluster credentials {first.parent} --renew`, where its ca.key is, makes others"
+    if left.total_seconds() <= 0:
+        raise ConfigError(f"certificate {str(first)!r} expired on {ends:%Y-%m-%d}; {remedy}", key="security")
+    if left.days < SOON:
+        warnings.warn(f"certificate {str(first)!r} expires on {ends:%Y-%m-%d}; {remedy}", UserWarning, stacklevel=3)
 
 
 def _from_mapping(arguments: Arguments) -> Security:
@@ -119,6 +221,17 @@ def has_credentials(security: Security) -> bool:
     return bool(getattr(security, "tls_ca_file", None) or security.require_encryption)
 
 
+def has_certificates(security: Security) -> bool:
+    """Return whether an agent has what it needs to listen with TLS.
+
+    Parameters
+    ----------
+    security
+        Credentials of the agent, perhaps empty.
+    """
+    return all(getattr(security, field, None) for field in ("tls_ca_file", "tls_worker_cert", "tls_worker_key"))
+
+
 def _read(field: str, path: str) -> str:
     try:
         return Path(path).read_text()
@@ -154,8 +267,8 @@ def connection_args(security: Security, address: str | None) -> Arguments:
         raise ConfigError(f"{address} is not encrypted, and encryption is required here; use tls://", key="security")
     if scheme == "tls" and arguments.get("ssl_context") is None:
         raise ConfigError(
-            f"{address} speaks TLS, which needs credentials: give --tls-ca-file, --tls-cert and --tls-key "
-            f"(security=Security(tls_ca_file=…, tls_worker_cert=…, tls_worker_key=…))",
+            f"{address} speaks TLS, which needs credentials: give --credentials DIR, or --tls-ca-file, --tls-cert and "
+            f"--tls-key (security=Security(tls_ca_file=…, tls_worker_cert=…, tls_worker_key=…))",
             key="security",
         )
     return arguments
@@ -163,3 +276,18 @@ def connection_args(security: Security, address: str | None) -> Arguments:
 
 def _is_path(value: object) -> bool:
     return isinstance(value, str) and "\n" not in value
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host can be reached from this machine alone.
+
+    Parameters
+    ----------
+    host
+        An IP address, or a name; one that is not known is not loopback.
+    """
+    try:
+        found = {entry[4][0] for entry in socket.getaddrinfo(host, None)} if host else set()
+    except OSError:
+        return False
+    return bool(found) and all(ipaddress.ip_address(str(each).partition("%")[0]).is_loopback for each in found)

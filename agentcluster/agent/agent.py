@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import socket
-from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 from distributed.comm.core import Comm, CommClosedError
-from distributed.core import ErrorMessage, Server, Status, error_message
+from distributed.core import Server, Status
 from distributed.security import Security
 
 from agentcluster import modes
@@ -37,12 +36,12 @@ from agentcluster.agent.options import (
 from agentcluster.agent.registration import IS_IT_THERE, Registration, StandaloneRegistration, Terms
 from agentcluster.agent.supervisor import Supervisor
 from agentcluster.config import Config, warn_untested
-from agentcluster.errors import AgentClusterError, ConfigError, SchedulerUnfit, WorkerStartError
+from agentcluster.errors import ConfigError, SchedulerUnfit, WorkerStartError
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.requests import NodeRegistration
 from agentcluster.security import connection_args
 from agentcluster.units import parse_seconds
-from agentcluster.wire import check_protocol, from_wire, spoken, to_wire, unpickled
+from agentcluster.wire import from_wire, handler, to_wire
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ JOIN_GRACE = 2.0
 
 @dataclass(frozen=True)
 class _Membership:
-    """Settings of the node in one cluster: those of the agent itself, or those of a cluster that adopts it.
+    """Settings of the node in its cluster.
 
     Attributes
     ----------
@@ -76,11 +75,6 @@ class _Membership:
     def external_name(self) -> str | int | None:
         """The name by which a cluster manager knows the node's workers; a cluster of agents knows the node itself."""
         return None if self.lasting else self.name
-
-    def adopted(self, name: str | None, options: WorkerOptions) -> _Membership:
-        """Return the settings in a cluster that adopts the agent: it decides the mode, and adds options."""
-        merged = {**self.options, **options}
-        return replace(self, name=name or self.name, options=merged, lasting=True, mode=None, fallback=None)
 
     def request(self, name: str, address: str, hardware: Hardware) -> NodeRegistration:
         """Return the request that registers the node."""
@@ -122,8 +116,7 @@ class Agent(Server):
     Parameters
     ----------
     scheduler : str, optional
-        Address of the scheduler. Without one, here or in dask's configuration as ``scheduler-address``, the agent is in
-        standby until it is adopted; a `lasting` one does not look there.
+        Address of the scheduler; default is ``scheduler-address`` in dask's configuration, but for a `lasting` one.
     name : str or int, optional
         The node's name; default is the host's own name, made unique by the scheduler. Given to an agent that is not
         `lasting` it is also the name of its first worker, as for ``dask worker``, and stays one of its workers'.
@@ -139,13 +132,11 @@ class Agent(Server):
         Where the agent and its workers listen, as for a Nanny.
     port : int, optional
         Port of the agent; default is any free one.
-    listen_host : str, optional
-        Where the agent itself listens, if elsewhere than its workers.
     death_timeout : str or float, optional
         Seconds for reaching the scheduler; default is ``distributed.comm.timeouts.connect``.
     lasting : bool, optional
         Stay when the last worker was retired, by a client or a cluster manager, and wait for others; without it the
-        agent ends then, as ``dask worker`` does. An agent that was adopted stays.
+        agent ends then, as ``dask worker`` does.
     **worker_options
         Keyword arguments for every worker on this host, whatever its mode (``local_directory``, ``resources``, …), and
         ``labels``, words about the host such as ``{"rack": "a"}`` by which its node can be chosen. An agent that is not
@@ -156,8 +147,8 @@ class Agent(Server):
     ----------
     node_name : str
         The name that the scheduler gave the node.
-    scheduler_address : str or None
-        The scheduler that the node belongs to; None in standby.
+    scheduler_address : str
+        The scheduler that the node belongs to.
     hardware : Hardware
         The hardware of the host.
     """
@@ -175,7 +166,6 @@ class Agent(Server):
         interface: str | None = None,
         protocol: str | None = None,
         port: int | None = None,
-        listen_host: str | None = None,
         death_timeout: str | float | None = None,
         lasting: bool = False,
         **worker_options: Any,
@@ -189,21 +179,23 @@ class Agent(Server):
         warn_untested()
         self.settings = Config.load()
         self.security = security if isinstance(security, Security) else Security(**(security or {}))
-        self.scheduler_address = None if scheduler is None else scheduler_address(scheduler)
+        if scheduler is None:
+            raise ConfigError("an agent needs the address of its scheduler, such as Agent('tcp://10.0.0.1:8786')")
+        self.scheduler_address = scheduler_address(scheduler)
         self.death_timeout = None
         if death_timeout is not None:
             self.death_timeout = parse_seconds("death_timeout", death_timeout, call="Agent")
-        self._own = _Membership(
+        self._membership = _Membership(
             name=name if name is not None else self.settings.node_name,
             options=worker_options,
             lasting=lasting,
             mode=None if mode is None else modes.parse(mode, config),
             fallback=None if fallback is None else modes.parse(fallback),
         )
-        self._wanted_port, self._listen_host = port or 0, listen_host
+        self._wanted_port = port or 0
         self._listen_options: WorkerOptions = {"host": host, "interface": interface, "protocol": protocol}
         # The host.
-        self.node_name = str(self._own.name if self._own.name is not None else socket.gethostname())
+        self.node_name = str(self._membership.name if self._membership.name is not None else socket.gethostname())
         self.hardware = Hardware(self.node_name, 0, 0)
         # The cluster that the node belongs to.
         self._registration: Registration | None = None
@@ -213,12 +205,12 @@ class Agent(Server):
         self._terminating: list[Comm] = []
         self._exit_stack = contextlib.ExitStack()
         self._lines = LastLines(self.settings.log_lines)
-        calls: list[Callable[..., object]] = [
+        calls: list[Callable[..., Awaitable[object]]] = [
             *(self.check_workers, self.start_workers, self.stop_workers, self.rename_workers),
-            *(self.agent_logs, self.adopt, self.terminate),
+            *(self.agent_logs, self.terminate),
         ]
         super().__init__(
-            handlers={call.__name__: call for call in calls},
+            handlers={call.__name__: handler(call) for call in calls},
             connection_args=connection_args(self.security, self.scheduler_address),
             # Otherwise a lock file stays open for as long as dask remembers the agent's handlers.
             needs_workdir=False,
@@ -241,7 +233,7 @@ class Agent(Server):
         try:
             await self.start()
         except TimeoutError:
-            if self.scheduler_address is None or self.death_timeout is None:
+            if self.death_timeout is None:
                 raise
             raise TimeoutError(
                 f"scheduler at {self.scheduler_address} did not take this agent within {self.death_timeout:g} s; "
@@ -251,12 +243,12 @@ class Agent(Server):
             # A server hides the reason in "Agent failed to start".
             cause = error.__cause__ or error
             if isinstance(cause, MemoryError):  # of a peer with another protocol: its first bytes are read as a length
-                raise SchedulerUnfit(str(self.scheduler_address), "the server there is not a scheduler") from None
+                raise SchedulerUnfit(self.scheduler_address, "the server there is not a scheduler") from None
             raise cause from None
         return self
 
     async def start_unsafe(self) -> Agent:
-        """Listen, detect the hardware, and join the scheduler if the agent was given one; called by dask.
+        """Listen, detect the hardware, and join the scheduler; called by dask.
 
         Raises
         ------
@@ -268,12 +260,11 @@ class Agent(Server):
         self._exit_stack.callback(self._lines.end)
         self._lines.begin()
         self._exit_stack.callback(StartMethod.release)
-        StartMethod.acquire(dashboard=bool(self._own.options.get("dashboard")))
+        StartMethod.acquire(dashboard=bool(self._membership.options.get("dashboard")))
         await super().start_unsafe()
         self.hardware = await asyncio.to_thread(hardware.detect)
         await self._listen()
-        if self.scheduler_address is not None:
-            await self._join(self.scheduler_address, self._own, on_end=self._end)
+        await self._join()
         return self
 
     async def _listen(self) -> None:
@@ -284,7 +275,6 @@ class Agent(Server):
                 self.security,
                 **self._listen_options,
                 port=self._wanted_port,
-                listen_host=self._listen_host,
             )
             connection_args(self.security, where)
             await self.listen(where, **self.security.get_listen_args("worker"))
@@ -292,15 +282,14 @@ class Agent(Server):
             raise
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else " ".join(map(str, error.args))
-            raise ConfigError(
-                f"cannot listen at {where}: {why}; check host, interface, protocol and port (--listen-address)"
-            ) from error
+            raise ConfigError(f"cannot listen at {where}: {why}; check host, interface, protocol and port") from error
 
-    async def _join(self, scheduler: str, membership: _Membership, *, on_end: Callable[[str], None]) -> None:
+    async def _join(self) -> None:
         """Register the node; without the plugin at the scheduler, run the mode that the agent itself was given."""
+        membership = self._membership
         node = membership.request(self.node_name, self.address, self.hardware)
-        terms = membership.terms(scheduler, self.security, self.settings, self._listen_options)
-        registration = Registration(terms, on_end)
+        terms = membership.terms(self.scheduler_address, self.security, self.settings, self._listen_options)
+        registration = Registration(terms, self._end)
         try:
             await registration.join(node, self.death_timeout)
         except SchedulerUnfit as unfit:
@@ -309,28 +298,11 @@ class Agent(Server):
                 raise
             logger.warning("Node %s cannot be reprovisioned: %s", self.node_name, unfit)
             # Known before it has joined, so that its workers are stopped when the agent is closed meanwhile.
-            self._registration = registration = StandaloneRegistration(terms, on_end, mode=mode)
+            self._registration = registration = StandaloneRegistration(terms, self._end, mode=mode)
             await registration.join(node, self.death_timeout)
         self.node_name = registration.name
         self._registration = registration
         self._joined.set()
-
-    def introduction(self) -> dict[str, object]:
-        """Return the facts that a launcher needs of an agent that is ready.
-
-        Returns
-        -------
-        dict
-            ``address``, ``pid``, ``name``, ``hardware`` as plain data, and the versions of the protocol and of
-            agentcluster.
-        """
-        return {
-            "address": self.address,
-            "pid": os.getpid(),
-            "name": self.node_name,
-            "hardware": to_wire(self.hardware),
-            **spoken(),
-        }
 
     async def provisioned(self) -> str | None:
         """Wait until this node has all workers of its plan.
@@ -338,7 +310,7 @@ class Agent(Server):
         Returns
         -------
         str or None
-            Name of the workers' mode; None in standby.
+            Name of the workers' mode; None before the agent has joined.
 
         Raises
         ------
@@ -364,13 +336,6 @@ class Agent(Server):
         """
         if self._registration is not None and not hurry.is_set():
             await _wait_for_first(self._registration.retire(), hurry.wait())
-
-    async def leave(self) -> None:
-        """Stop the workers and take this node from the scheduler; the agent stays."""
-        self._joined.clear()
-        registration, self._registration = self._registration, None
-        if registration is not None:
-            await registration.leave()
 
     async def close(self, timeout: float | None = None, reason: str = "agent-close") -> str:  # type: ignore[override]
         """Stop the workers, leave the scheduler, and end; all callers wait for the same end.
@@ -401,7 +366,10 @@ class Agent(Server):
         self.status = Status.closing
         if not reason.startswith("failure-to-start"):  # the caller shows that error
             logger.info("Closing agent of node %s. Reason: %s", self.node_name, reason)
-        await self.leave()
+        self._joined.clear()
+        registration, self._registration = self._registration, None
+        if registration is not None:
+            await registration.leave()
         for comm in self._terminating:
             with contextlib.suppress(CommClosedError, OSError):
                 await comm.write("OK")
@@ -409,6 +377,10 @@ class Agent(Server):
         await super().close()
         self._exit_stack.close()
         return "OK"
+
+    async def ended(self) -> None:
+        """Wait until the agent has ended."""
+        await self.finished()
 
     # -- calls of the scheduler ----------------------------------------------------------------------------------------
 
@@ -475,18 +447,16 @@ class Agent(Server):
         return self._lines.lines()
 
     async def _supervisor(self) -> Supervisor:
-        """Return the supervisor of the caller's workers, or raise :class:`ConfigError` in standby."""
-        # The scheduler may call as soon as it has this node, before its answer has come back here. But a call of a
-        # cluster that let go must not reach the workers of the next.
-        scheduler = self.scheduler_address
+        """Return the supervisor of this node's workers, or raise :class:`ConfigError` where it has not joined."""
+        # The scheduler may call as soon as it has this node, before its answer has come back here.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(JOIN_GRACE):
                 await self._joined.wait()
-        if self._registration is None or self.scheduler_address != scheduler:
-            raise ConfigError(f"agent of node {self.node_name!r} is in standby: it belongs to no cluster")
+        if self._registration is None:
+            raise ConfigError(f"agent of node {self.node_name!r} belongs to no cluster")
         return self._registration.supervisor
 
-    # -- calls of a cluster and of an operator -------------------------------------------------------------------------
+    # -- calls of an operator ------------------------------------------------------------------------------------------
 
     async def terminate(self, comm: Comm, reason: str = "terminate") -> Status:
         """Close; the answer comes when the workers have ended.
@@ -501,73 +471,6 @@ class Agent(Server):
         self._terminating.append(comm)
         await self.close(reason=reason)
         return Status.dont_reply
-
-    async def adopt(
-        self,
-        comm: Comm,
-        scheduler: str = "",
-        name: str | None = None,
-        options: Mapping[str, object] | None = None,
-        protocol: object = None,
-        version: object = None,
-        **newer: object,
-    ) -> ErrorMessage | Status:
-        """Join a cluster for as long as the caller keeps this connection open; one cluster at a time.
-
-        The answer is ``{"address", "pid", "hardware", "name"}`` with the agent's versions. Any message, the end of the
-        connection or the end of the scheduler stops the workers and returns the agent to standby; the connection is
-        closed after that.
-
-        Parameters
-        ----------
-        comm
-            Connection to the caller.
-        scheduler
-            Address of the cluster's scheduler.
-        name
-            Name for the node; default is the agent's own.
-        options
-            Keyword arguments for every worker, beside those of the agent.
-        protocol, version
-            Versions of the caller (:func:`agentcluster.wire.spoken`); another protocol is refused before anything else
-            of the message is read.
-        **newer
-            Arguments of a newer protocol.
-        """
-        try:
-            check_protocol(
-                f"the cluster at {comm.peer_address}", protocol, version, here=f"the agent at {self.address}"
-            )
-            if self.scheduler_address is not None:
-                raise ConfigError(
-                    f"agent at {self.address} already belongs to the cluster at {self.scheduler_address}; "
-                    f"close that cluster first"
-                )
-        except ConfigError as refused:  # also VersionMismatch
-            return error_message(refused, status="uncaught-error")
-        self.scheduler_address = scheduler
-        try:
-            await self._serve(comm, scheduler, self._own.adopted(name, unpickled(options or {})))
-        finally:
-            await self.leave()
-            logger.info("Agent of node %s was released by %s", self.node_name, scheduler)
-            self.scheduler_address = None
-            await comm.close()
-        return Status.dont_reply
-
-    async def _serve(self, comm: Comm, scheduler: str, membership: _Membership) -> None:
-        """Join a cluster, answer its `comm`, and wait for the end of either; errors of joining are the answer."""
-        released = asyncio.Event()
-        self.node_name = str(membership.name or self.hardware.hostname)
-        try:
-            await self._join(scheduler, membership, on_end=lambda reason: released.set())
-            await comm.write({"status": "OK", **self.introduction()})
-            await _wait_for_first(comm.read(), released.wait())
-        except AgentClusterError as error:
-            await comm.write(error_message(error, status="uncaught-error"))
-        except (OSError, CommClosedError) as error:
-            with contextlib.suppress(OSError, CommClosedError):
-                await comm.write(error_message(SchedulerUnfit(scheduler, str(error)), status="uncaught-error"))
 
 
 async def _wait_for_first(*awaitables: Coroutine[object, object, object]) -> None:

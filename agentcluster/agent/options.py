@@ -190,7 +190,6 @@ def listen_address(
     interface: str | None,
     protocol: str | None,
     port: int,
-    listen_host: str | None,
 ) -> str:
     """Return the address that an agent listens at.
 
@@ -201,21 +200,16 @@ def listen_address(
     security
         The agent's credentials.
     host, interface, protocol
-        Where the agent and its workers listen.
+        Where the agent and its workers listen; a host can have a protocol.
     port
         The agent's port; 0 for any.
-    listen_host
-        Where the agent itself listens, if elsewhere than its workers.
 
     Raises
     ------
     ValueError, OSError
         Dask's own error for values that it cannot use.
     """
-    if listen_host:
-        host, interface = listen_host, None
-        protocol = None if "://" in host else protocol
-    elif scheduler is not None:
+    if scheduler is not None:
         protocol = protocol or scheduler.split("://")[0]
         if not host and not interface:
             host = unparse_host_port(get_ip(get_address_host(scheduler)))

@@ -21,6 +21,7 @@ from distributed.comm.addressing import get_address_host_port
 from distributed.compatibility import asyncio_run
 from distributed.config import get_loop_factory
 from distributed.proctitle import enable_proctitle_on_children, enable_proctitle_on_current
+from distributed.security import Security
 from distributed.utils import import_term
 
 from agentcluster.agent.agent import Agent
@@ -40,9 +41,11 @@ from agentcluster.cli.dask_agent_options import (
     is_given,
     with_spec,
 )
+from agentcluster.cli.standby import Standby
 from agentcluster.errors import AgentClusterError, ConfigError, one_line, suggest
 from agentcluster.model import Mode
 from agentcluster.modes import names, parse
+from agentcluster.security import credentials
 from agentcluster.units import parse_seconds
 
 logger = logging.getLogger("agentcluster.cli")
@@ -87,7 +90,19 @@ logger = logging.getLogger("agentcluster.cli")
     default=None,
     metavar="ADDRESS",
     help="Address at which the worker listens, if there is one worker, such as tcp://0.0.0.0:9000. With --standby: "
-    "address at which the agent listens.",
+    "address at which the agent listens; without TLS it is on this machine alone.",
+)
+@click.option(
+    "--credentials",
+    default=None,
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Folder that `agentcluster credentials` wrote, in place of --tls-ca-file, --tls-cert and --tls-key.",
+)
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help="With --standby: listen without TLS where others can connect; any of them can run code as this user.",
 )
 @click.version_option(package_name="agentcluster")
 @click.pass_context
@@ -144,7 +159,7 @@ def _arguments(options: Values, given: IsGiven) -> Values:
     options = {**options, **_addresses(options)}
     mode = _mode(options, given)
     _check_ports(options, mode)
-    security = {
+    security: Security | Values = {
         key: options[option]
         for key, option in (
             ("tls_ca_file", "tls_ca_file"),
@@ -153,9 +168,12 @@ def _arguments(options: Values, given: IsGiven) -> Values:
         )
         if options[option] is not None
     }
+    if options["credentials"]:
+        if security:
+            raise ConfigError("--credentials cannot be given with --tls-ca-file, --tls-cert or --tls-key: it has them")
+        security = credentials(options["credentials"], "worker")
     arguments = {
         "scheduler": scheduler,
-        "lasting": options["standby"] or None,
         "name": _as_number(options["name"]),
         "mode": mode,
         "security": security,
@@ -168,6 +186,12 @@ def _arguments(options: Values, given: IsGiven) -> Values:
     }
     if options["standby"] and options["listen_address"]:
         arguments.update(_listen(options["listen_address"], options))
+    if options["insecure"]:
+        if not options["standby"]:
+            raise ConfigError(
+                "--insecure cannot be given without --standby: it is about the port of an agent in standby"
+            )
+        arguments["insecure"] = True
     return {key: value for key, value in arguments.items() if value is not None}
 
 
@@ -336,7 +360,7 @@ async def _run(arguments: Values, notify: Notifier) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, end, signal.SIGTERM, ended)
     loop.add_signal_handler(signal.SIGINT, end, signal.SIGINT, ended, hurry)
-    agent = Agent(**arguments)
+    agent = Agent(**arguments) if "scheduler" in arguments else Standby(**arguments)
     work = asyncio.ensure_future(_live(agent, notify))
     over = asyncio.ensure_future(ended.wait())
     try:
@@ -353,10 +377,10 @@ async def _run(arguments: Values, notify: Notifier) -> None:
         await agent.close(reason="signal" if ended.is_set() else "end")
 
 
-async def _live(agent: Agent, notify: Notifier) -> None:
+async def _live(agent: Agent | Standby, notify: Notifier) -> None:
     """Start an agent, announce that it is ready, and wait for its end."""
     await agent
-    if agent.scheduler_address is None:
+    if isinstance(agent, Standby):
         click.echo(f"Standing by at {agent.address}", err=True)
         notify(f"Listens at {agent.address} for a cluster to adopt it", state="READY")
     else:

@@ -73,7 +73,7 @@ SECTIONS = {
         *("host", "interface", "protocol", "listen_address", "contact_address", "worker_port", "nanny_port"),
         *("dashboard", "dashboard_address"),
     ),
-    "Encryption": ("tls_ca_file", "tls_cert", "tls_key"),
+    "Encryption": ("credentials", "tls_ca_file", "tls_cert", "tls_key", "insecure"),
     "All workers, in every mode": (
         *("resources", "local_directory", "preload", "preload_argv", "preload_nanny"),
         *("lifetime", "lifetime_stagger", "lifetime_restart"),

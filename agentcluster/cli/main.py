@@ -11,6 +11,7 @@ import click
 from distributed import Client, Future, wait
 
 from agentcluster.cli.commands import events, logs, nodes, reprovision, scale, top
+from agentcluster.cli.credentials import credentials
 from agentcluster.client.cluster import AgentCluster
 from agentcluster.errors import AgentClusterError, PreflightError
 from agentcluster.tables import count
@@ -33,7 +34,7 @@ def main() -> None:
     """
 
 
-for command in (nodes, reprovision, scale, logs, events, top):
+for command in (nodes, reprovision, scale, logs, events, top, credentials):
     main.add_command(command)
 
 

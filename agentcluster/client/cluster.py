@@ -13,6 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Awaitable, Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any, Literal, Self, TypeAlias, TypeVar, overload
 
 import distributed.deploy.adaptive
@@ -44,7 +45,7 @@ from agentcluster.model import Mode, RolloutStatus
 from agentcluster.reports import AdaptiveLog, Nodes, NodeSnapshot, RolloutReport, ScaleReport
 from agentcluster.requests import Drain, OnFailure, RolloutPolicy, ScaleTarget, Strategy
 from agentcluster.scheduler.plugin import dask_setup
-from agentcluster.security import resolve_credentials
+from agentcluster.security import LOOPBACK, has_credentials, is_private, resolve_credentials
 from agentcluster.shipping import shipped
 from agentcluster.units import parse_nbytes, parse_seconds
 from agentcluster.wire import NO_PLUGIN, PLUGIN, check_protocol, to_wire
@@ -85,9 +86,10 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         Keyword arguments of ``asyncssh.connect``, for all hosts or one per host.
     remote_python : str or list of str, optional
         Path of Python on the SSH hosts; default is the path of this one.
-    security : Security, bool or mapping, optional
-        ``None`` means TLS with temporary credentials as soon as something runs on another machine, ``True`` always,
-        ``False`` never.
+    security : Security, path, bool or mapping, optional
+        ``None`` means TLS as soon as something runs on another machine, with temporary credentials; ``True`` always,
+        ``False`` never. A path is that of a folder that ``agentcluster credentials`` wrote, which agents that run
+        already need. Without another machine, and without a `host` in `scheduler_options`, all listen on loopback.
     on_host_failure : {"raise", "warn"}
         Whether a host that fails to start fails the whole cluster, which then closes, or is left out with a warning.
     name : str, optional
@@ -148,7 +150,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         worker_options: Plain | None = None,
         connect_options: Plain | Sequence[Plain | None] | None = None,
         remote_python: str | Sequence[str | None] | None = None,
-        security: Security | bool | dict[str, Any] | None = None,
+        security: Security | bool | dict[str, Any] | str | PathLike[str] | None = None,
         on_host_failure: Literal["raise", "warn"] = "raise",
         name: str | None = None,
         launch_timeout: str | float | None = None,
@@ -167,12 +169,19 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         joined = is_address(scheduler)
         remote = any(map(is_remote, launchers)) or scheduler not in (None, "local")
         attached = [launcher.where for launcher in launchers if is_address(launcher.where)]
+        alone = not remote and all(map(is_private, attached))
+        scheduler_options = dict(scheduler_options or {})
+        listens = "host" in scheduler_options or "interface" in scheduler_options
+        if alone and not listens and not joined:
+            scheduler_options["host"] = LOOPBACK
+        credentials = resolve_credentials(security, remote=remote and not joined, attached=attached)
         blueprint = Blueprint(
-            security=resolve_credentials(security, remote=remote and not joined, attached=attached),
+            security=credentials,
             worker_options=dict(worker_options or {}),
             launch_options={"connect_options": connect_options, "remote_python": remote_python},
             launch_timeout=_timeout("launch_timeout", launch_timeout, settings.launch_timeout),
             stop_timeout=settings.stop_timeout,
+            alone=alone and not joined and not (listens and (security is False or has_credentials(credentials))),
         )
         first, own = first_modes(mode, config, [launcher.name for launcher in launchers])
         inside: AsyncCluster = self  # type: ignore[assignment]
@@ -193,9 +202,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         try:
             super().__init__(
                 workers={each.name: blueprint.node(each) for each in launchers if not in_standby(each)},
-                scheduler=blueprint.scheduler(
-                    scheduler, dict(scheduler_options or {}), loopback=not remote and not attached
-                ),
+                scheduler=blueprint.scheduler(scheduler, scheduler_options),
                 security=blueprint.security,
                 name=name,
                 asynchronous=asynchronous,
@@ -305,6 +312,16 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
     def nodes(self) -> Nodes:
         """Mapping from a node's name to its state, mode, plan, workers, hardware and load; a table as its repr."""
         return self.view.nodes
+
+    @property
+    def dashboard_link(self) -> str | None:
+        """URL of the scheduler's dashboard, for this machine; None where it has none, see :attr:`dashboard_problem`."""
+        return self.display.dashboard()[0]
+
+    @property
+    def dashboard_problem(self) -> str | None:
+        """Reason why there is no :attr:`dashboard_link`, and the remedy; None where there is one."""
+        return self.display.dashboard()[1]
 
     @property
     def standby(self) -> tuple[str, ...]:
@@ -739,7 +756,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         return self.display.line(super().__repr__())
 
     def _repr_html_(self, cluster_status: str | None = None) -> str:
-        return str(super()._repr_html_(cluster_status)) + self.nodes._repr_html_()
+        return self.display.html(cluster_status) + self.nodes._repr_html_()
 
     def _widget(self) -> object:
         panel = self.display.panel()

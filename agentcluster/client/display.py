@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import html
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import dask
 from dask.utils import parse_timedelta
+from distributed import Scheduler
+from distributed.comm.addressing import get_address_host
 from distributed.core import Status
+from distributed.deploy.cluster import Cluster
+from distributed.objects import SchedulerInfo
+from distributed.utils import format_dashboard_link
 from tornado.ioloop import PeriodicCallback
 
+from agentcluster.client.processes import LaunchedProcess
 from agentcluster.config import Config
+from agentcluster.security import LOOPBACK, is_loopback
 
 if TYPE_CHECKING:
     from agentcluster.client.cluster import AsyncCluster
@@ -48,6 +57,46 @@ class Display:
         """
         begin, sign, rest = line.rpartition(", workers=")
         return f"{begin}, nodes={len(self._cluster.nodes)}{sign}{rest}"
+
+    def dashboard(self) -> tuple[str | None, str | None]:
+        """Return the URL of the scheduler's dashboard for this machine, or the reason why there is none."""
+        cluster = self._cluster
+        port = cluster.scheduler_info.get("services", {}).get("dashboard")
+        if cluster.status is not Status.running or port is None:
+            return None, "the scheduler has no dashboard" if port is None else f"the cluster is {cluster.status.name}"
+        host = get_address_host(cluster.scheduler_address)
+        if isinstance(cluster.scheduler, LaunchedProcess):
+            where = cluster.scheduler.launcher.where
+            private = str(cluster.scheduler.settings.options.get("dashboard_address", "")).startswith(LOOPBACK)
+            if private and where != "local":
+                return None, (
+                    f"the dashboard listens on {LOOPBACK} of {where} alone: `ssh -L {port}:{LOOPBACK}:{port} {where}` "
+                    f"brings it to http://{LOOPBACK}:{port}/status here"
+                )
+        else:
+            private = isinstance(cluster.scheduler, Scheduler) and _is_private(cluster.scheduler.http_server)
+        return str(format_dashboard_link(LOOPBACK if private else host, port)), None
+
+    def html(self, status: str | None) -> str:
+        """Return dask's repr of a cluster in HTML; its templates take names as they are, so they are escaped here.
+
+        Parameters
+        ----------
+        status
+            HTML of dask's for its widget, if any.
+
+        Returns
+        -------
+        str
+            The repr.
+        """
+        cluster = self._cluster
+        shown = {
+            "name": _escaped(cluster.name),
+            "dashboard_link": _escaped(cluster.dashboard_link),
+            "scheduler_info": SchedulerInfo(_escaped(cluster.scheduler_info)),
+        }
+        return str(Cluster._repr_html_(type(type(cluster).__name__, (), shown)(), status))
 
     def panel(self) -> Panel | None:
         """Return the panel, and keep it current from now on.
@@ -96,3 +145,17 @@ class Display:
             found = await self._cluster.scheduler_comm.get_node_logs(nodes=remote)
             logs |= {name: list(lines) for name, lines in found.items()}
         return {name: lines[-self._log_lines :] for name, lines in logs.items()}
+
+
+def _is_private(server: Any) -> bool:
+    """Return whether dask's HTTP server, to which it adds an attribute, listens on loopback."""
+    return is_loopback(server.address)
+
+
+def _escaped(data: Any) -> Any:
+    """Return plain data with its texts as HTML."""
+    if isinstance(data, str):
+        return html.escape(data)
+    if isinstance(data, Mapping):
+        return {_escaped(key): _escaped(value) for key, value in data.items()}
+    return [_escaped(each) for each in data] if isinstance(data, list | tuple) else data

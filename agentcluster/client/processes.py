@@ -22,7 +22,7 @@ from agentcluster.config import overrides
 from agentcluster.errors import ConfigError
 from agentcluster.launch import launchers_for
 from agentcluster.launch.protocol import Launched, Launcher, Settings
-from agentcluster.security import credentials_for_role, has_credentials
+from agentcluster.security import LOOPBACK, credentials_for_role, has_credentials, is_private
 from agentcluster.wire import plain
 
 
@@ -185,6 +185,8 @@ class Blueprint:
         ``connect_options`` and ``remote_python``, for hosts that are reached by SSH. Not in the repr.
     launch_timeout, stop_timeout
         Seconds for a launch, and for the end of a worker.
+    alone
+        Whether the cluster is on this machine alone, where no other can reach its scheduler.
     """
 
     security: Security
@@ -192,6 +194,7 @@ class Blueprint:
     launch_options: Plain = field(repr=False)
     launch_timeout: float
     stop_timeout: float
+    alone: bool = False
 
     def launcher(self, host: object) -> Launcher:
         """Return the launcher of one host.
@@ -209,9 +212,16 @@ class Blueprint:
         Raises
         ------
         ConfigError
-            When the host cannot be used.
+            When the host cannot be used, or is another machine and the cluster is on this one alone.
         """
         [launcher] = launchers_for([host], **self.launch_options)
+        if self.alone and (is_remote(launcher) or (is_address(launcher.where) and not is_private(launcher.where))):
+            raise ConfigError(
+                f"host {launcher.where!r} is another machine, and this cluster listens on this one alone, as all hosts "
+                f"that it began with are here; name that host at the start, or give the cluster scheduler_options="
+                f"{{'host': …}} and security=True",
+                key="hosts",
+            )
         return launcher
 
     def node(self, launcher: Launcher) -> NodeEntry:
@@ -227,16 +237,21 @@ class Blueprint:
         dict
             The entry; the names of its workers are filled in when it has some.
         """
+        private = {}
+        if has_credentials(self.security):  # HTTP beside TLS would give logs, call stacks and results to everyone
+            private["dashboard_address"] = f"{LOOPBACK}:0"
+        if self.alone and not {"host", "interface"} & self.worker_options.keys():
+            private["host"] = LOOPBACK  # a worker that is given none listens on every address
         options: NodeOptions = {
             "name": launcher.name,
             "launcher": launcher,
-            "settings": self._settings("worker", {**self.worker_options, **_labels(launcher)}),
+            "settings": self._settings("worker", {**private, **self.worker_options, **_labels(launcher)}),
             "launch_timeout": self.launch_timeout,
             "stop_timeout": 2 * self.stop_timeout,
         }
         return {"cls": NodeProcess, "options": options, "group": []}
 
-    def scheduler(self, where: object, options: Plain, *, loopback: bool) -> Plain:
+    def scheduler(self, where: object, options: Plain) -> Plain:
         """Return the entry of a scheduler.
 
         Parameters
@@ -245,8 +260,6 @@ class Blueprint:
             None for this process, the address of a scheduler to join, or a host.
         options
             Keyword arguments of :class:`distributed.Scheduler`.
-        loopback
-            Whether a scheduler in this process listens on the loopback address only.
 
         Returns
         -------
@@ -258,9 +271,10 @@ class Blueprint:
         ConfigError
             When options are given to a scheduler that already runs.
         """
+        if has_credentials(self.security) and not is_address(where):
+            options = {"dashboard_address": f"{LOOPBACK}:8787", **options}
         if where is None:
-            here = {"host": "127.0.0.1"} if loopback else {}
-            return {"cls": Scheduler, "options": {"security": self.security, **here, **options}}
+            return {"cls": Scheduler, "options": {"security": self.security, **options}}
         if is_address(where):
             if options:
                 raise ConfigError(

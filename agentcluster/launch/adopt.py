@@ -16,19 +16,30 @@ from collections.abc import Awaitable
 from typing import TypeVar
 
 from distributed.comm.addressing import get_address_host_port
-from distributed.comm.core import Comm, CommClosedError, connect
-from distributed.core import clean_exception
 from distributed.security import Security
 
 from agentcluster.config import Config
-from agentcluster.errors import AgentClusterError, LaunchError, LaunchTimeout, VersionMismatch, one_line
+from agentcluster.errors import LaunchError, LaunchTimeout, VersionMismatch, one_line
+from agentcluster.launch.handshake import (
+    LONG,
+    Channel,
+    HandshakeFailed,
+    cluster_side,
+    read_secret,
+    refusal,
+    secret_file,
+)
 from agentcluster.launch.protocol import LogTail, Ready, Settings
-from agentcluster.model import Hardware
-from agentcluster.wire import check_protocol, from_wire, spoken, to_wire
+from agentcluster.security import is_loopback
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+IS_IT_THERE = "is `dask-agent --standby` running there, at this port and with the same scheme (tcp:// or tls://)?"
+
+#: Seconds between attempts to connect to an agent that does not listen yet.
+PAUSE = 0.2
 
 
 class AttachedLauncher:
@@ -60,7 +71,7 @@ class AttachedLauncher:
         Parameters
         ----------
         settings
-            Settings of the agent; its credentials are not sent.
+            Settings of the agent. Its name, its scheduler and its options are sent; credentials are not.
         timeout
             Seconds until the agent has joined the scheduler.
 
@@ -72,89 +83,62 @@ class AttachedLauncher:
         Raises
         ------
         LaunchError
-            When the agent does not answer, belongs to another cluster, cannot reach the scheduler, or speaks TLS where
-            the cluster does not (or the reverse).
+            When the agent does not answer, belongs to another cluster or another user, cannot reach the scheduler, or
+            speaks TLS where the cluster does not (or the reverse).
         LaunchTimeout
             When it was not adopted in time.
         """
         # The settings have the part of the cluster's credentials for workers.
         arguments = Security(**settings.security).get_connection_args("worker")
-        if self.address.startswith("tls://") and arguments["ssl_context"] is None:
+        encrypted = self.address.startswith("tls://")
+        context: ssl.SSLContext | None = arguments["ssl_context"] if encrypted else None
+        if encrypted and context is None:
             raise LaunchError(self.address, "it speaks TLS and this cluster does not; pass security=Security(…)")
-        if self.address.startswith("tcp://") and arguments["require_encryption"]:
+        if not encrypted and arguments["require_encryption"]:
             raise LaunchError(
                 self.address,
                 "it is reached without encryption and this cluster requires it; start the agent with --tls-ca-file, "
                 "--tls-cert, --tls-key and a --listen-address with tls://",
             )
-        comm: Comm | None = None
+        host, port = get_address_host_port(self.address, strict=True)
+        request = Settings(name=settings.name, scheduler=settings.scheduler, options=settings.options).encode()
+        there = f"the agent at {self.address}"
+        channel: Channel | None = None
         try:
             async with asyncio.timeout(timeout):
-                await _check_tls(self.address, arguments["ssl_context"])
-                comm = await connect(self.address, timeout=timeout, **arguments)
-                await comm.write(
-                    {
-                        "op": "adopt",
-                        "scheduler": settings.scheduler,
-                        "name": settings.name,
-                        "options": to_wire(settings.options),
-                        **spoken(),
-                    }
-                )
-                return Adopted(comm, _ready(self.address, await comm.read()))
-        except TimeoutError:
-            _abort(comm)
-            raise LaunchTimeout(
-                self.address, f"no answer within {timeout:g} s; is `dask-agent --standby` running there?"
-            ) from None
-        except AgentClusterError:
-            _abort(comm)
-            raise
-        except OSError as error:
-            _abort(comm)
-            raise LaunchError(
-                self.address,
-                f"{error}; is `dask-agent --standby --listen-address {self.address}` running there, with "
-                f"the same scheme (tcp:// or tls://)?",
-            ) from error
-        except BaseException:
-            _abort(comm)
+                channel = Channel(*await _connection(host, port, context))
+                # Read when it listens: it makes the secret before.
+                secret = None if encrypted or not is_loopback(host) else read_secret(secret_file())
+                await cluster_side(channel, secret, request, port=port, there=there)
+                return Adopted(channel, _ready(self.address, await channel.receive_line(LONG)))
+        except BaseException as error:
+            if channel is not None:
+                channel.abort()
+            if isinstance(error, TimeoutError):
+                raise LaunchTimeout(self.address, f"no answer within {timeout:g} s; {IS_IT_THERE}") from None
+            if isinstance(error, VersionMismatch | HandshakeFailed):
+                raise LaunchError(self.address, str(error)) from error
+            if isinstance(error, OSError):
+                raise LaunchError(self.address, f"{error}; {IS_IT_THERE}") from error
             raise
 
 
-async def _check_tls(address: str, context: ssl.SSLContext | None) -> None:
-    """Raise :class:`ssl.SSLError` when TLS with `address` fails.
-
-    Tornado does not close a connection to a peer without TLS, and its error is only "not idle".
-    """
-    if not address.startswith("tls://"):
-        return
-    with contextlib.suppress(ConnectionError):  # connect() tries again
-        _, writer = await asyncio.open_connection(*get_address_host_port(address), ssl=context)
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
+async def _connection(
+    host: str, port: int, context: ssl.SSLContext | None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to an agent; one that does not listen yet is waited for."""
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):
+            return await asyncio.open_connection(host, port, ssl=context)
+        await asyncio.sleep(PAUSE)
 
 
-def _abort(comm: Comm | None) -> None:
-    """Abort a connection, if there is one."""
-    if comm is not None:
-        comm.abort()
-
-
-def _ready(address: str, answer: object) -> Ready:
-    """Parse the answer to the adoption."""
-    if not isinstance(answer, dict):
-        raise LaunchError(address, "the process that listens there is not an agent")
-    if answer.get("status") != "OK":
-        _, error, _ = clean_exception(**answer)
-        raise LaunchError(address, str(error or answer.get("exception_text")))
-    try:
-        check_protocol(f"the agent at {address}", answer.get("protocol"), answer.get("version"), here="this cluster")
-    except VersionMismatch as mismatch:
-        raise LaunchError(address, str(mismatch)) from mismatch
-    hardware = from_wire(Hardware, answer["hardware"], f"hardware of {address}")
-    return Ready(address=answer["address"], pid=answer["pid"], versions=hardware.versions, hardware=hardware)
+def _ready(address: str, line: str) -> Ready:
+    """Parse the answer to the request."""
+    ready = Ready.decode(line)
+    if ready is None:
+        raise HandshakeFailed(refusal(line))
+    return ready
 
 
 class Adopted:
@@ -162,21 +146,17 @@ class Adopted:
 
     Parameters
     ----------
-    comm
+    channel
         Connection that keeps the agent.
     ready
         Address, process id and hardware of the agent.
     """
 
-    def __init__(self, comm: Comm, ready: Ready) -> None:
+    def __init__(self, channel: Channel, ready: Ready) -> None:
         self.ready = ready
         self.log = LogTail(Config.load().log_lines)
-        self._comm = comm
-        self._ended = asyncio.create_task(self._follow(), name=f"attached to {ready.address}")
-
-    async def _follow(self) -> None:
-        with contextlib.suppress(CommClosedError, OSError):
-            await self._comm.read()
+        self._channel = channel
+        self._ended = asyncio.create_task(channel.ended(), name=f"attached to {ready.address}")
 
     async def close(self, timeout: float) -> None:
         """Release the agent and wait until its workers have ended.
@@ -187,12 +167,12 @@ class Adopted:
             Seconds for its workers to end.
         """
         if not self._ended.done():
-            with contextlib.suppress(CommClosedError, OSError):
-                await self._comm.write({"op": "release"})
+            with contextlib.suppress(OSError):
+                await self._channel.send({"release": True})
             await asyncio.wait([self._ended], timeout=timeout)
         self._ended.cancel()
         await asyncio.gather(self._ended, return_exceptions=True)
-        await self._comm.close()
+        await self._channel.close()
 
     async def wait(self) -> int | None:
         """Wait until the agent no longer belongs to this cluster.

@@ -47,7 +47,7 @@ class Settings:
     pre_spawn
         Environment variables that dask sets before it starts a worker; those of the host have priority.
     options
-        Keyword arguments of the agent or the scheduler.
+        Keyword arguments of the agent or the scheduler. Not in the repr.
     """
 
     protocol: int = PROTOCOL
@@ -59,7 +59,7 @@ class Settings:
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
     pre_spawn: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def encode(self) -> str:
         """Return the settings as one line of JSON.

@@ -14,7 +14,7 @@ from agentcluster.launch.adopt import ManagedLauncher
 class MarathonLauncher(ManagedLauncher):
     """Runs one agent; `app` has more keys of the app, such as cpus, mem, constraints or container."""
 
-    def __init__(self, name: str, url: str, *, agent: str = "dask-agent", protocol: str = "tcp", **app: Any):
+    def __init__(self, name: str, url: str, *, agent: str = "dask-agent", protocol: str = "tls", **app: Any):
         where = f"Marathon at {urlsplit(url).hostname} (app {name})"  # never with a password
         super().__init__(name, where, standby=app.pop("standby", False))
         self._api, self._protocol = f"{url}/v2", protocol

@@ -25,8 +25,8 @@ from agentcluster.agent.supervisor import Supervisor
 from agentcluster.errors import ConfigError, ModeRefused, NodeExists, WorkerStartError
 from agentcluster.launch.local import LocalLauncher
 from agentcluster.launch.protocol import Launched, Settings
-from agentcluster.model import Hardware, WorkerSpec
-from agentcluster.wire import PLUGIN, from_wire, to_wire
+from agentcluster.model import WorkerSpec
+from agentcluster.wire import PLUGIN, to_wire
 from tests.support.forked import ForkedLauncher
 from tests.support.programs import ROOT
 from tests.support.waiting import wait_until
@@ -259,14 +259,13 @@ async def test_terminate_is_answered_when_the_workers_have_ended(scheduler: Sche
     await one.finished()
 
 
-async def test_an_agent_in_standby_has_no_workers() -> None:
-    async with agent(None) as one, rpc(one.address) as remote:
-        assert one.scheduler_address is None
-        with pytest.raises(ConfigError, match="agent of node 'n' is in standby: it belongs to no cluster"):
-            await remote.stop_workers(names=[], timeout=1)
-        introduction = one.introduction()
-        assert introduction["address"] == one.address
-        assert from_wire(Hardware, introduction["hardware"]) == one.hardware
+@pytest.mark.parametrize("lasting", [False, True])
+async def test_an_agent_needs_a_scheduler(lasting: bool) -> None:
+    with (
+        dask.config.set({"scheduler-address": "tcp://127.0.0.1:1" if lasting else None}),
+        pytest.raises(ConfigError, match=r"needs the address of its scheduler, such as Agent\('tcp://"),
+    ):
+        await Agent(lasting=lasting)
 
 
 @pytest.mark.parametrize("how", ["scheduler_ip", "scheduler_file", "configuration"])
@@ -279,8 +278,6 @@ async def test_its_scheduler_as_a_worker_is_told(scheduler: Scheduler, tmp_path:
             await agent.provisioned()
             (worker,) = scheduler.workers.values()
             assert (worker.name, worker.nthreads, worker.memory_limit) == ("box", 1, 300 * 2**20)
-        async with Agent(lasting=True) as standby:
-            assert standby.scheduler_address is None
 
 
 async def test_options_for_all_workers(scheduler: Scheduler, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 
 import dask
 import pytest
+from distributed import Scheduler
 from distributed.core import rpc
 
 from agentcluster import Agent
@@ -19,9 +20,9 @@ def level(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "agentcluster")
 
 
-async def test_agent_answers_with_the_configured_number_of_lines() -> None:
+async def test_agent_answers_with_the_configured_number_of_lines(scheduler: Scheduler) -> None:
     dask.config.set({"agentcluster.log.lines": 3})
-    async with Agent(host="127.0.0.1") as agent, rpc(agent.address) as there:
+    async with Agent(scheduler.address, mode="none") as agent, rpc(agent.address) as there:
         for number in range(10):
             LOGGER.info("line %d", number)
         lines = await there.agent_logs()

@@ -58,9 +58,16 @@ NOT_RUN = {
     ),
     (HOWTO, "$ curl -s http://localhost:8787/metrics | grep ^dask_agentcluster"): "test_metrics.py reads that page",
     (HOWTO, "scrape_configs:  # in prometheus.yml"): "a file of Prometheus",
-    (HOWTO, "$ dask-agent --standby --listen-address tls://0.0.0.0:8790 --tls-ca-file ca.pem --tls-cert agent.pem "
-     "--tls-key agent.key"): "certificates: test_attached.py, test_tls",
-    (HOWTO, "security = Security("): "certificates: test_attached.py, test_tls",
+    (HOWTO, "$ agentcluster credentials secrets"): "it keeps no file: test_credentials.py, test_what_it_writes",
+    (HOWTO, "$ dask-agent --standby --listen-address tls://:8790 --credentials /etc/dask/secrets"): (
+        "other machines: test_credentials.py, test_standby_cluster_and_client"
+    ),
+    (HOWTO, 'hosts = ["tls://10.0.0.5:8790", "tls://10.0.0.6:8790", "tls://10.0.0.7:8790"]'): (
+        "other machines: test_credentials.py, test_standby_cluster_and_client"
+    ),
+    (HOWTO, "from agentcluster.security import credentials"): (
+        "other machines: test_credentials.py, test_standby_cluster_and_client"
+    ),
     (HOWTO, 'cluster = AgentCluster(hosts="hosts.yaml")'): "other machines: test_inventory.py",
 }  # fmt: skip
 
@@ -78,7 +85,7 @@ RUN = {
     (QUICKSTART, "node   state  mode      workers                  cores  memory     GPUs"): (
         "test_the_quickstart_prints_what_the_page_shows"
     ),
-    (QUICKSTART, "dask-agent --standby --listen-address tcp://0.0.0.0:8790"): "test_an_agent_in_standby_is_adopted",
+    (QUICKSTART, "dask-agent --standby --listen-address tcp://127.0.0.1:8790"): "test_an_agent_in_standby_is_adopted",
     (QUICKSTART, "dask scheduler"): "test_a_scheduler_an_agent_and_a_client",
     (QUICKSTART, "dask-agent tcp://localhost:8786"): "test_a_scheduler_an_agent_and_a_client",
     (QUICKSTART, 'client = await Client("tcp://localhost:8786", asynchronous=True)'): (
@@ -253,7 +260,7 @@ async def test_a_scheduler_an_agent_and_a_client(
 async def test_an_agent_in_standby_is_adopted(start: Start) -> None:
     (typed,) = run_by("test_an_agent_in_standby_is_adopted", QUICKSTART)
     page = (ROOT / QUICKSTART).read_text()
-    assert '``AgentCluster(hosts=["tcp://10.0.0.5:8790"])`` adopts it.' in page
+    assert '``AgentCluster(hosts=["tcp://127.0.0.1:8790"])`` of the same user adopts it.' in page
     port = free_port()
     program, *arguments = shlex.split(typed.text.replace("8790", str(port)))
     agent = start(*PROGRAMS[program], *arguments)

@@ -260,7 +260,7 @@ async def marathon(tmp_path: Path, zygote: Zygote) -> AsyncIterator[Marathon]:
 
 
 def launcher(marathon: Marathon, name: str = "dask-0", **options: Any) -> Any:
-    return MarathonLauncher(name, marathon.url, **{"agent": AGENT, **options})
+    return MarathonLauncher(name, marathon.url, **{"agent": AGENT, "protocol": "tcp", **options})
 
 
 def cluster_of(*hosts: Any, config: Any = ONE, **options: Any) -> AgentCluster:

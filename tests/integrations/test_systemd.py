@@ -25,6 +25,7 @@ from distributed import Client
 
 from agentcluster import AgentCluster
 from agentcluster.agent.systemd import Notifier
+from agentcluster.cli.credentials import write
 from agentcluster.config import Config
 from tests.support.programs import AGENT, ROOT, Program, Start, start_scheduler
 from tests.support.waiting import wait_until
@@ -127,7 +128,9 @@ async def test_with_a_scheduler(start: Start, tmp_path: Path, notify: NotifySock
 
 
 async def test_standby(start: Start, tmp_path: Path, notify: NotifySocket) -> None:
-    arguments = command(UNITS[1], {"tcp://:8790": "tcp://127.0.0.1:0", "%C": str(tmp_path)})
+    folder = tmp_path / "credentials"
+    write(folder, days=365)
+    arguments = command(UNITS[1], {"tls://:8790": "tls://127.0.0.1:0", "/etc/dask": str(folder), "%C": str(tmp_path)})
     agent = start(*AGENT, *arguments, env={"NOTIFY_SOCKET": notify.address})
     status = await notify.hears("READY")
     address = status.split()[2]
@@ -135,7 +138,9 @@ async def test_standby(start: Start, tmp_path: Path, notify: NotifySocket) -> No
     config = {"nworkers": 1, "nthreads": 1, "memory_limit": "512MiB"}
     options: dict[str, Any] = {"dashboard": False, "dashboard_address": ":0", "host": "127.0.0.1"}
     async with (
-        AgentCluster([address], config=config, scheduler_options=options, asynchronous=True) as cluster,
+        AgentCluster(
+            [address], config=config, security=folder, scheduler_options=options, asynchronous=True
+        ) as cluster,
         Client(cluster, asynchronous=True) as client,
     ):
         assert await client.submit(os.environ.get, "NOTIFY_SOCKET", pure=False) is None

@@ -76,6 +76,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A folder of states of the tests, where the secret of agents in standby is; processes inherit it."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("states"))
+
+
 @pytest.fixture(autouse=True)
 def dask_settings() -> Iterator[None]:
     """Short connect timeouts, few measurements, and dask's configuration as it was before the test."""

@@ -68,6 +68,7 @@ def test_the_defaults() -> None:
         worker_restart_backoff_max=30.0,
         forkserver_preload=("distributed", "numpy", "pandas", "lz4"),
         log_lines=1000,
+        secret_file=None,
         ssh_keepalive_interval=15.0,
         ssh_keepalive_count=4,
     )

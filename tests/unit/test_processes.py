@@ -30,18 +30,18 @@ def test_a_node() -> None:
 
 
 def test_schedulers() -> None:
-    here = BLUEPRINT.scheduler(None, {"port": 0}, loopback=True)
+    here = BLUEPRINT.scheduler(None, {"port": 0})
     assert here["cls"] is Scheduler
-    assert here["options"] == {"security": BLUEPRINT.security, "host": "127.0.0.1", "port": 0}
-    launched = BLUEPRINT.scheduler("gpu-1", {}, loopback=False)
+    assert here["options"] == {"security": BLUEPRINT.security, "port": 0}
+    launched = BLUEPRINT.scheduler("gpu-1", {})
     process = launched["cls"](**launched["options"])
     assert isinstance(process, LaunchedProcess)
     assert repr(process) == "<Scheduler on gpu-1: created>"
-    joined = BLUEPRINT.scheduler("tcp://10.0.0.1:8786", {}, loopback=False)
+    joined = BLUEPRINT.scheduler("tcp://10.0.0.1:8786", {})
     assert repr(joined["cls"](**joined["options"])) == "<Scheduler at tcp://10.0.0.1:8786, started by others>"
     assert joined["cls"] is JoinedScheduler
     with pytest.raises(ConfigError, match="it already runs"):
-        BLUEPRINT.scheduler("tcp://10.0.0.1:8786", {"port": 1}, loopback=False)
+        BLUEPRINT.scheduler("tcp://10.0.0.1:8786", {"port": 1})
 
 
 def test_a_secret_is_not_in_the_repr() -> None:
