@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -39,6 +40,9 @@ HANDSHAKE = 10.0
 
 #: Greatest number of peers that have not proved themselves yet: of one host, and of all.
 MOST_OF_ONE, MOST = 8, 64
+
+#: Number of refused peers after which their memory is freed.
+COLLECT = 32
 
 #: Seconds between two log records about refused peers.
 QUIET = 60.0
@@ -310,14 +314,19 @@ class _Door:
 
 
 class _RefusalLog:
-    """Logs peers that were refused: of many one in a while, with their number."""
+    """Logs peers that were refused: of many one in a while, with their number; and frees what they leave."""
 
     def __init__(self) -> None:
         self._count, self._said = 0, -QUIET
+        self._left = 0
 
     def add(self, peer: str, error: Exception) -> None:
         """Count a peer, and log it unless another was logged just now."""
         self._count += 1
+        self._left += 1
+        if self._left == COLLECT:  # each leaves a circle of objects, with TLS one that has a buffer of 256 KiB
+            self._left = 0
+            gc.collect()
         if time.monotonic() - self._said >= QUIET:
             why = "it said nothing in time" if isinstance(error, TimeoutError) else one_line(error)[:200]
             logger.warning("Refused %d connections that no cluster made, the last from %s: %s", self._count, peer, why)

@@ -238,7 +238,7 @@ class Blueprint:
             The entry; the names of its workers are filled in when it has some.
         """
         private = {}
-        if has_credentials(self.security):  # HTTP beside TLS would give logs, call stacks and results to everyone
+        if self.alone or has_credentials(self.security):  # HTTP would give logs, call stacks and results to everyone
             private["dashboard_address"] = f"{LOOPBACK}:0"
         if self.alone and not {"host", "interface"} & self.worker_options.keys():
             private["host"] = LOOPBACK  # a worker that is given none listens on every address

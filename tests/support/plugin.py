@@ -64,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what needs programs of the machine, or minutes under another tool, unless it is asked for."""
-    for mark in ("sshd", "slurm", "deploy", "browser", "notebook", "types"):
+    for mark in ("sshd", "slurm", "deploy", "browser", "notebook", "namespaces", "types"):
         for item in items if mark not in config.option.markexpr else ():
             if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=f"run by: pytest -m {mark}"))
