@@ -11,11 +11,12 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from distributed.comm.core import Comm, CommClosedError
+from distributed.comm.core import Comm, CommClosedError, Listener
 from distributed.core import Server, Status
 from distributed.security import Security
 
@@ -47,6 +48,12 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that a call waits for this agent's registration to be complete.
 JOIN_GRACE = 2.0
+
+#: Seconds for the handshakes of TLS and of dask, each.
+HANDSHAKE = 10.0
+
+#: Greatest number of connections of one host that have not finished them.
+MOST_OF_ONE = 64
 
 
 @dataclass(frozen=True)
@@ -278,6 +285,7 @@ class Agent(Server):
             )
             connection_args(self.security, where)
             await self.listen(where, **self.security.get_listen_args("worker"))
+            _limit_handshakes(self.listeners[-1])
         except ConfigError:
             raise
         except (OSError, ValueError) as error:
@@ -482,6 +490,47 @@ async def _wait_for_first(*awaitables: Coroutine[object, object, object]) -> Non
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _limit_handshakes(listener: Listener) -> None:
+    """Bound the time and the number of handshakes at a listener of TCP: dask's own keeps them for ever."""
+    prepare, on_connection = getattr(listener, "_prepare_stream", None), listener.on_connection
+    if prepare is None:
+        return
+    open_: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def counted(address: str) -> Iterator[None]:
+        host = address.rpartition(":")[0]
+        if open_[host] >= MOST_OF_ONE:
+            raise TimeoutError
+        open_[host] += 1
+        try:
+            yield
+        finally:
+            open_[host] -= 1
+            if not open_[host]:
+                del open_[host]
+
+    async def prepared(stream: Any, address: str) -> Any:
+        try:
+            with counted(address):
+                async with asyncio.timeout(HANDSHAKE):
+                    return await prepare(stream, address)
+        except TimeoutError:
+            stream.close()
+            return None
+
+    async def connected(comm: Comm, handshake_overrides: dict[str, Any] | None = None) -> None:
+        try:
+            with counted(comm.peer_address):
+                async with asyncio.timeout(HANDSHAKE):
+                    await on_connection(comm, handshake_overrides)
+        except TimeoutError:
+            comm.abort()
+            raise CommClosedError(f"{comm.peer_address} did not finish its handshake") from None
+
+    vars(listener).update(_prepare_stream=prepared, on_connection=connected)
 
 
 def _parse_specs(specs: Mapping[str, Mapping[str, object]]) -> dict[str, WorkerSpec]:

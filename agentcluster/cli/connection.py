@@ -30,6 +30,7 @@ from agentcluster.errors import (
     SchedulerUnfit,
     VersionMismatch,
 )
+from agentcluster.security import credentials
 from agentcluster.wire import TOPIC, check_protocol
 
 #: Seconds within which a scheduler must answer the first call.
@@ -48,6 +49,12 @@ OPTIONS = (
     ),
     click.option(
         "--scheduler-file", type=click.Path(exists=True, dir_okay=False), help="File that the scheduler has written."
+    ),
+    click.option(
+        "--credentials",
+        metavar="DIR",
+        type=click.Path(file_okay=False),
+        help="Folder that `agentcluster credentials` wrote, in place of the three options of TLS.",
     ),
     click.option("--tls-ca-file", type=click.Path(exists=True, dir_okay=False), help="Certificate of the CA (PEM)."),
     click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False), help="Certificate of the client (PEM)."),
@@ -200,12 +207,16 @@ async def connected(options: Mapping[str, str | None]) -> AsyncIterator[Connecti
     given = {key: options[f"tls_{key}"] for key in ("ca_file", "cert", "key")}
     names = {"ca_file": "tls_ca_file", "cert": "tls_client_cert", "key": "tls_client_key"}
     security = Security(**{names[key]: value for key, value in given.items() if value})
+    if folder := options.get("credentials"):
+        if any(given.values()):
+            raise ConfigError("--credentials cannot be given with --tls-ca-file, --tls-cert or --tls-key: it has them")
+        security = credentials(folder, "client")
     try:
         arguments = security.get_connection_args("client")
     except OSError as error:
         raise ConfigError(f"TLS credentials cannot be loaded: {error}") from error
     if address.startswith("tls://") and arguments.get("ssl_context") is None:
-        raise ConfigError(f"{address} speaks TLS; give --tls-ca-file, --tls-cert and --tls-key")
+        raise ConfigError(f"{address} speaks TLS; give --credentials DIR, or --tls-ca-file, --tls-cert and --tls-key")
     scheduler = rpc(address, timeout=CONNECT, connection_args=arguments)
     try:
         yield Connection(scheduler, address)
@@ -248,7 +259,8 @@ def operates(command: Callable[..., Coroutine[Any, Any, int | None]]) -> Callabl
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
-        there = {key: options.pop(key) for key in ("scheduler", "scheduler_file", "tls_ca_file", "tls_cert", "tls_key")}
+        names = ("scheduler", "scheduler_file", "credentials", "tls_ca_file", "tls_cert", "tls_key")
+        there = {key: options.pop(key) for key in names}
 
         async def main() -> int | None:
             async with connected(there) as connection:

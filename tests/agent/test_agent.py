@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import signal
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ import psutil
 import pytest
 from distributed import Client, Scheduler, SpecCluster, Status, rpc
 from distributed.core import Server
+from distributed.security import Security
 
 from agentcluster import Agent, Mode
+from agentcluster.agent import agent as module
 from agentcluster.agent import hardware
 from agentcluster.agent.forkserver import METHOD
 from agentcluster.agent.nanny import METHOD_KEY
@@ -37,7 +41,7 @@ TWO = {"nworkers": 2, "nthreads": 1, "memory_limit": 0}
 SCHEDULER = {"host": "127.0.0.1", "port": 0, "dashboard_address": ":0"}
 
 
-def agent(scheduler: Scheduler | str | None, name: str | None = "n", mode: Any = "none", **options: Any) -> Agent:
+def agent(scheduler: Scheduler | str, name: str | None = "n", mode: Any = "none", **options: Any) -> Agent:
     address = scheduler.address if isinstance(scheduler, Scheduler) else scheduler
     return Agent(address, name=name, mode=mode, **HOST, **options)
 
@@ -393,3 +397,31 @@ async def test_a_launched_agents_forkserver_imports_what_it_is_told(scheduler: S
         assert psutil.Process(worker.pid).ppid() == int(pid)
     finally:
         await one.close(10)
+
+
+# -- strangers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "tls"])
+async def test_idle_connections_are_few_and_short(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HANDSHAKE", 0.5)
+    monkeypatch.setattr(module, "MOST_OF_ONE", 8)
+    security = Security.temporary() if scheme == "tls" else Security()
+    async with (
+        Scheduler(security=security, **SCHEDULER) as scheduler,
+        Agent(scheduler.address, security=security, mode="none", lasting=True) as one,
+    ):
+        where = ("127.0.0.1", int(one.address.rpartition(":")[2]))
+        began = time.monotonic()
+        idle = [socket.create_connection(where) for _ in range(100)]
+        try:
+            for connection in idle:
+                connection.settimeout(10)
+                while await asyncio.to_thread(connection.recv, 4096):
+                    pass
+            assert time.monotonic() - began < 10
+        finally:
+            for connection in idle:
+                connection.close()
+        async with rpc(one.address, connection_args=security.get_connection_args("client")) as remote:
+            assert (await remote.identity())["id"] == one.id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import ssl
 import warnings
@@ -29,6 +30,10 @@ ONE = {"nworkers": 1, "nthreads": 1, "memory_limit": "512MiB"}
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["credentials", *map(str, arguments)])
+
+
+def operate(command: str, address: str, *options: object) -> Result:
+    return CliRunner().invoke(main, [command, "--scheduler", address, *map(str, options)])
 
 
 def certificate(path: Path) -> x509.Certificate:
@@ -154,6 +159,12 @@ async def test_standby_cluster_and_client(folder: Path, start: Start, forked: Fo
         assert all(worker.startswith("tls://") for worker in cluster.scheduler.workers)
         assert len(cluster.nodes) == 2
         await client.close()
+        nodes = await asyncio.to_thread(operate, "nodes", cluster.scheduler_address, "--credentials", folder)
+        assert nodes.exit_code == 0, nodes.output
+        assert nodes.output.count(" ready ") == 2
+        wrong = await asyncio.to_thread(operate, "nodes", cluster.scheduler_address)
+        assert wrong.exit_code == 2
+        assert "speaks TLS; give --credentials DIR" in wrong.output
     other = folder.parent / "other"
     write(other, days=365)
     with pytest.raises(LaunchError, match=r"(?i)certificate"):

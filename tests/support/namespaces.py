@@ -35,6 +35,10 @@ KNOCKS = {
 }
 
 
+class NoNamespaces(Exception):
+    """Network namespaces cannot be made here."""
+
+
 @dataclass
 class Network:
     """Hosts by name, each a network namespace with one address.
@@ -84,7 +88,7 @@ def network(*names: str) -> Iterator[Network]:
     def run(line: str) -> None:
         done = subprocess.run(shlex.split(line), capture_output=True, text=True, timeout=30)
         if done.returncode:
-            raise RuntimeError(f"{line}: {done.stderr.strip()}")
+            raise NoNamespaces(f"{line}: {done.stderr.strip()}")
 
     spaces = []
     try:
