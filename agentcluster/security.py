@@ -1,4 +1,4 @@
-"""Credentials of a cluster, the part of them that a launched process gets, and arguments of TLS connections.
+"""Credentials of a cluster and of its processes, arguments of TLS connections, and limits on unknown peers.
 
 Temporary credentials live in memory as PEM text; those of a user's :class:`distributed.Security` may be files here, and
 are read here: a launched process always gets text, over its stdin.
@@ -6,9 +6,13 @@ are read here: a launched process always gets text, over its stdin.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ipaddress
 import socket
 import warnings
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
@@ -200,13 +204,13 @@ def credentials_for_role(security: Security, role: Literal["worker", "scheduler"
         When a file that `security` names cannot be read.
     """
     arguments: Arguments = {}
-    for field in (*_COMMON, f"tls_{role}_cert", f"tls_{role}_key"):
-        value = getattr(security, field, None)
+    for name in (*_COMMON, f"tls_{role}_cert", f"tls_{role}_key"):
+        value = getattr(security, name, None)
         if value is None or value is False:
             continue
-        if field.endswith(("_file", "_cert", "_key")) and "\n" not in value:
-            value = _read(field, value)
-        arguments[field] = value if isinstance(value, str | bool) else int(value)
+        if name.endswith(("_file", "_cert", "_key")) and "\n" not in value:
+            value = _read(name, value)
+        arguments[name] = value if isinstance(value, str | bool) else int(value)
     return arguments
 
 
@@ -291,3 +295,54 @@ def is_loopback(host: str) -> bool:
     except OSError:
         return False
     return bool(found) and all(ipaddress.ip_address(str(each).partition("%")[0]).is_loopback for each in found)
+
+
+@dataclass
+class Handshakes:
+    """Peers that have not proved themselves yet: few at a time, and each for a limited time.
+
+    Of too many the oldest is ended, so that who only holds connections does not keep others out.
+
+    Attributes
+    ----------
+    seconds
+        Time for one of them.
+    of_one, of_all
+        Greatest number of them from one host, and in all.
+    """
+
+    seconds: float
+    of_one: int
+    of_all: int
+    _open: dict[asyncio.Timeout, str] = field(default_factory=dict, init=False, repr=False)
+
+    @contextlib.asynccontextmanager
+    async def limited(self, host: str) -> AsyncIterator[None]:
+        """Limit the block in which a peer proves itself.
+
+        Parameters
+        ----------
+        host
+            Address of the peer, without a port.
+
+        Raises
+        ------
+        TimeoutError
+            When it takes too long, or is the oldest of too many.
+        """
+        own = [each for each, other in self._open.items() if other == host]
+        if len(own) >= self.of_one:
+            self._end(own[0])
+        elif len(self._open) >= self.of_all:
+            self._end(next(iter(self._open)))
+        async with asyncio.timeout(self.seconds) as limit:
+            self._open[limit] = host
+            try:
+                yield
+            finally:
+                self._open.pop(limit, None)
+
+    def _end(self, limit: asyncio.Timeout) -> None:
+        del self._open[limit]
+        if not limit.expired():
+            limit.reschedule(asyncio.get_running_loop().time())

@@ -11,11 +11,11 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from distributed.comm.addressing import get_address_host
 from distributed.comm.core import Comm, CommClosedError, Listener
 from distributed.core import Server, Status
 from distributed.security import Security
@@ -40,7 +40,7 @@ from agentcluster.config import Config, warn_untested
 from agentcluster.errors import ConfigError, SchedulerUnfit, WorkerStartError
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.requests import NodeRegistration
-from agentcluster.security import connection_args
+from agentcluster.security import Handshakes, connection_args
 from agentcluster.units import parse_seconds
 from agentcluster.wire import from_wire, handler, to_wire
 
@@ -52,8 +52,8 @@ JOIN_GRACE = 2.0
 #: Seconds for the handshakes of TLS and of dask, each.
 HANDSHAKE = 10.0
 
-#: Greatest number of connections of one host that have not finished them.
-MOST_OF_ONE = 64
+#: Greatest number of connections that have not finished them, of one host and in all.
+MOST_OF_ONE, MOST = 64, 256
 
 
 @dataclass(frozen=True)
@@ -497,35 +497,20 @@ def _limit_handshakes(listener: Listener) -> None:
     prepare, on_connection = getattr(listener, "_prepare_stream", None), listener.on_connection
     if prepare is None:
         return
-    open_: Counter[str] = Counter()
-
-    @contextlib.contextmanager
-    def counted(address: str) -> Iterator[None]:
-        host = address.rpartition(":")[0]
-        if open_[host] >= MOST_OF_ONE:
-            raise TimeoutError
-        open_[host] += 1
-        try:
-            yield
-        finally:
-            open_[host] -= 1
-            if not open_[host]:
-                del open_[host]
+    handshakes = Handshakes(HANDSHAKE, of_one=MOST_OF_ONE, of_all=MOST)
 
     async def prepared(stream: Any, address: str) -> Any:
         try:
-            with counted(address):
-                async with asyncio.timeout(HANDSHAKE):
-                    return await prepare(stream, address)
+            async with handshakes.limited(get_address_host(address)):
+                return await prepare(stream, address)
         except TimeoutError:
             stream.close()
             return None
 
     async def connected(comm: Comm, handshake_overrides: dict[str, Any] | None = None) -> None:
         try:
-            with counted(comm.peer_address):
-                async with asyncio.timeout(HANDSHAKE):
-                    await on_connection(comm, handshake_overrides)
+            async with handshakes.limited(get_address_host(comm.peer_address)):
+                await on_connection(comm, handshake_overrides)
         except TimeoutError:
             comm.abort()
             raise CommClosedError(f"{comm.peer_address} did not finish its handshake") from None

@@ -15,7 +15,6 @@ import os
 import socket
 import ssl
 import time
-from collections import Counter
 from collections.abc import Generator
 from typing import Any, Self
 
@@ -26,11 +25,11 @@ from distributed.utils import get_ip
 from agentcluster.agent.agent import Agent
 from agentcluster.agent.nanny import StartMethod
 from agentcluster.agent.options import listen_address
-from agentcluster.errors import AgentClusterError, ConfigError, one_line
+from agentcluster.errors import ConfigError, one_line
 from agentcluster.launch import handshake
-from agentcluster.launch.handshake import Channel, HandshakeFailed
+from agentcluster.launch.handshake import Channel
 from agentcluster.launch.protocol import Ready, Settings
-from agentcluster.security import connection_args, has_certificates, is_loopback
+from agentcluster.security import Handshakes, connection_args, has_certificates, is_loopback
 from agentcluster.wire import unpickled
 
 logger = logging.getLogger(__name__)
@@ -134,7 +133,9 @@ class Standby:
         except OSError as error:
             why = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error
             raise ConfigError(f"cannot listen at {where}: {why}; check --listen-address") from error
-        bound = int(server.sockets[0].getsockname()[1])
+        # Every address is two sockets, which may have two ports.
+        sockets = [each for each in server.sockets if each.family == socket.AF_INET] or list(server.sockets)
+        bound = int(sockets[0].getsockname()[1])
         self.address = f"{scheme}://{unparse_host_port(get_ip() if _is_wildcard(host) else host, bound)}"
         self._door = _Door(server, bound, tls, secret, wanted=private, here=f"the agent at {self.address}")
         if not private:
@@ -217,7 +218,7 @@ class Standby:
                 channel.abort()
                 return
             await self._adopt(channel, Settings.decode(request))
-        except (AgentClusterError, OSError, TypeError, ValueError) as error:
+        except Exception as error:  # also of a value that cannot be unpickled here
             with contextlib.suppress(OSError):
                 await channel.send({"refused": one_line(error)})
         finally:
@@ -281,7 +282,7 @@ class _Door:
         self.server = server
         self._port, self._tls, self._secret, self._here = port, tls, secret, here
         self._wanted = wanted and tls is None
-        self._unproved: Counter[str] = Counter()
+        self.handshakes = Handshakes(HANDSHAKE, of_one=MOST_OF_ONE, of_all=MOST)
 
     async def request(self, channel: Channel) -> str:
         """Return the request of a peer that has proved to be a cluster.
@@ -296,21 +297,12 @@ class _Door:
         OSError, TimeoutError, VersionMismatch
             When it is none, or does not answer; or has another version, which it may be told.
         """
-        host = channel.host
-        if self._unproved[host] >= MOST_OF_ONE or self._unproved.total() >= MOST:
-            raise HandshakeFailed("too many connections that prove nothing")
-        self._unproved[host] += 1
-        try:
-            async with asyncio.timeout(HANDSHAKE):
-                if self._tls is not None:
-                    await channel.start_tls(self._tls)
-                return await handshake.agent_side(
-                    channel, self._secret, wanted=self._wanted, port=self._port, here=self._here
-                )
-        finally:
-            self._unproved[host] -= 1
-            if not self._unproved[host]:
-                del self._unproved[host]
+        async with self.handshakes.limited(channel.host):
+            if self._tls is not None:
+                await channel.start_tls(self._tls)
+            return await handshake.agent_side(
+                channel, self._secret, wanted=self._wanted, port=self._port, here=self._here
+            )
 
 
 class _RefusalLog:

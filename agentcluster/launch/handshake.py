@@ -192,7 +192,8 @@ def keep_alive(connection: socket.socket) -> None:
     }
     for (level, name), value in values.items():
         if (option := getattr(socket, name, None)) is not None:  # not every system has all of them
-            connection.setsockopt(level, option, value)
+            with contextlib.suppress(OSError):  # of one that is closed already
+                connection.setsockopt(level, option, value)
 
 
 # -- the secret --------------------------------------------------------------------------------------------------------

@@ -232,8 +232,9 @@ async def test_another_protocol_is_told_the_versions(standing: Standby) -> None:
 # -- many, and none that says anything ---------------------------------------------------------------------------------
 
 
-async def test_idle_connections_are_few_and_short(standing: Standby, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "HANDSHAKE", 0.5)
+async def test_idle_connections_are_few_and_short(standing: Standby) -> None:
+    assert standing._door is not None
+    standing._door.handshakes.seconds = 0.5
     connections = [socket.create_connection(("127.0.0.1", port_of(standing.address))) for _ in range(100)]
     try:
         await wait_until(lambda: len(standing._serving) == module.MOST_OF_ONE)
@@ -242,6 +243,15 @@ async def test_idle_connections_are_few_and_short(standing: Standby, monkeypatch
         for connection in connections:
             connection.close()
     await test_who_has_the_secret_adopts_it(standing)
+
+
+async def test_who_holds_connections_keeps_nobody_out(standing: Standby) -> None:
+    idle = [socket.create_connection(("127.0.0.1", port_of(standing.address))) for _ in range(20)]
+    try:
+        await test_who_has_the_secret_adopts_it(standing)
+    finally:
+        for connection in idle:
+            connection.close()
 
 
 async def test_a_long_line_is_not_kept(standing: Standby) -> None:
