@@ -7,14 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NewType
+from typing import Any, Literal
 
 from agentcluster.tables import text_table
 from agentcluster.wire import Plain
-
-NodeName = NewType("NodeName", str)
-WorkerName = NewType("WorkerName", str)
-Address = NewType("Address", str)
 
 #: Kind of a worker: ``cpu`` and ``gpu`` have resources of these names, ``custom`` is as the user wrote it.
 Kind = Literal["cpu", "gpu", "custom"]

@@ -13,7 +13,7 @@ import inspect
 import types
 import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal, NewType, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import cloudpickle
 
@@ -255,8 +255,6 @@ def _parse(hint: Hint, value: object, where: str) -> Plain:
         return plain(value)  # dask's protocol turns lists into tuples
     if hint is object:
         return value
-    if isinstance(hint, NewType):
-        return _parse(hint.__supertype__, value, where)
     if origin in (types.UnionType, typing.Union):
         return _parse_union(args, value, where)
     if origin is Literal:

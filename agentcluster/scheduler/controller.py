@@ -41,7 +41,7 @@ from agentcluster.scheduler.planning.binpacking import Packing
 from agentcluster.scheduler.planning.change import NodeChange, change_to, change_without
 from agentcluster.scheduler.planning.nodes import Node, Registry
 from agentcluster.scheduler.planning.scaling import plan_scale
-from agentcluster.scheduler.rollouts import NodeEvents, Plain, RolloutEvents, RolloutRun
+from agentcluster.scheduler.rollouts import Answer, NodeEvents, RolloutEvents, RolloutRun
 from agentcluster.scheduler.swap import Limits, RolloutContext
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class Controller:
 
     async def reprovision(
         self, mode: Mode, names: Sequence[str] | str | None, policy: RolloutPolicy, *, remove_existing: bool = True
-    ) -> Plain:
+    ) -> Answer:
         """Replace the workers of nodes with those of a mode.
 
         Parameters
@@ -169,7 +169,7 @@ class Controller:
 
     async def scale(
         self, target: ScaleTarget, names: Sequence[str] | str | None, policy: RolloutPolicy, *, strict: bool = False
-    ) -> Plain:
+    ) -> Answer:
         """Bring nodes to a target, as far as their capacity allows.
 
         Parameters
@@ -203,7 +203,7 @@ class Controller:
             report = await self._roll("scale", answer.changes, policy)
             return {**report, "workers": sum(len(node.plan.workers) for node in nodes), "short": short}
 
-    async def empty(self, name: str, policy: RolloutPolicy, ends: bool = False) -> Plain:
+    async def empty(self, name: str, policy: RolloutPolicy, ends: bool = False) -> Answer:
         """Move a node's data to others and stop its workers; return at once where it has none.
 
         Parameters
@@ -229,7 +229,7 @@ class Controller:
         async with self._nodes([name], policy) as [node]:
             return await self._roll("none", {name: change_without(node, Mode("none"), node.plan.workers)}, policy)
 
-    async def retire(self, workers: Iterable[str], policy: RolloutPolicy) -> Plain:
+    async def retire(self, workers: Iterable[str], policy: RolloutPolicy) -> Answer:
         """Move the data of workers to others and stop them.
 
         Parameters
@@ -250,7 +250,7 @@ class Controller:
             changes = {node.name: change_without(node, self.mode_of(node), leaving) for node in nodes}
             return await self._roll("scale", changes, policy)
 
-    async def adapt(self, asked: AdaptiveRequest, names: Sequence[str] | str | None, policy: RolloutPolicy) -> Plain:
+    async def adapt(self, asked: AdaptiveRequest, names: Sequence[str] | str | None, policy: RolloutPolicy) -> Answer:
         """Adapt the workers of nodes to the demand of present tasks, within limits.
 
         Parameters
@@ -295,7 +295,7 @@ class Controller:
                 changes[name] = change_without(node, node.plan.mode, packing.remove, come)
         return changes
 
-    async def undo(self, policy: RolloutPolicy) -> Plain:
+    async def undo(self, policy: RolloutPolicy) -> Answer:
         """Bring the nodes of the last rollout back to the plans that they had before it.
 
         Parameters
@@ -390,7 +390,7 @@ class Controller:
             label, began = (running.label, running.began) if running else ("another change", time.time())
             raise RolloutBusy(label, time.time() - began) from None
 
-    async def _roll(self, label: str, planned: Mapping[str, NodeChange], policy: RolloutPolicy) -> Plain:
+    async def _roll(self, label: str, planned: Mapping[str, NodeChange], policy: RolloutPolicy) -> Answer:
         """Check changes with the agents, carry them out, and report."""
         changes = {name: _named(change, policy.dry_run) for name, change in planned.items()}
         changes = await self._check(changes, policy)
@@ -464,7 +464,7 @@ class Controller:
 
 def _add_bound(report: Mapping[str, Any], bound: Mapping[str, list[str]]) -> None:
     """Add the tasks that no worker can run afterwards to a report."""
-    nodes: dict[str, Plain] = report.get("nodes", {})
+    nodes: dict[str, Answer] = report.get("nodes", {})
     for name, node in nodes.items():
         if name in bound:
             node["bound"] = bound[name]

@@ -30,7 +30,7 @@ from agentcluster.requests import AdaptiveRequest, NodeRegistration, RolloutPoli
 from agentcluster.scheduler import managers, metrics
 from agentcluster.scheduler.controller import Controller
 from agentcluster.scheduler.planning.nodes import SETTLED, Node, Registry
-from agentcluster.scheduler.rollouts import NodeEvents, Plain
+from agentcluster.scheduler.rollouts import Answer, NodeEvents
 from agentcluster.wire import PLUGIN, RETIRED, check_protocol, from_wire, handler, spoken, to_wire
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class AgentConnections:
                     comm.abort()
                 await self._events.notify()
 
-    def _receive(self, node: Node, message: Plain) -> None:
+    def _receive(self, node: Node, message: Answer) -> None:
         """Take the facts of one message: metrics of the host, and workers whose state changed."""
         node.heard = time.monotonic()
         if "metrics" in message:
@@ -315,7 +315,7 @@ class AgentPlugin(SchedulerPlugin):
         logger.info("Node %s left", name)
         await self._events.notify()
 
-    async def get_nodes(self) -> dict[str, Plain]:
+    async def get_nodes(self) -> dict[str, Answer]:
         """Return the state of all nodes.
 
         Returns
@@ -333,7 +333,7 @@ class AgentPlugin(SchedulerPlugin):
         workers = [self.scheduler.workers[address] for address in addresses if address in self.scheduler.workers]
         return {"keys": sum(len(each.has_what) for each in workers), "nbytes": sum(each.nbytes for each in workers)}
 
-    async def await_nodes(self, names: Sequence[str], timeout: float) -> dict[str, Plain]:
+    async def await_nodes(self, names: Sequence[str], timeout: float) -> dict[str, Answer]:
         """Wait until nodes have their first workers.
 
         Parameters
@@ -374,7 +374,7 @@ class AgentPlugin(SchedulerPlugin):
                 raise LaunchError(name, f"node {name!r} is lost: {self.registry.get(name).problem}")
         return {name: self.registry.get(name).snapshot() for name in names}
 
-    async def get_provision_mode(self) -> Plain:
+    async def get_provision_mode(self) -> Answer:
         """Return the modes of nodes.
 
         Returns
@@ -415,7 +415,7 @@ class AgentPlugin(SchedulerPlugin):
         nodes: Sequence[str] | str | None = None,
         remove_existing: bool = True,
         **terms: object,
-    ) -> Plain:
+    ) -> Answer:
         """Replace the workers of nodes with those of a mode.
 
         Parameters
@@ -454,7 +454,7 @@ class AgentPlugin(SchedulerPlugin):
         target: Mapping[str, object] | None = None,
         strict: bool = False,
         **terms: object,
-    ) -> Plain:
+    ) -> Answer:
         """Bring nodes to `n` workers, or another target, as far as their capacity allows; data is moved first.
 
         Parameters
@@ -486,7 +486,7 @@ class AgentPlugin(SchedulerPlugin):
 
     async def adapt_nodes(
         self, asked: Mapping[str, object], nodes: Sequence[str] | None = None, **terms: object
-    ) -> Plain:
+    ) -> Answer:
         """Adapt the workers of nodes to the demand of present tasks.
 
         Parameters
@@ -522,7 +522,7 @@ class AgentPlugin(SchedulerPlugin):
         """
         return await self.controller.demand.wait(timeout)
 
-    async def retire_node(self, name: str, ends: bool = False, **terms: object) -> Plain:
+    async def retire_node(self, name: str, ends: bool = False, **terms: object) -> Answer:
         """Move a node's data to others and stop its workers; the node stays, in standby.
 
         Parameters
@@ -541,7 +541,7 @@ class AgentPlugin(SchedulerPlugin):
         """
         return await self.controller.empty(name, from_wire(RolloutPolicy, terms, "retire_node"), ends)
 
-    async def retire_node_workers(self, names: Sequence[str], **terms: object) -> Plain:
+    async def retire_node_workers(self, names: Sequence[str], **terms: object) -> Answer:
         """Move the data of workers to others and stop them.
 
         Parameters
@@ -558,7 +558,7 @@ class AgentPlugin(SchedulerPlugin):
         """
         return await self.controller.retire(map(str, names), from_wire(RolloutPolicy, terms, "retire_node_workers"))
 
-    async def undo_rollout(self, **terms: object) -> Plain:
+    async def undo_rollout(self, **terms: object) -> Answer:
         """Bring the nodes of the last rollout back to the plans that they had before it.
 
         Parameters
@@ -578,7 +578,7 @@ class AgentPlugin(SchedulerPlugin):
         """
         return await self.controller.undo(from_wire(RolloutPolicy, terms, "undo_rollout"))
 
-    async def rollout_status(self) -> Plain | None:
+    async def rollout_status(self) -> Answer | None:
         """Return the progress of the rollout that runs now.
 
         Returns

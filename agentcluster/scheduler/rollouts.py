@@ -49,8 +49,8 @@ LOST_GRACE = 1.0
 
 Outcome = Literal["changed", "unchanged", "failed", "rolled back"]
 
-#: Plain data, as it travels to the caller.
-Plain = dict[str, Any]
+#: Answer of a call: plain data by name.
+Answer = dict[str, Any]
 
 
 class NodeEvents:
@@ -289,7 +289,7 @@ class RolloutRun:
             self._resumed.put_nowait(command)
         self.context.events.rollout_controlled(type(event).__name__.lower())
 
-    def status(self) -> Plain:
+    def status(self) -> Answer:
         """Return the progress of the rollout as plain data.
 
         Returns
@@ -309,7 +309,7 @@ class RolloutRun:
 
     # -- execution -----------------------------------------------------------------------------------------------------
 
-    async def run(self) -> Plain:
+    async def run(self) -> Answer:
         """Run the waves and return the report.
 
         Returns
@@ -394,7 +394,7 @@ class RolloutRun:
 
     # -- report --------------------------------------------------------------------------------------------------------
 
-    def report(self) -> Plain:
+    def report(self) -> Answer:
         """Return the report of the rollout as plain data.
 
         Returns
@@ -430,7 +430,7 @@ class RolloutRun:
         same = not change.remove and not change.add and change.mode == self.before[name].mode
         return "changed" if name in self.rollout.changed and not same else "unchanged"
 
-    def _error(self, report: Plain) -> SwapError:
+    def _error(self, report: Answer) -> SwapError:
         changed = [name for name in self.changes if self.outcome(name) == "changed"]
         if self._both:
             state = "old and new workers both run, because the new ones hold data that could not be moved either"
