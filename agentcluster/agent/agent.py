@@ -19,6 +19,7 @@ from distributed.comm.addressing import get_address_host
 from distributed.comm.core import Comm, CommClosedError, Listener
 from distributed.core import Server, Status
 from distributed.security import Security
+from tornado.iostream import IOStream
 
 from agentcluster import modes
 from agentcluster.agent import hardware
@@ -499,10 +500,11 @@ def _limit_handshakes(listener: Listener) -> None:
         return
     handshakes = Handshakes(HANDSHAKE, of_one=MOST_OF_ONE, of_all=MOST)
 
-    async def prepared(stream: Any, address: str) -> Any:
+    async def prepared(stream: IOStream, address: str) -> IOStream | None:
         try:
             async with handshakes.limited(get_address_host(address)):
-                return await prepare(stream, address)
+                ready: IOStream | None = await prepare(stream, address)
+                return ready
         except TimeoutError:
             stream.close()
             return None

@@ -172,12 +172,12 @@ class Channel:
 
 
 def keep_alive(connection: socket.socket) -> None:
-    """Have the kernel end a connection whose other end does not answer, after ``distributed.comm.timeouts.tcp``.
+    """Set the time after which the kernel ends a connection whose other end does not answer.
 
     Parameters
     ----------
     connection
-        The connection's socket.
+        The connection's socket; the time is ``distributed.comm.timeouts.tcp``.
     """
     probes = 4
     given = parse_timedelta(dask.config.get("distributed.comm.timeouts.tcp"), default="s")
