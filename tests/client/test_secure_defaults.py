@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import urllib.request
+from pathlib import Path
 from typing import Any
 
+import dask
 import psutil
 import pytest
 from distributed import Client
 
-from agentcluster import AgentCluster, ConfigError, Host, LaunchError, Mode
+from agentcluster import AgentCluster, AgentClusterError, ConfigError, Host, LaunchError, Mode
 from agentcluster.launch.local import LocalLauncher
-from tests.support.forked import ForkedHosts
+from tests.support.forked import ForkedHosts, ForkedLauncher
 from tests.support.inprocess import here
 from tests.support.plugin import SCHEDULER
+from tests.support.zygote import Zygote
 
 ONE: dict[str, Any] = {"nworkers": 1, "nthreads": 1, "memory_limit": "300MiB"}
 ELSEWHERE = "tcp://192.0.2.1:8790"
@@ -144,3 +148,45 @@ async def test_names_are_text_in_html() -> None:
         assert "<img" not in html
         assert "<b>mine" not in html
         assert "&lt;img src=x" in html
+
+
+async def test_no_secret_is_shown(zygote: Zygote, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """One marked secret in each place that takes one, and all that is shown of the cluster."""
+    caplog.set_level(logging.DEBUG)
+    marks = [f"of-nobody-else-{number:02}-" for number in range(12)]
+    host, launcher, workers, mode, spec, password, passphrase, config, argv, labels, file, scheduler = marks
+    (tmp_path / "secret").write_text(file)
+    hosts = [
+        ForkedLauncher("a", zygote, env={"TOKEN": launcher}),
+        *here(),
+        Host("gpu-1", env={"TOKEN": host}, connect_options={"password": password}, standby=True),
+        Host("gpu-2", connect_options={"passphrase": passphrase, "client_keys": [str(tmp_path)]}, standby=True),
+    ]
+    modes = {
+        "a": Mode("auto-cpu", {**ONE, "env": {"TOKEN": mode}}),
+        "local": Mode("spec", {"spec": {"cls": "distributed.Nanny", "opts": {"nthreads": 1, "env": {"TOKEN": spec}}}}),
+    }
+    options: Any = {
+        "worker_options": {"env": {"OTHER": workers}, "preload_argv": [argv]},
+        "scheduler_options": {**SCHEDULER, "preload_argv": [scheduler]},
+        "security": True,
+        "asynchronous": True,
+    }
+    with dask.config.set({"of-a-user": {"password": config, "labels": [labels]}}):
+        async with AgentCluster(hosts, mode=modes, **options) as cluster, Client(cluster, asynchronous=True) as client:
+            assert set((await client.run(os.getenv, "TOKEN")).values()) == {mode, spec}
+            assert set((await client.run(dask.config.get, "of-a-user.password")).values()) == {config}
+            nodes = await client.scheduler.get_nodes()
+            report = await cluster.reprovision("auto-cpu", {**ONE, "env": {"TOKEN": mode}}, nodes=["local"])
+            with pytest.raises(AgentClusterError) as caught:
+                await cluster.reprovision("spec", {"spec": {"cls": "no.such.Nanny", "env": {"TOKEN": spec}}})
+            shown = [json.dumps(nodes), repr(cluster), repr(cluster.worker_spec), repr(modes), cluster._repr_html_()]
+            shown += [repr(each) for each in (*hosts, cluster.hosts, cluster.hosts.reserve, cluster.scaling)]
+            shown += [repr(cluster.workers["a"]), repr(cluster.workers["a"].settings), repr(cluster.security)]
+            shown += [str(await cluster.get_logs(agents=True)), str(await client.get_events("agentcluster"))]
+            shown += [repr(report), report._repr_html_(), str(caught.value), repr(cluster.nodes)]
+            tree = [psutil.Process(), *psutil.Process().children(recursive=True)]
+            shown += [" ".join(process.cmdline()) for process in tree]
+            key = cluster.security.tls_worker_key.splitlines()[3]
+    shown += [record.getMessage() for record in caplog.records]
+    assert [(mark, text[:300]) for text in shown for mark in (*marks, key) if mark in text] == []
