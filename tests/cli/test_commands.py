@@ -155,7 +155,7 @@ def test_no_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no scheduler: give --scheduler" in refused(2)
     assert "'nonsense://x' is not an address" in refused(2, "--scheduler", "nonsense://x")
     assert "no scheduler answers at tcp://127.0.0.1:1" in refused(3, "--scheduler", "tcp://127.0.0.1:1")
-    assert "speaks TLS; give --tls-ca-file" in refused(2, "--scheduler", "tls://127.0.0.1:1")
+    assert "speaks TLS; give --credentials DIR, or --tls-ca-file" in refused(2, "--scheduler", "tls://127.0.0.1:1")
     (tmp_path / "file").write_text("{}")
     assert "was not written by a scheduler" in refused(2, "--scheduler-file", str(tmp_path / "file"))
     assert "give one of them" in refused(2, "--scheduler-file", str(tmp_path / "file"), "--scheduler", "tcp://x:1")
