@@ -15,7 +15,6 @@ import pytest
 from distributed import Client
 
 from agentcluster import AgentCluster, AgentClusterError, ConfigError, Host, LaunchError, Mode
-from agentcluster.launch.local import LocalLauncher
 from tests.support.forked import ForkedHosts, ForkedLauncher
 from tests.support.inprocess import here
 from tests.support.plugin import SCHEDULER
@@ -67,8 +66,8 @@ async def test_http_beside_tls_is_on_loopback(forked: ForkedHosts) -> None:
 
 
 @pytest.mark.parametrize("scheduler", [None, "local"])
-def test_the_link_of_the_dashboard_answers_here(scheduler: str | None) -> None:
-    with AgentCluster(mode="none", scheduler=scheduler, security=True) as cluster:
+def test_the_link_of_the_dashboard_answers_here(forked: ForkedHosts, scheduler: str | None) -> None:
+    with AgentCluster(forked(), mode="none", scheduler=scheduler, security=True) as cluster:
         link = cluster.dashboard_link
         assert link is not None
         with urllib.request.urlopen(link, timeout=10) as answer:
@@ -108,14 +107,14 @@ async def test_a_host_elsewhere_cannot_come_later_without_tls(host: Any) -> None
 # -- secrets -----------------------------------------------------------------------------------------------------------
 
 
-async def test_values_of_environment_variables_are_not_shown() -> None:
+async def test_values_of_environment_variables_are_not_shown(zygote: Zygote) -> None:
     secret = "of-nobody-else"
     env = {"PASSWORD": secret}
     mode = {
         "local": Mode("auto-cpu", {**ONE, "env": env}),
         "b": Mode("spec", {"spec": {"cls": "distributed.Nanny", "opts": {"nthreads": 1, "env": env}}}),
     }
-    hosts = [*here(), LocalLauncher("b", env=env)]
+    hosts = [*here(), ForkedLauncher("b", zygote, env=env)]
     options: Any = {"worker_options": {"env": env}, "scheduler_options": SCHEDULER, "asynchronous": True}
     async with AgentCluster(hosts, mode=mode, **options) as cluster, Client(cluster, asynchronous=True) as client:
         assert set((await client.run(os.getenv, "PASSWORD")).values()) == {secret}
@@ -138,9 +137,9 @@ async def test_values_of_environment_variables_are_not_shown() -> None:
         assert [text for text in shown if secret in text] == []
 
 
-async def test_names_are_text_in_html() -> None:
+async def test_names_are_text_in_html(zygote: Zygote) -> None:
     name = "<img src=x onerror=alert(1)>"
-    hosts = [LocalLauncher(name)]
+    hosts = [ForkedLauncher(name, zygote)]
     options: Any = {"config": ONE, "scheduler_options": SCHEDULER, "asynchronous": True, "name": "<b>mine"}
     async with AgentCluster(hosts, **options) as cluster:
         assert name in cluster.nodes
