@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -29,9 +30,10 @@ def listening() -> dict[tuple[str, int], int]:
     me = psutil.Process()
     found = {}
     for process in (me, *me.children(recursive=True)):
-        for each in process.net_connections("inet"):
-            if each.status == psutil.CONN_LISTEN:
-                found[(each.laddr.ip, each.laddr.port)] = process.pid
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            for each in process.net_connections("inet"):
+                if each.status == psutil.CONN_LISTEN:
+                    found[(each.laddr.ip, each.laddr.port)] = process.pid
     return found
 
 
@@ -184,8 +186,9 @@ async def test_no_secret_is_shown(zygote: Zygote, caplog: pytest.LogCaptureFixtu
             shown += [repr(cluster.workers["a"]), repr(cluster.workers["a"].settings), repr(cluster.security)]
             shown += [str(await cluster.get_logs(agents=True)), str(await client.get_events("agentcluster"))]
             shown += [repr(report), report._repr_html_(), str(caught.value), repr(cluster.nodes)]
-            tree = [psutil.Process(), *psutil.Process().children(recursive=True)]
-            shown += [" ".join(process.cmdline()) for process in tree]
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                    shown.append(" ".join(process.cmdline()))
             key = cluster.security.tls_worker_key.splitlines()[3]
     shown += [record.getMessage() for record in caplog.records]
     assert [(mark, text[:300]) for text in shown for mark in (*marks, key) if mark in text] == []
