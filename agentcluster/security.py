@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import os
+import secrets
 import socket
 import warnings
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from os import PathLike
@@ -148,6 +150,30 @@ def credentials(folder: str | PathLike[str], *roles: str) -> Security:
     return Security(require_encryption=True, **{key: str(place / name) for key, name in names.items()})
 
 
+def credentials_of_options(folder: str | None, files: Arguments, role: str) -> Security:
+    """Return the credentials that a command line names: ``--credentials``, or ``--tls-ca-file`` and the two others.
+
+    Parameters
+    ----------
+    folder
+        The folder; None without one.
+    files
+        Keyword arguments of :class:`distributed.Security` for the files that were given.
+    role
+        Role of the command's process.
+
+    Raises
+    ------
+    ConfigError
+        When both are given, or the folder's files cannot be used.
+    """
+    if not folder:
+        return Security(**files)
+    if files:
+        raise ConfigError("--credentials cannot be given with --tls-ca-file, --tls-cert or --tls-key: it has them")
+    return credentials(folder, role)
+
+
 def _check_expiry(paths: list[Path]) -> None:
     """Refuse expired certificates; warn about those that expire soon."""
     from cryptography import x509  # only who has credentials in files needs it
@@ -165,6 +191,33 @@ def _check_expiry(paths: list[Path]) -> None:
         raise ConfigError(f"certificate {str(first)!r} expired on {ends:%Y-%m-%d}; {remedy}", key="security")
     if left.days < SOON:
         warnings.warn(f"certificate {str(first)!r} expires on {ends:%Y-%m-%d}; {remedy}", UserWarning, stacklevel=3)
+
+
+@contextlib.contextmanager
+def written_aside(path: Path, data: bytes) -> Iterator[Path]:
+    """Write a file of mode 0600 beside `path`, for the block to move or link there; it is removed at the end.
+
+    Who reads `path` meanwhile has what was there, or the new file whole.
+
+    Parameters
+    ----------
+    path
+        Where the file is to be.
+    data
+        What is in it.
+
+    Raises
+    ------
+    OSError
+        When it cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+        yield aside
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _from_mapping(arguments: Arguments) -> Security:

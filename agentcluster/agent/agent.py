@@ -387,10 +387,6 @@ class Agent(Server):
         self._exit_stack.close()
         return "OK"
 
-    async def ended(self) -> None:
-        """Wait until the agent has ended."""
-        await self.finished()
-
     # -- calls of the scheduler ----------------------------------------------------------------------------------------
 
     async def check_workers(self, specs: Mapping[str, Mapping[str, object]]) -> dict[str, str]:

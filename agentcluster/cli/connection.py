@@ -18,7 +18,6 @@ import click
 import dask.config
 from dask.utils import natural_sort_key
 from distributed.core import rpc
-from distributed.security import Security
 
 from agentcluster.agent.options import scheduler_address
 from agentcluster.errors import (
@@ -30,7 +29,7 @@ from agentcluster.errors import (
     SchedulerUnfit,
     VersionMismatch,
 )
-from agentcluster.security import credentials
+from agentcluster.security import credentials_of_options
 from agentcluster.wire import TOPIC, check_protocol
 
 #: Seconds within which a scheduler must answer the first call.
@@ -204,13 +203,9 @@ async def connected(options: Mapping[str, str | None]) -> AsyncIterator[Connecti
         When the options name no scheduler, or its credentials cannot be used.
     """
     address = _address(options)
-    given = {key: options[f"tls_{key}"] for key in ("ca_file", "cert", "key")}
-    names = {"ca_file": "tls_ca_file", "cert": "tls_client_cert", "key": "tls_client_key"}
-    security = Security(**{names[key]: value for key, value in given.items() if value})
-    if folder := options.get("credentials"):
-        if any(given.values()):
-            raise ConfigError("--credentials cannot be given with --tls-ca-file, --tls-cert or --tls-key: it has them")
-        security = credentials(folder, "client")
+    names = {"tls_ca_file": "tls_ca_file", "tls_cert": "tls_client_cert", "tls_key": "tls_client_key"}
+    files = {name: options[option] for option, name in names.items() if options[option]}
+    security = credentials_of_options(options.get("credentials"), files, "client")
     try:
         arguments = security.get_connection_args("client")
     except OSError as error:

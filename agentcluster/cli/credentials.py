@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import sys
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from agentcluster.errors import ConfigError
-from agentcluster.security import ROLES
+from agentcluster.security import ROLES, written_aside
 
 #: Days for which the CA's certificate is valid, at least.
 CA_DAYS = 3650
@@ -171,11 +170,5 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _put(path: Path, data: bytes) -> None:
-    """Write a file with mode 0600; who reads it meanwhile has the old one or the new one, whole."""
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(data)
+    with written_aside(path, data) as aside:
         aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -21,7 +21,6 @@ from distributed.comm.addressing import get_address_host_port
 from distributed.compatibility import asyncio_run
 from distributed.config import get_loop_factory
 from distributed.proctitle import enable_proctitle_on_children, enable_proctitle_on_current
-from distributed.security import Security
 from distributed.utils import import_term
 
 from agentcluster.agent.agent import Agent
@@ -45,7 +44,7 @@ from agentcluster.cli.standby import Standby
 from agentcluster.errors import AgentClusterError, ConfigError, one_line, suggest
 from agentcluster.model import Mode
 from agentcluster.modes import names, parse
-from agentcluster.security import credentials
+from agentcluster.security import credentials_of_options
 from agentcluster.units import parse_seconds
 
 logger = logging.getLogger("agentcluster.cli")
@@ -159,7 +158,7 @@ def _arguments(options: Values, given: IsGiven) -> Values:
     options = {**options, **_addresses(options)}
     mode = _mode(options, given)
     _check_ports(options, mode)
-    security: Security | Values = {
+    files = {
         key: options[option]
         for key, option in (
             ("tls_ca_file", "tls_ca_file"),
@@ -168,15 +167,11 @@ def _arguments(options: Values, given: IsGiven) -> Values:
         )
         if options[option] is not None
     }
-    if options["credentials"]:
-        if security:
-            raise ConfigError("--credentials cannot be given with --tls-ca-file, --tls-cert or --tls-key: it has them")
-        security = credentials(options["credentials"], "worker")
     arguments = {
         "scheduler": scheduler,
         "name": _as_number(options["name"]),
         "mode": mode,
-        "security": security,
+        "security": credentials_of_options(options["credentials"], files, "worker"),
         "death_timeout": _death_timeout(options),
         "resources": _resources(options["resources"]) if options["resources"] else None,
         "labels": _labels(options["labels"]) or None,

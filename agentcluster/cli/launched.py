@@ -121,7 +121,7 @@ async def _serve(settings: Settings, lifeline: threading.Event) -> None:
                 from agentcluster.scheduler.plugin import dask_setup
 
                 await dask_setup(server)
-            sys.stdout.write(_introduce(settings, server).encode() + "\n")
+            sys.stdout.write(introduce(settings.role, server).encode() + "\n")
             sys.stdout.flush()
             if await _first(ended, asyncio.ensure_future(server.finished())) and settings.role == "agent":
                 await server.retire(hurry)
@@ -164,11 +164,19 @@ def _server(settings: Settings, security: Security) -> Any:
     return Scheduler(security=security, **unpickled(settings.options))
 
 
-def _introduce(settings: Settings, server: Any) -> Ready:
-    """Return the Ready line's content."""
+def introduce(role: str, server: Any) -> Ready:
+    """Return the Ready line's content.
+
+    Parameters
+    ----------
+    role
+        Role of the process, as :class:`~agentcluster.launch.protocol.Settings` have it.
+    server
+        The agent or the scheduler, which has started.
+    """
     from agentcluster.launch.protocol import Ready
 
-    if settings.role == "scheduler":
+    if role == "scheduler":
         return Ready(address=server.address, pid=os.getpid())
     return Ready(address=server.address, pid=os.getpid(), versions=server.hardware.versions, hardware=server.hardware)
 

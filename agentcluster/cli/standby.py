@@ -25,11 +25,12 @@ from distributed.utils import get_ip
 from agentcluster.agent.agent import Agent
 from agentcluster.agent.nanny import StartMethod
 from agentcluster.agent.options import listen_address
+from agentcluster.cli.launched import introduce
 from agentcluster.errors import ConfigError, one_line
 from agentcluster.launch import handshake
 from agentcluster.launch.handshake import Channel
-from agentcluster.launch.protocol import Ready, Settings
-from agentcluster.security import Handshakes, connection_args, has_certificates, is_loopback
+from agentcluster.launch.protocol import Settings
+from agentcluster.security import LOOPBACK, Handshakes, connection_args, has_certificates, is_loopback
 from agentcluster.wire import unpickled
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ class Standby:
         certified = has_certificates(self.security)
         listen = self._listen_host or host
         if listen is None and interface is None and not certified:
-            listen = "127.0.0.1"
+            listen = LOOPBACK
         protocol = protocol or ("tls" if certified else "tcp")
         try:
             where = listen_address(
@@ -240,8 +241,8 @@ class Standby:
         try:
             await asyncio.wait([starting, released], return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
-                await channel.send_line(_ready(starting.result()).encode())
-                ended = asyncio.ensure_future(agent.ended())
+                await channel.send_line(introduce(settings.role, starting.result()).encode())
+                ended = asyncio.ensure_future(agent.finished())
                 await asyncio.wait([ended, released], return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (released, starting):
@@ -327,7 +328,3 @@ class _RefusalLog:
 
 def _is_wildcard(host: str) -> bool:
     return host in ("", "0.0.0.0", "::")
-
-
-def _ready(agent: Agent) -> Ready:
-    return Ready(address=agent.address, pid=os.getpid(), versions=agent.hardware.versions, hardware=agent.hardware)

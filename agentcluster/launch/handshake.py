@@ -33,6 +33,7 @@ from dask.utils import parse_timedelta
 
 from agentcluster.config import Config
 from agentcluster.errors import ConfigError
+from agentcluster.security import written_aside
 from agentcluster.wire import check_protocol, spoken
 
 #: Bytes of the longest line before the peer is known, and of the longest afterwards.
@@ -257,15 +258,15 @@ def make_secret(path: Path) -> bytes:
     ConfigError
         When it can be neither made nor read.
     """
-    # Written aside and linked: who reads it at this moment reads all of it, and of two that make it one is first.
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     if (known := read_secret(path)) is not None:
         return known
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(SIZE) + "\n")
-        with contextlib.suppress(FileExistsError):
+        # Linked, not moved: of two that make it one is first, and the other takes that.
+        with (
+            written_aside(path, f"{secrets.token_hex(SIZE)}\n".encode()) as aside,
+            contextlib.suppress(FileExistsError),
+        ):
             os.link(aside, path)
     except OSError as error:
         raise ConfigError(
@@ -273,8 +274,6 @@ def make_secret(path: Path) -> bytes:
             f"folder of your own",
             key="secret-file",
         ) from None
-    finally:
-        aside.unlink(missing_ok=True)
     made = read_secret(path)
     if made is None:
         raise ConfigError(f"secret file {str(path)!r} was removed as soon as it was made", key="secret-file")
