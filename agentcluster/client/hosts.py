@@ -309,11 +309,12 @@ class Hosts:
         Parameters
         ----------
         names
-            Names of the hosts.
+            Names of the hosts; those that were launched since they were chosen are left out.
         then
-            Called afterwards.
+            Called afterwards, unless there was nothing to launch.
         """
-        if self._task is None or self._task.done():
+        names = [name for name in names if name in self.reserve.here]
+        if names and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._launch(names, then), name="agentcluster launches standby hosts")
 
     async def _launch(self, names: Sequence[str], then: Launches) -> None:

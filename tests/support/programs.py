@@ -72,8 +72,11 @@ class Program:
         return psutil.Process(self.pid).children(recursive=True)
 
     def kill(self, number: int = signal.SIGKILL) -> list[psutil.Process]:
-        """Send a signal; return the process tree of that moment, itself included."""
-        tree = [psutil.Process(self.pid), *self.children()]
+        """Send a signal; return the process tree of that moment, itself included; empty where it has just ended."""
+        try:
+            tree = [psutil.Process(self.pid), *self.children()]
+        except psutil.NoSuchProcess:
+            return []
         self.popen.send_signal(number)
         return tree
 
