@@ -29,6 +29,7 @@ from agentcluster.agent.options import (
     LIKE_DASK_WORKER,
     WorkerOptions,
     add_resources,
+    keep_http_private,
     listen_address,
     scheduler_address,
     slots,
@@ -195,7 +196,7 @@ class Agent(Server):
             self.death_timeout = parse_seconds("death_timeout", death_timeout, call="Agent")
         self._membership = _Membership(
             name=name if name is not None else self.settings.node_name,
-            options=worker_options,
+            options=keep_http_private(worker_options, self.security),
             lasting=lasting,
             mode=None if mode is None else modes.parse(mode, config),
             fallback=None if fallback is None else modes.parse(fallback),

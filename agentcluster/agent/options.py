@@ -18,6 +18,7 @@ from distributed.utils import get_ip, json_load_robust, parse_ports
 
 from agentcluster.errors import ConfigError
 from agentcluster.model import Mode
+from agentcluster.security import LOOPBACK, has_credentials
 
 #: Keyword arguments of dask's workers and nannies, which have no types.
 WorkerOptions: TypeAlias = Mapping[str, Any]
@@ -94,6 +95,26 @@ def add_resources(options: WorkerOptions) -> WorkerArguments:
     """
     found = {**config.get("distributed.worker.resources", {}), **(options.get("resources") or {})}
     return {**options, "resources": {name: float(amount) for name, amount in found.items()}} if found else {**options}
+
+
+def keep_http_private(options: WorkerArguments, security: Security) -> WorkerArguments:
+    """Have workers with credentials serve HTTP on loopback, where they are not told where: HTTP asks nobody who he is.
+
+    Parameters
+    ----------
+    options
+        Keyword arguments for every worker.
+    security
+        Credentials of the workers, perhaps empty.
+
+    Returns
+    -------
+    dict
+        A copy, with a ``dashboard_address``; the options as they are where they have one, or without credentials.
+    """
+    if not has_credentials(security) or options.get("dashboard_address"):
+        return options
+    return {**options, "dashboard_address": f"{LOOPBACK}:0"}
 
 
 def slots(options: WorkerOptions) -> int | None:

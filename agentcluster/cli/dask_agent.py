@@ -179,6 +179,8 @@ def _arguments(options: Values, given: IsGiven) -> Values:
         "listen_address": options.get("worker_listen_address"),
         **{key: options[key] if options[key] not in ((), "") else None for key in FOR_WORKERS if key in options},
     }
+    if not given("dashboard_address"):  # dask's default is every address, the agent's depends on its credentials
+        arguments["dashboard_address"] = None
     if options["standby"] and options["listen_address"]:
         arguments.update(_listen(options["listen_address"], options))
     if options["insecure"]:

@@ -238,10 +238,10 @@ class Blueprint:
             The entry; the names of its workers are filled in when it has some.
         """
         private = {}
-        if self.alone or has_credentials(self.security):  # HTTP would give logs, call stacks and results to everyone
+        if self.alone:  # a worker that is told nothing listens on every address, and so does its HTTP server
             private["dashboard_address"] = f"{LOOPBACK}:0"
-        if self.alone and not {"host", "interface"} & self.worker_options.keys():
-            private["host"] = LOOPBACK  # a worker that is given none listens on every address
+            if not {"host", "interface"} & self.worker_options.keys():
+                private["host"] = LOOPBACK
         options: NodeOptions = {
             "name": launcher.name,
             "launcher": launcher,

@@ -171,11 +171,15 @@ async def test_standby_cluster_and_client(folder: Path, start: Start, forked: Fo
         await AgentCluster([address], security=other, **options)
 
 
-async def test_a_scheduler_of_dask(folder: Path, start: Start) -> None:
+@pytest.mark.parametrize(("told", "expected"), [((), "127.0.0.1"), (("--dashboard-address", ":0"), "0.0.0.0")])
+async def test_a_scheduler_of_dask(folder: Path, start: Start, told: tuple[str, ...], expected: str) -> None:
+    """The workers' HTTP, which asks for no certificate, is on loopback unless it is told where."""
     async with Scheduler(security=credentials(folder), **SCHEDULER) as scheduler:
-        agent = start(*AGENT, scheduler.address, "--nthreads", "1", "--credentials", str(folder))
-        await wait_until(lambda: scheduler.workers, 20)
+        agent = start(*AGENT, scheduler.address, "--nthreads", "1", "--credentials", str(folder), *told)
+        (worker,) = await wait_until(lambda: list(scheduler.workers.values()), 20)
         assert agent.popen.poll() is None
+        listening = [each for process in agent.children() for each in process.net_connections("inet")]
+        assert {each.laddr.ip for each in listening if each.laddr.port == worker.services["dashboard"]} == {expected}
 
 
 def test_one_or_the_other(folder: Path, start: Start) -> None:

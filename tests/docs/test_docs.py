@@ -192,6 +192,7 @@ def test_each_block_is_run_or_named() -> None:
     assert all(callable(globals()[name]) for name in RUN.values())
 
 
+@pytest.mark.notebook
 @two_cores
 @pytest.mark.parametrize("page", list(TALKS))
 def test_a_talk(page: str, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from tests.support.waiting import wait_until
 
 local = imported("dask_jobqueue.local")
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.deploy, pytest.mark.timeout(180)]
 
 
 @dataclass
@@ -170,7 +170,6 @@ async def test_a_job_whose_workers_were_all_taken_away_stays(jobs: Open, giving_
         assert opened.pids() == before
 
 
-@pytest.mark.deploy
 async def test_a_manager_that_adapts(jobs: Open, giving_up: GivingUp) -> None:
     async with jobs() as opened:
         cluster, client = opened.cluster, opened.client

@@ -46,6 +46,20 @@ with AgentCluster(hosts, config={"nworkers": 1, "nthreads": 1, "memory_limit": "
         sys.stdin.read()
 """
 
+#: dask-jobqueue's cluster whose jobs are processes of its host.
+JOBQUEUE = """
+import json, sys
+from dask_jobqueue.local import LocalCluster
+from distributed import Client
+options = json.loads(sys.argv[1])
+with LocalCluster(cores=1, processes=1, memory="300MiB", **options) as cluster:
+    cluster.scale(jobs=1)
+    with Client(cluster) as client:
+        answer = client.submit(abs, -4).result()
+        print(answer, cluster.scheduler_address, flush=True)
+        sys.stdin.read()
+"""
+
 
 class World:
     """The hosts, and the programs that run in them."""
@@ -76,9 +90,9 @@ class World:
         return str(wait_blocking(line, 60))
 
     @contextlib.contextmanager
-    def cluster(self, host: str = "one", **options: Any) -> Iterator[str]:
+    def cluster(self, host: str = "one", script: str = CLUSTER, **options: Any) -> Iterator[str]:
         """Run a cluster in a host; its first line."""
-        started = self.start(host, sys.executable, "-c", CLUSTER, json.dumps(options), stdin=subprocess.PIPE)
+        started = self.start(host, sys.executable, "-c", script, json.dumps(options), stdin=subprocess.PIPE)
         process = started[0]
         try:
             yield self.says(started, "4 ")
@@ -210,6 +224,20 @@ def test_on_this_machine(world: World, scheduler: str | None) -> None:
         found = world.scan(before)
     assert answers(found, "stranger") == set()
     assert {name.rpartition(" ")[2] for name, _, _, _ in found} == {"127.0.0.1", "stranger"}
+
+
+@pytest.mark.parametrize("command", ["agentcluster.cli.dask_agent", "distributed.cli.dask_worker"])
+def test_under_jobqueue(world: World, command: str) -> None:
+    """With the options of docs/deploy/jobqueue.rst for a network with strangers; beside it, what dask's worker opens."""
+    before = world.listening()
+    options = {"security": True, "shared_temp_directory": str(world.directory), "worker_command": command}
+    loopback = {"dashboard_address": "127.0.0.1:0"}
+    with world.cluster(script=JOBQUEUE, scheduler_options=loopback, **options) as line:
+        assert "tls://" in line
+        found = world.scan(before)
+    http = {answer for answer in answers(found, "stranger") if answer.startswith("http: HTTP/")}
+    assert answers(found, "stranger") == http
+    assert bool(http) == (command == "distributed.cli.dask_worker")
 
 
 def test_the_drop_in_is_no_more_open_than_dask_worker(world: World) -> None:
