@@ -13,15 +13,17 @@ import os
 import secrets
 import socket
 import warnings
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from distributed.comm.addressing import get_address_host_port, parse_address
+from distributed.comm.addressing import get_address_host, get_address_host_port, parse_address
+from distributed.comm.core import Comm, CommClosedError, Listener
 from distributed.security import Security
+from tornado.iostream import IOStream
 
 from agentcluster.errors import ConfigError
 
@@ -399,3 +401,40 @@ class Handshakes:
         del self._open[limit]
         if not limit.expired():
             limit.reschedule(asyncio.get_running_loop().time())
+
+
+def limit_handshakes(listeners: Iterable[Listener], handshakes: Handshakes) -> None:
+    """Limit the peers of dask's TCP listeners that have not finished the handshakes: dask itself keeps them for ever.
+
+    Parameters
+    ----------
+    listeners
+        The listeners of a server; those of other transports stay as they are.
+    handshakes
+        The limits, for the handshake of TLS and for that of dask, each.
+    """
+    for listener in listeners:
+        if hasattr(listener, "_prepare_stream"):
+            _limit(listener, listener._prepare_stream, handshakes)
+
+
+def _limit(listener: Listener, prepare: Callable[..., Awaitable[IOStream | None]], handshakes: Handshakes) -> None:
+    on_connection = listener.on_connection
+
+    async def prepared(stream: IOStream, address: str) -> IOStream | None:
+        try:
+            async with handshakes.limited(get_address_host(address)):
+                return await prepare(stream, address)
+        except TimeoutError:
+            stream.close()
+            return None
+
+    async def connected(comm: Comm, handshake_overrides: dict[str, Any] | None = None) -> None:
+        try:
+            async with handshakes.limited(get_address_host(comm.peer_address)):
+                await on_connection(comm, handshake_overrides)
+        except TimeoutError:
+            comm.abort()
+            raise CommClosedError(f"{comm.peer_address} did not finish its handshake") from None
+
+    vars(listener).update(_prepare_stream=prepared, on_connection=connected)

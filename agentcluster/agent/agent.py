@@ -15,11 +15,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, 
 from dataclasses import dataclass
 from typing import Any, Self
 
-from distributed.comm.addressing import get_address_host
-from distributed.comm.core import Comm, CommClosedError, Listener
+from distributed.comm.core import Comm, CommClosedError
 from distributed.core import Server, Status
 from distributed.security import Security
-from tornado.iostream import IOStream
 
 from agentcluster import modes
 from agentcluster.agent import hardware
@@ -42,7 +40,7 @@ from agentcluster.config import Config, warn_untested
 from agentcluster.errors import ConfigError, SchedulerUnfit, WorkerStartError
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.requests import NodeRegistration
-from agentcluster.security import Handshakes, connection_args
+from agentcluster.security import Handshakes, connection_args, limit_handshakes
 from agentcluster.units import parse_seconds
 from agentcluster.wire import from_wire, handler, to_wire
 
@@ -287,7 +285,7 @@ class Agent(Server):
             )
             connection_args(self.security, where)
             await self.listen(where, **self.security.get_listen_args("worker"))
-            _limit_handshakes(self.listeners[-1])
+            limit_handshakes(self.listeners, Handshakes(HANDSHAKE, of_one=MOST_OF_ONE, of_all=MOST))
         except ConfigError:
             raise
         except (OSError, ValueError) as error:
@@ -488,33 +486,6 @@ async def _wait_for_first(*awaitables: Coroutine[object, object, object]) -> Non
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _limit_handshakes(listener: Listener) -> None:
-    """Bound the time and the number of handshakes at a listener of TCP: dask's own keeps them for ever."""
-    prepare, on_connection = getattr(listener, "_prepare_stream", None), listener.on_connection
-    if prepare is None:
-        return
-    handshakes = Handshakes(HANDSHAKE, of_one=MOST_OF_ONE, of_all=MOST)
-
-    async def prepared(stream: IOStream, address: str) -> IOStream | None:
-        try:
-            async with handshakes.limited(get_address_host(address)):
-                ready: IOStream | None = await prepare(stream, address)
-                return ready
-        except TimeoutError:
-            stream.close()
-            return None
-
-    async def connected(comm: Comm, handshake_overrides: dict[str, Any] | None = None) -> None:
-        try:
-            async with handshakes.limited(get_address_host(comm.peer_address)):
-                await on_connection(comm, handshake_overrides)
-        except TimeoutError:
-            comm.abort()
-            raise CommClosedError(f"{comm.peer_address} did not finish its handshake") from None
-
-    vars(listener).update(_prepare_stream=prepared, on_connection=connected)
 
 
 def _parse_specs(specs: Mapping[str, Mapping[str, object]]) -> dict[str, WorkerSpec]:

@@ -31,9 +31,16 @@ from agentcluster.scheduler import managers, metrics
 from agentcluster.scheduler.controller import Controller
 from agentcluster.scheduler.planning.nodes import SETTLED, Node, Registry
 from agentcluster.scheduler.rollouts import Answer, NodeEvents
+from agentcluster.security import Handshakes, limit_handshakes
 from agentcluster.wire import PLUGIN, RETIRED, check_protocol, from_wire, handler, spoken, to_wire
 
 logger = logging.getLogger(__name__)
+
+#: Seconds for the handshakes of TLS and of dask, each; many, for a scheduler that is busy.
+HANDSHAKE = 60.0
+
+#: Greatest number of connections to the scheduler that have not finished them, of one host and in all.
+MOST_OF_ONE, MOST = 256, 1024
 
 #: Methods of :class:`AgentPlugin` that become handlers of the scheduler.
 CALLS = (
@@ -231,6 +238,7 @@ class AgentPlugin(SchedulerPlugin):
         self.connections = AgentConnections(self.controller, self._tasks)
         scheduler.add_plugin(self.controller.demand)
         scheduler.handlers.update({call: handler(getattr(self, call)) for call in CALLS})
+        limit_handshakes(scheduler.listeners, Handshakes(HANDSHAKE, of_one=MOST_OF_ONE, of_all=MOST))
         self._tasks.spawn(self.connections.expire(config.node_ttl), "expire nodes")
         metrics.publish(scheduler, self.registry, self.controller.totals)
         self._add_dashboard()

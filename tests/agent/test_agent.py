@@ -30,6 +30,7 @@ from agentcluster.errors import ConfigError, ModeRefused, NodeExists, WorkerStar
 from agentcluster.launch.local import LocalLauncher
 from agentcluster.launch.protocol import Launched, Settings
 from agentcluster.model import WorkerSpec
+from agentcluster.scheduler import plugin
 from agentcluster.wire import PLUGIN, to_wire
 from tests.support.forked import ForkedLauncher
 from tests.support.programs import ROOT
@@ -403,15 +404,18 @@ async def test_a_launched_agents_forkserver_imports_what_it_is_told(scheduler: S
 
 
 @pytest.mark.parametrize("scheme", ["tcp", "tls"])
-async def test_idle_connections_are_few_and_short(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "HANDSHAKE", 0.5)
-    monkeypatch.setattr(module, "MOST_OF_ONE", 8)
+@pytest.mark.parametrize("server", ["agent", "scheduler"])
+async def test_idle_connections_are_few_and_short(server: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in (module, plugin):
+        monkeypatch.setattr(each, "HANDSHAKE", 0.5)
+        monkeypatch.setattr(each, "MOST_OF_ONE", 8)
     security = Security.temporary() if scheme == "tls" else Security()
     async with (
         Scheduler(security=security, **SCHEDULER) as scheduler,
         Agent(scheduler.address, security=security, mode="none", lasting=True) as one,
     ):
-        where = ("127.0.0.1", int(one.address.rpartition(":")[2]))
+        asked: Server = one if server == "agent" else scheduler
+        where = ("127.0.0.1", int(asked.address.rpartition(":")[2]))
         began = time.monotonic()
         idle = [socket.create_connection(where) for _ in range(100)]
         try:
@@ -423,5 +427,5 @@ async def test_idle_connections_are_few_and_short(scheme: str, monkeypatch: pyte
         finally:
             for connection in idle:
                 connection.close()
-        async with rpc(one.address, connection_args=security.get_connection_args("client")) as remote:
-            assert (await remote.identity())["id"] == one.id
+        async with rpc(asked.address, connection_args=security.get_connection_args("client")) as remote:
+            assert (await remote.identity())["id"] == asked.id

@@ -41,6 +41,8 @@ from tests.support.programs import CALM_ENVIRON, ROOT, gone
 from tests.support.waiting import INTERVAL, wait_until
 from tests.support.zygote import Forked, Zygote
 
+pytestmark = pytest.mark.deploy
+
 EXAMPLE = ROOT / "docs" / "examples" / "marathon.py"
 AGENT = f"{sys.executable} -m agentcluster.cli.dask_agent"
 ONE = {"nworkers": 1, "nthreads": 1, "memory_limit": "512MiB"}

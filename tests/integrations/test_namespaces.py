@@ -228,7 +228,7 @@ def test_on_this_machine(world: World, scheduler: str | None) -> None:
 
 @pytest.mark.parametrize("command", ["agentcluster.cli.dask_agent", "distributed.cli.dask_worker"])
 def test_under_jobqueue(world: World, command: str) -> None:
-    """With the options of docs/deploy/jobqueue.rst for a network with strangers; beside it, what dask's worker opens."""
+    """With the options of docs/deploy/jobqueue.rst against strangers; beside it, what dask's own worker opens."""
     before = world.listening()
     options = {"security": True, "shared_temp_directory": str(world.directory), "worker_command": command}
     loopback = {"dashboard_address": "127.0.0.1:0"}
