@@ -241,6 +241,10 @@ class NodeReport:
         Names of the workers that stayed as they were.
     keys, nbytes
         Number of sole replicas that were moved off the old workers, and their bytes.
+    given_up, given_up_nbytes
+        Number of sole replicas that were given up with the old workers (``drain="now"``), and their bytes.
+    lost
+        Number of those that cannot be computed again.
     rerun
         Number of tasks that ran on old workers at the end of the drain timeout, and were run again elsewhere.
     bound
@@ -260,6 +264,9 @@ class NodeReport:
     kept: tuple[str, ...] = ()
     keys: int = 0
     nbytes: int = 0
+    given_up: int = 0
+    given_up_nbytes: int = 0
+    lost: int = 0
     rerun: int = 0
     bound: tuple[str, ...] = ()
     start: float = 0.0

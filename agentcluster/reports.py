@@ -228,6 +228,16 @@ class RolloutReport:
         return sum(node.nbytes for node in self.nodes.values())
 
     @property
+    def given_up(self) -> int:
+        """Number of keys that were given up with their workers (``drain="now"``), over all nodes."""
+        return sum(node.given_up for node in self.nodes.values())
+
+    @property
+    def lost(self) -> int:
+        """Number of keys that were given up and cannot be computed again, over all nodes."""
+        return sum(node.lost for node in self.nodes.values())
+
+    @property
     def rerun(self) -> int:
         """Number of tasks that ran longer than the drain timeout and were run again elsewhere, over all nodes."""
         return sum(node.rerun for node in self.nodes.values())
@@ -241,9 +251,11 @@ class RolloutReport:
             Other columns for a dry run than for a change.
         """
         if self.dry_run:
-            return ("node", "mode", "order", "go", "come", "stay", "keys to move", "bytes to move")
+            given_up = ("keys to give up", "bytes to give up") if self.given_up else ()
+            return ("node", "mode", "order", "go", "come", "stay", "keys to move", "bytes to move", *given_up)
+        given_up = ("keys lost", "keys to compute again") if self.given_up else ()
         rerun = ("tasks rerun",) if self.rerun else ()
-        moved = ("keys moved", "bytes moved", *rerun)
+        moved = ("keys moved", "bytes moved", *given_up, *rerun)
         return ("node", "mode", "outcome", "went", "came", "stayed", *moved, "start", "drain", "retire", "stop")
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -262,11 +274,13 @@ class RolloutReport:
         if self.dry_run:
             # New workers have no names yet.
             go, _, stay = workers
-            return (node.node, node.mode, _order(node), go, node.shape or "-", stay, *moved)
+            given_up = (str(node.given_up), format_bytes(node.given_up_nbytes)) if self.given_up else ()
+            return (node.node, node.mode, _order(node), go, node.shape or "-", stay, *moved, *given_up)
         outcome = f"{node.outcome}, {node.strategy}" if node.strategy != "surge" else node.outcome
         seconds = (f"{each:.2f} s" for each in (node.start, node.drain, node.retire, node.stop))
+        given_up = (str(node.lost), str(node.given_up - node.lost)) if self.given_up else ()
         rerun = (str(node.rerun),) if self.rerun else ()
-        return (node.node, node.mode, outcome, *workers, *moved, *rerun, *seconds)
+        return (node.node, node.mode, outcome, *workers, *moved, *given_up, *rerun, *seconds)
 
     def notes(self) -> list[str]:
         """Return remarks that have no column.
@@ -293,11 +307,22 @@ class RolloutReport:
             Such as ``uniform: 2 nodes, 3 keys (1.00 GiB) moved, 0.50 s``.
         """
         if self.dry_run:
-            return f"{self.mode}: planned only, nothing was changed"
+            loss = f"; it would give up {self._given_up()}" if self.given_up else ""
+            return f"{self.mode}: planned only, nothing was changed{loss}"
         return f"{self.mode}: {count(len(self.nodes), 'node')}, {self._moved()}"
 
     def _moved(self) -> str:
-        return f"{count(self.keys, 'key')} ({format_bytes(self.nbytes)}) moved, {self.seconds:.2f} s"
+        took = f"{self.seconds:.2f} s"
+        if not self.given_up:
+            return f"{count(self.keys, 'key')} ({format_bytes(self.nbytes)}) moved, {took}"
+        moved = f"{count(self.keys, 'key')} moved, " if self.keys else ""
+        if self.lost == self.given_up:
+            return f"{moved}{self._given_up()} lost, {took}"
+        return f"{moved}{self._given_up()} given up, {self.lost} of them lost, {took}"
+
+    def _given_up(self) -> str:
+        nbytes = sum(node.given_up_nbytes for node in self.nodes.values())
+        return f"{count(self.given_up, 'key')} ({format_bytes(nbytes)})"
 
     def __repr__(self) -> str:
         table = [text_table(self.header(), self.rows())] if self._has_table() else []
@@ -305,7 +330,8 @@ class RolloutReport:
 
     def _repr_html_(self) -> str:
         table = [html_table(self.header(), self.rows())] if self._has_table() else []
-        return page(paragraph(self.summary()), *table, *map(paragraph, self.notes()))
+        summary = toned(self.summary(), "bad") if self.given_up else self.summary()
+        return page(paragraph(summary), *table, *map(paragraph, self.notes()))
 
     def _has_table(self) -> bool:
         return True
@@ -380,7 +406,7 @@ def _sum(first: NodeReport, then: NodeReport) -> NodeReport:
     )
 
 
-_SUMMED = ("keys", "nbytes", "rerun", "start", "drain", "retire", "stop")
+_SUMMED = ("keys", "nbytes", "given_up", "given_up_nbytes", "lost", "rerun", "start", "drain", "retire", "stop")
 
 
 @dataclass(frozen=True, repr=False)

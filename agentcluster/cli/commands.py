@@ -89,6 +89,7 @@ def _modes(context: click.Context, parameter: click.Parameter, prefix: str) -> l
 @click.option("--timeout", metavar="TIME", help="Longest time for new workers to start, and again for data to move.")
 @click.option("--wait/--no-wait", default=True, help="Wait for a running rollout to end, or refuse.")
 @click.option("--dry-run", is_flag=True, help="Plan and check, but change nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask before --drain now gives data up.")
 @click.option("--progress/--no-progress", default=None, help="Draw progress bars.  [default: in a terminal]")
 @AS_JSON
 @operates
@@ -98,6 +99,7 @@ async def reprovision(
     config: str | None,
     nodes: Sequence[str],
     add: bool,
+    yes: bool,
     progress: bool | None,
     as_json: bool,
     **terms: Any,
@@ -108,20 +110,36 @@ async def reprovision(
         terms["drain_timeout"] = parse_seconds("--drain-timeout", terms["drain_timeout"], zero=True)
     if terms["timeout"] is not None:
         terms["timeout"] = parse_seconds("--timeout", terms["timeout"])
-    order = there.call(
-        "reprovision_nodes",
-        mode=wanted.name,
-        config=to_wire(wanted.config),
-        nodes=selection(nodes),
-        remove_existing=not add,
-        **terms,
-    )
+    terms |= {
+        "mode": wanted.name,
+        "config": to_wire(wanted.config),
+        "nodes": selection(nodes),
+        "remove_existing": not add,
+    }
+    if terms["drain"] == "now" and not yes and not terms["dry_run"]:
+        await _confirm_loss(there, terms)
+    order = there.call("reprovision_nodes", **terms)
     draws = (sys.stderr.isatty() and not as_json and not terms["dry_run"]) if progress is None else progress
     answer = await (watch(order, there.rollout, Console(stderr=True)) if draws else order)
     if as_json:
         print_json(answer)
     else:
-        click.echo(repr(RolloutReport.parse(answer)))
+        _print_report(RolloutReport.parse(answer))
+
+
+async def _confirm_loss(there: Connection, terms: Mapping[str, Any]) -> None:
+    """Ask whether to give data up, where there is some; without a terminal, refuse."""
+    planned = RolloutReport.parse(await there.call("reprovision_nodes", **{**terms, "dry_run": True}))
+    if not planned.given_up:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"{planned.summary()}; --yes does it, --drain data moves it first")
+    click.confirm(f"{planned.summary()}; do it?", abort=True)
+
+
+def _print_report(report: RolloutReport) -> None:
+    """Print a report, in red where it gave data up."""
+    click.secho(repr(report), fg="red" if report.given_up else None)
 
 
 @click.command()

@@ -397,7 +397,7 @@ class Controller:
         rollout = self._rollout(label, changes, policy)
         if policy.dry_run:
             report = rollout.report()
-            preflight.describe(self.scheduler, report, changes)
+            preflight.describe(self.scheduler, report, changes, policy.drain)
             return report
         self.running = rollout
         if label != "adapt":

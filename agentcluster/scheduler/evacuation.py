@@ -57,7 +57,11 @@ class Evacuation:
     Attributes
     ----------
     keys, nbytes
-        Worker name -> sole replicas on leaving workers, and their bytes, when the tasks there had ended.
+        Worker name -> sole replicas on leaving workers, and their bytes, when the tasks there had ended: those moved.
+    given_up, given_up_nbytes
+        Worker name -> sole replicas, and their bytes, that were not moved but given up.
+    lost
+        Worker name -> number of those that cannot be computed again.
     rerun
         Worker name -> tasks that still ran there at the deadline, and run again elsewhere.
     drain
@@ -68,6 +72,9 @@ class Evacuation:
 
     keys: dict[str, int] = field(default_factory=dict)
     nbytes: dict[str, int] = field(default_factory=dict)
+    given_up: dict[str, int] = field(default_factory=dict)
+    given_up_nbytes: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, int] = field(default_factory=dict)
     rerun: dict[str, int] = field(default_factory=dict)
     drain: float = 0.0
     problem: str | None = None
@@ -140,12 +147,21 @@ async def evacuate(
             if problem is None and drain != "now":
                 problem = await leaving.empty(timeout)
             if problem is None:
-                await leaving.remove(force=drain == "now")
+                await (leaving.give_up() if drain == "now" else leaving.remove(force=False))
     finally:
         # Also after a cancellation: the caller may want to move data back to the workers that did not leave.
         leaving.uncordon()
         await leaving.reinstated()
-    return Evacuation(leaving.keys, leaving.nbytes, leaving.rerun, leaving.drained or 0.0, problem)
+    return Evacuation(
+        keys={} if drain == "now" else leaving.keys,
+        nbytes={} if drain == "now" else leaving.nbytes,
+        given_up=leaving.given_up,
+        given_up_nbytes=leaving.given_up_nbytes,
+        lost=leaving.lost,
+        rerun=leaving.rerun,
+        drain=leaving.drained or 0.0,
+        problem=problem,
+    )
 
 
 class _Leaving:
@@ -160,6 +176,9 @@ class _Leaving:
         self.began = monotonic()
         self.drained: float | None = None
         self.rerun: dict[str, int] = {}
+        self.given_up: Counter[str] = Counter()
+        self.given_up_nbytes: Counter[str] = Counter()
+        self.lost: Counter[str] = Counter()
         self._before: dict[WorkerState, Status] = {}
         self._pending: list[TaskState] = []
         self._looked = 0.0
@@ -322,6 +341,15 @@ class _Leaving:
                 await self.scheduler.remove_worker(ws.address, expected=True, close=False, stimulus_id=self.stimulus_id)
 
         await asyncio.gather(*map(remove, leaving))
+
+    async def give_up(self) -> None:
+        """Remove the workers with their sole replicas; count those, and those that dask has no way to compute again."""
+        held = {ts.key: (min(str(ws.name) for ws in holders(ts)), ts.get_nbytes()) for ts in self.sole()}
+        await self.remove(force=True)
+        for key, (worker, nbytes) in held.items():
+            self.given_up[worker] += 1
+            self.given_up_nbytes[worker] += nbytes
+            self.lost[worker] += key not in self.scheduler.tasks
 
     # -- data ----------------------------------------------------------------------------------------------------------
 

@@ -81,6 +81,7 @@ class NodesCollector(PrometheusCollector):
         )
         yield CounterMetricFamily(name_of("moved_keys_total"), "Keys moved by rollouts", totals.keys)
         yield CounterMetricFamily(name_of("moved_bytes_total"), "Bytes moved by rollouts", totals.nbytes)
+        yield CounterMetricFamily(name_of("lost_keys_total"), "Keys lost by rollouts that gave data up", totals.lost)
         yield counter("worker_restarts_total", "Restarts of workers that crashed", "node", totals.restarts)
 
 
@@ -133,6 +134,8 @@ class RolloutTotals:
         Number of rollouts, and their total time.
     keys, nbytes
         Data moved.
+    lost
+        Keys given up that could not be computed again.
     restarts
         Node -> number of restarts of workers that crashed.
     """
@@ -142,6 +145,7 @@ class RolloutTotals:
     seconds: float = 0.0
     keys: int = 0
     nbytes: int = 0
+    lost: int = 0
     restarts: Counter[str] = field(default_factory=Counter)
 
     def add(self, report: Mapping[str, Any]) -> None:
@@ -158,6 +162,7 @@ class RolloutTotals:
             self.swaps[node["outcome"]] += 1
             self.keys += node["keys"]
             self.nbytes += node["nbytes"]
+            self.lost += node["lost"]
 
     def restarted(self, node: str, times: int) -> None:
         """Add restarts of a worker.

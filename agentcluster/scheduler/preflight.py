@@ -16,7 +16,7 @@ from distributed.core import PooledRPCCall
 from distributed.scheduler import TaskState, WorkerState
 
 from agentcluster.model import WorkerSpec
-from agentcluster.requests import RolloutPolicy
+from agentcluster.requests import Drain, RolloutPolicy
 from agentcluster.scheduler.planning.change import NodeChange
 from agentcluster.scheduler.planning.nodes import Node
 from agentcluster.wire import to_wire
@@ -227,8 +227,8 @@ def bound_tasks(scheduler: Scheduler, changes: Mapping[str, NodeChange]) -> dict
     return {name: listed for name, each in changes.items() if each.remove}
 
 
-def describe(scheduler: Scheduler, report: dict[str, Any], changes: Mapping[str, NodeChange]) -> None:
-    """Add the data to move and the tasks without a worker to the report of a dry run.
+def describe(scheduler: Scheduler, report: dict[str, Any], changes: Mapping[str, NodeChange], drain: Drain) -> None:
+    """Add the data to move, or to give up, and the tasks without a worker to the report of a dry run.
 
     Parameters
     ----------
@@ -238,15 +238,14 @@ def describe(scheduler: Scheduler, report: dict[str, Any], changes: Mapping[str,
         Report of a rollout that has not run.
     changes
         Node name -> its change.
+    drain
+        How workers leave.
     """
     bound = bound_tasks(scheduler, changes)
+    columns = ("given_up", "given_up_nbytes") if drain == "now" else ("keys", "nbytes")
     for name, each in changes.items():
-        keys, nbytes = sole_replicas(scheduler, each.old)
-        report["nodes"][name] |= {
-            "keys": sum(keys.values()),
-            "nbytes": sum(nbytes.values()),
-            "bound": bound.get(name, []),
-        }
+        held = (sum(numbers.values()) for numbers in sole_replicas(scheduler, each.old))
+        report["nodes"][name] |= {**dict(zip(columns, held, strict=True)), "bound": bound.get(name, [])}
 
 
 # -- what workers hold -------------------------------------------------------------------------------------------------

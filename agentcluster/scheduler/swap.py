@@ -548,14 +548,21 @@ class Swap:
         return replace(
             change.report(),
             new=record.present(change.names),
-            keys=sum(record.evacuation.keys.get(worker, 0) for worker in left),
-            nbytes=sum(record.evacuation.nbytes.get(worker, 0) for worker in left),
-            rerun=sum(record.evacuation.rerun.get(worker, 0) for worker in left),
+            keys=_total(record.evacuation.keys, left),
+            nbytes=_total(record.evacuation.nbytes, left),
+            given_up=_total(record.evacuation.given_up, left),
+            given_up_nbytes=_total(record.evacuation.given_up_nbytes, left),
+            lost=_total(record.evacuation.lost, left),
+            rerun=_total(record.evacuation.rerun, left),
             start=record.taken("start", name),
             drain=record.taken("drain", name),
             retire=record.taken("retire", name),
             stop=record.taken("stop", name),
         )
+
+
+def _total(numbers: Mapping[str, int], workers: Iterable[str]) -> int:
+    return sum(numbers.get(worker, 0) for worker in workers)
 
 
 def _restorable(change: NodeChange) -> NodeChange:

@@ -84,6 +84,20 @@ def test_reprovision(run: Run, sync_cluster: AgentCluster) -> None:
         assert client.gather(kept) == list(range(20))
 
 
+def test_it_asks_before_data_is_given_up(run: Run, sync_cluster: AgentCluster) -> None:
+    with Client(sync_cluster) as client:
+        kept = client.scatter(list(range(20)), hash=False)
+        config = json.dumps({**ONE, "memory_limit": "301MiB"})
+        change = ("reprovision", "uniform", "--config", config, "--drain", "now")
+        refused = said(run(*change), 2)
+        assert "nothing was changed; it would give up 20 keys" in refused
+        assert "--yes does it, --drain data moves it first" in refused
+        assert "give up" in said(run(*change, "--dry-run"))
+        assert client.gather(kept) == list(range(20))
+        assert re.match(r"uniform: 2 nodes, 20 keys \(.*\) lost, ", said(run(*change, "--yes")))
+        said(run(*change))  # nothing is left to give up
+
+
 def test_scale(run: Run, sync_cluster: AgentCluster) -> None:
     said(run("reprovision", "auto-cpu", "--config", json.dumps({**ONE, "nworkers": 2})))
     assert said(run("scale", "3")).count("ready") == 2

@@ -92,6 +92,19 @@ def test_a_change(sync_cluster: AgentCluster) -> None:
         assert client.gather(kept) == list(range(100))
 
 
+def test_it_asks_before_data_is_given_up(sync_cluster: AgentCluster) -> None:
+    screen = Screen(sync_cluster)
+    with Client(sync_cluster) as client:
+        kept = client.scatter(list(range(10)), hash=False)
+        screen.named("Reprovision", "drain").value = "now"
+        screen.named("Reprovision", "options").value = '{"nworkers": 1, "memory_limit": "300MiB"}'
+        screen.press("Reprovision", "Reprovision")
+        screen.says("Reprovision", "#d64541", "it would give up 10 keys", "Reprovision again does it")
+        assert client.gather(kept) == list(range(10))
+        screen.press("Reprovision", "Reprovision")
+        screen.says("Reprovision", "#d64541", "10 keys", " lost, ")
+
+
 def test_picked_nodes_are_named(sync_cluster: AgentCluster) -> None:
     screen = Screen(sync_cluster)
     (names,) = (each for each in screen.all("Reprovision") if isinstance(each, ipywidgets.SelectMultiple))

@@ -223,9 +223,14 @@ async def test_time_is_up_for_a_running_task(world: World) -> None:
 
 async def test_now_moves_nothing(world: World) -> None:
     key = await world.put("a", "lost")
+    again = world.client.submit(str, 7, workers=[world.workers["a"].address], allow_other_workers=True, pure=False)
+    await again
     result = await evacuate(world.scheduler, ["a"], LONG, drain="now")
-    assert (result.problem, result.keys) == (None, {"a": 1})
+    assert (result.problem, result.keys) == (None, {})
+    assert (result.given_up, result.lost) == ({"a": 2}, {"a": 1})
+    assert result.given_up_nbytes["a"] > 0
     assert key not in world.scheduler.tasks
+    assert await again == "7"
     assert world.names() == {"b", "c"}
 
 

@@ -404,8 +404,12 @@ async def test_replace_alone_is_refused_with_what_would_help(one: AgentCluster) 
             await one.reprovision("auto-cpu", NEXT, strategy="replace")
         assert children() == before
         assert sorted((await client.gather(scattered)).values()) == list(range(10))
+        planned = await one.reprovision("auto-cpu", NEXT, strategy="replace", drain="now", dry_run=True)
+        assert (planned.keys, planned.given_up) == (0, 10)
         report = await one.reprovision("auto-cpu", NEXT, strategy="replace", drain="now")
         assert report.nodes["local"].outcome == "changed"
+        assert (report.keys, report.given_up, report.lost) == (0, 10, 10)
+        assert [future.status for future in scattered.values()] == ["cancelled"] * 10
         assert plans(one) == {"local": "next"}
         assert names(one) == one.plan
 

@@ -11,7 +11,7 @@ from agentcluster.model import Gpu, Hardware, Mode, NodeReport, WorkerSpec
 from agentcluster.reports import Nodes, RolloutReport
 from agentcluster.requests import NodeRegistration
 from agentcluster.scheduler.planning.nodes import Registry
-from agentcluster.tables import html_table, text_table
+from agentcluster.tables import COLOURS, html_table, text_table
 from agentcluster.wire import pickled
 
 GIB = 2**30
@@ -201,6 +201,27 @@ def test_what_was_unusual_is_shown_and_why() -> None:
     assert repr(done).splitlines()[-2:] == notes
     text = Cells(done._repr_html_()).text
     assert all(note in text for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "says"),
+    [
+        ({"given_up": 2, "given_up_nbytes": 2 * GIB, "lost": 2}, "2 keys (2.00 GiB) lost"),
+        ({"given_up": 2, "given_up_nbytes": GIB, "lost": 1}, "2 keys (1.00 GiB) given up, 1 of them lost"),
+        ({"given_up": 1, "keys": 3}, "3 keys moved, 1 key (0 B) given up, 0 of them lost"),
+    ],
+)
+def test_what_was_given_up_is_not_told_as_moved(numbers: dict[str, int], says: str) -> None:
+    done = report(NodeReport("a", "uniform", "changed", **numbers), NodeReport("b", "uniform", "changed"))  # type: ignore[arg-type]
+    assert done.summary() == f"uniform: 2 nodes, {says}, 1.23 s"
+    table = [dict(zip(done.header(), row, strict=True)) for row in done.rows()]
+    lost, given_up = numbers.get("lost", 0), numbers["given_up"]
+    columns = ("keys lost", "keys to compute again")
+    assert [[row[each] for each in columns] for row in table] == [[str(lost), str(given_up - lost)], ["0", "0"]]
+    assert COLOURS["bad"] in done._repr_html_()
+    plan = report(NodeReport("a", "uniform", given_up=2, given_up_nbytes=GIB), dry_run=True)
+    assert plan.summary() == "uniform: planned only, nothing was changed; it would give up 2 keys (1.00 GiB)"
+    assert dict(zip(plan.header(), plan.rows()[0], strict=True))["keys to give up"] == "2"
 
 
 def test_a_plan_tells_what_would_be() -> None:

@@ -26,6 +26,7 @@ from agentcluster.model import RolloutStatus
 from agentcluster.reports import Nodes, RolloutReport
 from agentcluster.tables import (
     Markup,
+    Tone,
     amounts,
     bar,
     html_table,
@@ -64,6 +65,7 @@ class Change(Part):
         self._strategy = Dropdown(options=["surge", "replace"], description="strategy")
         self._drain = Dropdown(options=["tasks", "data", "now"], description="drain")
         self._bars = HTML()
+        self._asked: tuple[object, ...] = ()
         self._names.observe(self._copy_selection, "value")
         self._plan = self.button("Dry run", lambda: self._change(True), tip="Plan and check; nothing is changed")
         self._go = self.button("Reprovision", lambda: self._change(False), "primary", "Change the workers in place")
@@ -98,11 +100,20 @@ class Change(Part):
         mode, config = self._mode.value, self._config.value.strip() or None
         names, strategy, drain = names_in(self._nodes) or None, self._strategy.value, self._drain.value
 
-        async def work() -> str:
-            report = await self.cluster.reprovision(
+        asked = (mode, config, names, strategy, drain)
+        asks = drain == "now" and not dry_run and self._asked != asked
+
+        async def change(dry_run: bool) -> RolloutReport:
+            return await self.cluster.reprovision(
                 mode, config, nodes=names, strategy=strategy, drain=drain, dry_run=dry_run
             )
-            return _result(report)
+
+        async def work() -> str:
+            if asks and (planned := await change(dry_run=True)).given_up:
+                self._asked = asked
+                return _result(planned, "Reprovision again does it")
+            self._asked = ()
+            return _result(await change(dry_run))
 
         what = self._nodes.value.strip() or "all nodes"
         self._begin(work, f"{'planning' if dry_run else 'reprovisioning'} {what} to {mode}")
@@ -144,8 +155,9 @@ class Change(Part):
         self._bars.value = page(_bars(rollout)) if rollout is not None else ""
 
 
-def _result(report: RolloutReport) -> Markup:
-    return report_message(report, "calm" if report.dry_run else "good")
+def _result(report: RolloutReport, hint: str = "") -> Markup:
+    tone: Tone = "bad" if report.given_up else "calm" if report.dry_run else "good"
+    return stacked([report_message(report, tone), *([paragraph(hint)] if hint else [])])
 
 
 def _bars(rollout: RolloutStatus) -> Markup:
