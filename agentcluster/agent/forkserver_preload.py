@@ -33,25 +33,26 @@ LATE = (
 #: The same, where the packages that they need are installed.
 OPTIONAL = ("distributed.http.worker.prometheus.core", "http.server", "numpy.random")
 
-#: Seconds after SIGTERM at which a worker ends by itself.
+#: Seconds after SIGTERM or SIGINT at which a worker ends by itself.
 GRACE = 30.0
 
 _FORKSERVER = os.getpid()
 
 
-def _end_later(*_: object) -> None:
-    """Delay the effect of SIGTERM: the agent moves the data, then stops the workers.
+def _end_later(number: int, _: object) -> None:
+    """Delay the effect of a signal: the agent moves the data, then stops the workers.
 
-    Slurm, ``timeout`` and a terminal send it to a whole process group; workers that ended at once would take their data
-    with them, and without the forkserver the agent would not know how they ended.
+    Slurm and ``timeout`` send SIGTERM, and a terminal SIGINT, to a whole process group; workers that ended at once
+    would take their data with them, and without the forkserver the agent would not know how they ended.
     """
     if os.getpid() != _FORKSERVER:
-        timer = threading.Timer(GRACE, os._exit, (128 + signal.SIGTERM,))
+        timer = threading.Timer(GRACE, os._exit, (128 + number,))
         timer.daemon = True
         timer.start()
 
 
-signal.signal(signal.SIGTERM, _end_later)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, _end_later)
 
 quiet_ends()
 for module in LATE:

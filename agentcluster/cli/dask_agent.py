@@ -56,7 +56,7 @@ logger = logging.getLogger("agentcluster.cli")
     params=[parameter for parameter in dask_worker.params if parameter.name not in OURS],
     epilog="Without options for the first workers, the node gets the mode that was set for the scheduler's nodes, and "
     "otherwise one worker with all threads, as `dask worker` starts it. On SIGTERM the data of the workers is moved to "
-    "other nodes before the agent ends; on SIGINT the agent ends at once.",
+    "other nodes before the agent ends; so it is on Ctrl-C (SIGINT), and a second one ends it at once.",
 )
 @click.option("--mode", default=None, help="Mode of the first workers, such as auto-cpu, auto-gpu, mixed or none.")
 @click.option("--config", "mode_config", default=None, metavar="JSON", help="Options of the mode.")
@@ -349,14 +349,17 @@ async def _run(arguments: Values, notify: Notifier) -> None:
     """Run an agent until it ends, or a signal comes."""
     ended, hurry = asyncio.Event(), asyncio.Event()
 
-    def end(number: signal.Signals, *events: asyncio.Event) -> None:
+    def end(number: signal.Signals) -> None:
         logger.info("Received signal %s (%d)", number.name, number)
-        for event in events:
-            event.set()
+        if number == signal.SIGINT and ended.is_set():
+            hurry.set()
+        elif number == signal.SIGINT:
+            logger.info("Moving the data of the workers to other nodes; Ctrl-C again ends at once")
+        ended.set()
 
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, end, signal.SIGTERM, ended)
-    loop.add_signal_handler(signal.SIGINT, end, signal.SIGINT, ended, hurry)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end, number)
     agent = Agent(**arguments) if "scheduler" in arguments else Standby(**arguments)
     work = asyncio.ensure_future(_live(agent, notify))
     over = asyncio.ensure_future(ended.wait())

@@ -2,8 +2,8 @@
 
 ``python -m agentcluster.cli.launched`` reads one :class:`~agentcluster.launch.protocol.Settings` line from stdin,
 prints one :class:`~agentcluster.launch.protocol.Ready` line on stdout, logs to stderr, and runs until stdin ends or
-SIGTERM comes; then it stops its workers and exits with 0. On SIGTERM the data of the workers is moved to other nodes
-first; when stdin ends, the cluster is gone and its data with it. When the process cannot start, it prints the reason in
+SIGTERM or SIGINT comes; then it stops its workers and exits with 0. On a signal the data of the workers is moved to
+other nodes first, unless a second SIGINT comes; when stdin ends, the cluster is gone and its data with it. When the process cannot start, it prints the reason in
 one line and exits with 1.
 """
 
@@ -103,13 +103,14 @@ async def _serve(settings: Settings, lifeline: threading.Event) -> None:
     loop = asyncio.get_running_loop()
     ended, hurry = asyncio.Event(), asyncio.Event()
 
-    def end(*events: asyncio.Event) -> None:
-        for event in events:
-            event.set()
+    def end(at_once: bool = False) -> None:
+        if at_once:
+            hurry.set()
+        ended.set()
 
-    loop.add_signal_handler(signal.SIGTERM, end, ended)
-    loop.add_signal_handler(signal.SIGINT, end, ended, hurry)
-    _at_end.append(lambda: loop.call_soon_threadsafe(end, ended, hurry))
+    loop.add_signal_handler(signal.SIGTERM, end)
+    loop.add_signal_handler(signal.SIGINT, lambda: end(at_once=ended.is_set()))
+    _at_end.append(lambda: loop.call_soon_threadsafe(end, True))
     if lifeline.is_set():
         return
     server = _server(settings, Security(**settings.security))

@@ -350,15 +350,36 @@ async def test_sigterm_moves_data_of_a_worker_that_only_the_scheduler_knows(
         assert await client.gather(kept) == [f"value {i}" for i in range(20)]
 
 
-async def test_sigint_ends_it_with_its_data(
+async def test_ctrl_c_moves_the_data_to_others(
     scheduler: Scheduler, client: Client, holders: tuple[Program, Program, list[Future]]
 ) -> None:
-    a, _, _kept = holders
-    a.kill(signal.SIGINT)
+    """A terminal sends the signal to all processes of the agent."""
+    a, _, kept = holders
+    for process in a.kill(signal.SIGINT)[1:]:
+        process.send_signal(signal.SIGINT)
     assert await a.ended() == 0
-    (left,) = scheduler.workers.values()
-    assert len(left.has_what) == 100
-    assert "moved" not in a.output()
+    assert await client.gather(kept) == [f"value {number}" for number in range(200)]
+    assert "Ctrl-C again ends at once" in a.output()
+    assert "100 keys" in a.output()
+    assert "Traceback" not in a.output()
+
+
+async def test_ctrl_c_twice_ends_it_at_once(start: Start, tmp_path: Path) -> None:
+    dask_scheduler, address = await start_scheduler(start, tmp_path)
+    agent = start(*AGENT, address, *ONE, env={"DASK_AGENTCLUSTER__STOP_TIMEOUT": "1 minute"})
+    async with Client(address, asynchronous=True) as client:
+        await settled(client)
+        kept = await client.scatter({"x": 1})
+        dask_scheduler.popen.send_signal(signal.SIGSTOP)
+        try:
+            tree = agent.kill(signal.SIGINT)
+            await agent.says("Ctrl-C again ends at once")
+            agent.kill(signal.SIGINT)
+            assert await agent.ended(12) == 0
+            await gone(tree)
+        finally:
+            dask_scheduler.popen.send_signal(signal.SIGCONT)
+        assert kept
 
 
 @pytest.mark.parametrize("holds", [True, False], ids=["data", "no data"])

@@ -298,8 +298,8 @@ async def test_server_that_dies_during_launch(server: SSHServer, tmp_path: Path)
 
 
 def _settings(scheduler: distributed.Scheduler, **options: Any) -> Settings:
-    environ = {"AGENTCLUSTER_SECRET": "secret"}
-    return Settings(scheduler=scheduler.address, config={"x": "secret"}, environ=environ, options=options)
+    environ = {"AGENTCLUSTER_SECRET": "known-to-nobody"}
+    return Settings(scheduler=scheduler.address, config={"x": "known-to-nobody"}, environ=environ, options=options)
 
 
 async def _tree(pid: int, scheduler: distributed.Scheduler) -> list[psutil.Process]:
@@ -330,7 +330,7 @@ async def test_an_agent_runs_until_it_is_closed(
     tree = await _tree(ready.pid, scheduler)
     assert tree[0].cmdline() == [sys.executable, "-m", "agentcluster.cli.launched"]
     commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
-    assert not any("secret" in word for command in commands for word in command)
+    assert not any("known-to-nobody" in word for command in commands for word in command)
 
     waiting = asyncio.create_task(launched.wait())
     first = asyncio.create_task(launched.close(PLENTY))
