@@ -236,12 +236,14 @@ class LaunchError(AgentClusterError, RuntimeError):
         The reason, and the remedy where one is known.
     last_output
         Last line that the process printed, if any.
+    what
+        What did not start: ``agent`` or ``scheduler``.
     """
 
-    def __init__(self, host: str, reason: str, last_output: str = "") -> None:
+    def __init__(self, host: str, reason: str, last_output: str = "", what: str = "agent") -> None:
         reason, last_output = printable(reason), printable(last_output)
         said = f'; last output: "{last_output}"' if last_output else ""
-        super().__init__(f"agent on {host} did not start: {reason}{said}")
+        super().__init__(f"{what} on {host} did not start: {reason}{said}")
         self.host = host
         self.reason = reason
         self.last_output = last_output

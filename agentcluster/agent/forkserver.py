@@ -15,9 +15,11 @@ import atexit
 import contextlib
 import multiprocessing
 import multiprocessing.context
+import multiprocessing.util
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     MessageQueue: TypeAlias = Queue[dict[str, object]]
 
 METHOD = "agentcluster"
+
+#: Greatest length, in bytes, of a folder in which multiprocessing can make a folder with a socket.
+LONGEST = 107 - len("/pymp-12345678/listener-12345678")
 
 #: Names of the commands that run an agent.
 COMMANDS = ("dask-agent",)
@@ -67,6 +72,23 @@ def available() -> bool:
     return "forkserver" in multiprocessing.get_all_start_methods()
 
 
+def _short_socket_path() -> bool:
+    """Have multiprocessing keep its sockets where their paths fit; return whether there is such a folder.
+
+    A socket's path has at most 107 bytes, and ``$TMPDIR`` may have more.
+    """
+    places = (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")
+    place = next((each for each in places if len(os.fsencode(each)) <= LONGEST and os.access(each, os.W_OK)), None)
+    if place is None:
+        return False
+    before, tempfile.tempdir = tempfile.tempdir, place
+    try:
+        multiprocessing.util.get_temp_dir()  # made there for the whole life of this process, with mode 0700
+    finally:
+        tempfile.tempdir = before
+    return True
+
+
 def start_time_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Select the variables that count only when a process starts.
 
@@ -98,6 +120,8 @@ def warm(environ: Mapping[str, str], preload: Sequence[str] = PRELOAD) -> None:
         return
     from multiprocessing import forkserver
 
+    if not _short_socket_path():
+        return
     _release_main()
     if forkserver._forkserver._forkserver_pid is not None:  # type: ignore[attr-defined]
         return  # another library's, with an unknown environment, so workers are spawned
@@ -261,9 +285,9 @@ def install() -> str | None:
     Returns
     -------
     str or None
-        The name of the method; None where there is no forkserver.
+        The name of the method; None where there is no forkserver, or no folder for its socket.
     """
-    if not available():
+    if not available() or not _short_socket_path():
         return None
     contexts: dict[str, object] = multiprocessing.context._concrete_contexts  # type: ignore[attr-defined]
     if METHOD not in contexts:

@@ -3,8 +3,8 @@
 ``python -m agentcluster.cli.launched`` reads one :class:`~agentcluster.launch.protocol.Settings` line from stdin,
 prints one :class:`~agentcluster.launch.protocol.Ready` line on stdout, logs to stderr, and runs until stdin ends or
 SIGTERM or SIGINT comes; then it stops its workers and exits with 0. On a signal the data of the workers is moved to
-other nodes first, unless a second SIGINT comes; when stdin ends, the cluster is gone and its data with it. When the process cannot start, it prints the reason in
-one line and exits with 1.
+other nodes first, unless a second SIGINT comes; when stdin ends, the cluster is gone and its data with it. When the
+process cannot start, it prints the reason in one line and exits with 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def main() -> None:
     """Run the process, as the module's description says."""
     # Nothing heavy is imported before the forkserver runs, so that its imports run in parallel to those of this
     # process. And stdin is read from the start, so that the end of the launcher is noticed during the imports.
-    line = sys.stdin.readline()
+    stdin = _own_stdin()
+    line = _read_line(stdin)
     if not line:
         sys.exit(0)
     from agentcluster.agent import forkserver
@@ -40,12 +41,31 @@ def main() -> None:
         if settings.role == "agent":
             forkserver.warm(forkserver.pre_spawn_environ(settings.pre_spawn), _preload(settings.config))
         lifeline = threading.Event()
-        threading.Thread(target=_watch_stdin, args=(lifeline,), daemon=True, name="lifeline").start()
+        threading.Thread(target=_watch, args=(stdin, lifeline), daemon=True, name="lifeline").start()
         _run(settings, lifeline)
     except (AgentClusterError, OSError, TimeoutError, ValueError) as error:
         _fail(str(error), error)
     except Exception as error:  # such as a TypeError from an option; the launcher shows the user the last line
         _fail(f"{type(error).__name__}: {error}", error)
+
+
+def _own_stdin() -> int:
+    """Return another descriptor of stdin, which no process inherits; stdin itself is empty from now on.
+
+    A task's child that reads stdin would otherwise wait for the end of the cluster, and take what is for this process.
+    """
+    own, empty = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
+    return own
+
+
+def _read_line(descriptor: int) -> str:
+    """Read a line; nothing else follows it but the end."""
+    data = b""
+    while b"\n" not in data and (read := os.read(descriptor, 65536)):
+        data += read
+    return data.decode()
 
 
 def _preload(config: Mapping[str, object]) -> Sequence[str]:
@@ -67,9 +87,9 @@ def _fail(why: str, error: Exception) -> NoReturn:
     sys.exit(1)
 
 
-def _watch_stdin(lifeline: threading.Event) -> None:
+def _watch(stdin: int, lifeline: threading.Event) -> None:
     """Set the event, and call the callbacks, when stdin ends."""
-    while sys.stdin.readline():
+    while os.read(stdin, 65536):
         pass
     lifeline.set()
     for callback in _at_end:
@@ -89,6 +109,7 @@ def _run(settings: Settings, lifeline: threading.Event) -> None:
     from agentcluster.wire import unpickled
 
     log_to_stderr()
+    sys.path[:] = dict.fromkeys([*settings.path, *sys.path])
     dask.config.update(dask.config.config, unpickled(settings.config))
     asyncio_run(_serve(settings, lifeline), loop_factory=get_loop_factory())
 

@@ -66,7 +66,7 @@ class SystemClock:
 
 
 class AdaptiveView(Protocol):
-    """View of the nodes, see :class:`agentcluster.client.view.NodeView`."""
+    """View of the nodes, see :class:`agentcluster.client.display.NodeView`."""
 
     nodes: Nodes
 

@@ -3,8 +3,8 @@
 An :class:`AgentCluster` is a SpecCluster whose entries are nodes, and whose workers belong to the nodes' agents. For
 every change of workers it calls the plugin in the scheduler. Its members do the parts:
 :mod:`~agentcluster.client.hosts` launches and ends agents, :mod:`~agentcluster.client.scaling` scales,
-:mod:`~agentcluster.client.rollouts` controls rollouts, :mod:`~agentcluster.client.view` keeps the nodes current,
-:mod:`~agentcluster.client.display` shows them.
+:mod:`~agentcluster.client.rollouts` controls rollouts, :mod:`~agentcluster.client.display` keeps the nodes current
+and shows them.
 """
 
 from __future__ import annotations
@@ -27,22 +27,36 @@ from distributed.security import Security
 from distributed.utils import Log, Logs
 from tornado.ioloop import IOLoop
 
-from agentcluster import modes
 from agentcluster.client.adaptive import AgentAdaptive
+from agentcluster.client.arguments import (
+    NodeSelection,
+    first_modes,
+    parse_mapping,
+    parse_optional_seconds,
+    parse_rollouts,
+    parse_timeout,
+)
 from agentcluster.client.calls import Plain, SchedulerCalls
-from agentcluster.client.display import Display
-from agentcluster.client.hosts import Hosts, first_modes
-from agentcluster.client.processes import Blueprint, NodeEntry, NodeProcess, in_standby, is_address, is_remote
+from agentcluster.client.display import Display, NodeView
+from agentcluster.client.hosts import Hosts
+from agentcluster.client.processes import (
+    Blueprint,
+    NodeEntry,
+    NodeProcess,
+    in_standby,
+    is_address,
+    is_remote,
+    scheduler_problem,
+)
 from agentcluster.client.rollouts import RolloutControl, parse_status, watch
 from agentcluster.client.scaling import Request, Scaling, resource_name
 from agentcluster.client.synchronous import AsyncT, MaybeAsync, synced
-from agentcluster.client.view import NodeView
 from agentcluster.config import Config, warn_untested
 from agentcluster.errors import ConfigError, SchedulerUnfit
 from agentcluster.launch import Host, launchers_for
 from agentcluster.launch.protocol import Launcher
 from agentcluster.model import Mode, RolloutStatus
-from agentcluster.reports import AdaptiveLog, Nodes, NodeSnapshot, RolloutReport, ScaleReport
+from agentcluster.reports import AdaptiveLog, Nodes, RolloutReport, ScaleReport
 from agentcluster.requests import Drain, OnFailure, RolloutPolicy, ScaleTarget, Strategy
 from agentcluster.scheduler.plugin import dask_setup
 from agentcluster.security import LOOPBACK, has_credentials, is_private, resolve_credentials
@@ -56,7 +70,6 @@ logger = logging.getLogger(__name__)
 AsyncCluster: TypeAlias = "AgentCluster[Literal[True]]"
 
 AnyHost: TypeAlias = "str | os.PathLike[str] | Host | Launcher"
-NodeSelection: TypeAlias = str | Sequence[str] | Callable[[NodeSnapshot], bool] | None
 WorkerKey: TypeAlias = Callable[[WorkerState], Hashable]
 AdaptiveT = TypeVar("AdaptiveT", bound=distributed.deploy.adaptive.Adaptive)
 
@@ -170,16 +183,16 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         remote = any(map(is_remote, launchers)) or scheduler not in (None, "local")
         attached = [launcher.where for launcher in launchers if is_address(launcher.where)]
         alone = not remote and all(map(is_private, attached))
-        scheduler_options = dict(scheduler_options or {})
-        listens = "host" in scheduler_options or "interface" in scheduler_options
+        of_scheduler = parse_mapping("scheduler_options", scheduler_options)
+        listens = "host" in of_scheduler or "interface" in of_scheduler
         if alone and not listens and not joined:
-            scheduler_options["host"] = LOOPBACK
+            of_scheduler["host"] = LOOPBACK
         credentials = resolve_credentials(security, remote=remote and not joined, attached=attached)
         blueprint = Blueprint(
             security=credentials,
-            worker_options=dict(worker_options or {}),
+            worker_options=parse_mapping("worker_options", worker_options),
             launch_options={"connect_options": connect_options, "remote_python": remote_python},
-            launch_timeout=_timeout("launch_timeout", launch_timeout, settings.launch_timeout),
+            launch_timeout=parse_timeout("launch_timeout", launch_timeout, settings.launch_timeout),
             stop_timeout=settings.stop_timeout,
             alone=alone and not joined and not (listens and (security is False or has_credentials(credentials))),
         )
@@ -191,7 +204,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
             blueprint,
             mode=first,
             modes_by_name=own,
-            start_timeout=_timeout("start_timeout", start_timeout, settings.start_timeout),
+            start_timeout=parse_timeout("start_timeout", start_timeout, settings.start_timeout),
             on_failure=on_host_failure,
         )
         self.view = NodeView(inside, parse_timedelta(scheduler_sync_interval, default="seconds"))
@@ -199,10 +212,11 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         self.display = Display(inside)
         self._rollout: RolloutControl[AsyncT] = RolloutControl(self)
         self._was_up = False
+        self._scheduler = scheduler, of_scheduler
         try:
             super().__init__(
                 workers={each.name: blueprint.node(each) for each in launchers if not in_standby(each)},
-                scheduler=blueprint.scheduler(scheduler, scheduler_options),
+                scheduler=blueprint.scheduler(scheduler, of_scheduler),
                 security=blueprint.security,
                 name=name,
                 asynchronous=asynchronous,
@@ -221,7 +235,10 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
     # -- life ----------------------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        await super()._start()
+        try:
+            await super()._start()
+        except RuntimeError as error:
+            raise scheduler_problem(error, *self._scheduler) from None
         if self.view.kept:
             return
         await self._register_plugin()
@@ -277,6 +294,9 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         self.view.changed()
 
     async def _close(self) -> None:
+        if self.scheduler_comm is None and self.status is Status.failed:
+            # The scheduler did not start. SpecCluster would call it, fail, and wait for the end of that for ever.
+            self.status = Status.created
         await self.hosts.cancel()
         await self.view.close()
         if isinstance(self.scheduler, Scheduler) and self.scheduler.status in (Status.closed, Status.failed):
@@ -473,15 +493,15 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         policy = RolloutPolicy(
             strategy=strategy,
             drain=drain,
-            drain_timeout=_optional_seconds("drain_timeout", drain_timeout, zero=True),
+            drain_timeout=parse_optional_seconds("drain_timeout", drain_timeout, zero=True),
             max_parallel=max_parallel,
             on_failure=on_failure,
             canary=canary,
-            timeout=_optional_seconds("timeout", timeout),
+            timeout=parse_optional_seconds("timeout", timeout),
             dry_run=dry_run,
             wait=wait if isinstance(wait, bool) else parse_seconds("wait", wait, call="reprovision", zero=True),
         )
-        rollouts = _rollouts(self.nodes, mode, config, nodes)
+        rollouts = parse_rollouts(self.nodes, mode, config, nodes)
         if self._adaptive is not None and not dry_run:
             self.scaling.stop_adaptive()
         comm, reports = self.scheduler_comm, []
@@ -761,29 +781,3 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
     def _widget(self) -> object:
         panel = self.display.panel()
         return None if panel is None else panel.root
-
-
-def _rollouts(
-    known: Nodes, mode: str | Mode | Mapping[str, str | Mode], config: Plain | str | None, nodes: NodeSelection
-) -> list[tuple[str | Sequence[str] | None, Mode]]:
-    """Return the nodes, None for all, and the mode of each rollout that a call of ``reprovision`` asks for."""
-    if isinstance(mode, Mapping):
-        if nodes is not None:
-            raise ConfigError("nodes= cannot be given with a mapping of modes: its keys are the nodes", key="nodes")
-        return [([name], modes.parse(each, config)) for name, each in mode.items()]
-    if callable(nodes):
-        names = [name for name, node in known.items() if nodes(node)]
-        if not names:
-            raise ConfigError(f"nodes={nodes!r} selects no node of {', '.join(known)}", key="nodes")
-        return [(names, modes.parse(mode, config))]
-    return [(nodes, modes.parse(mode, config))]
-
-
-def _optional_seconds(key: str, value: str | float | None, zero: bool = False) -> float | None:
-    """Parse an optional time of ``reprovision``."""
-    return None if value is None else parse_seconds(key, value, call="reprovision", zero=zero)
-
-
-def _timeout(key: str, value: str | float | None, default: float) -> float:
-    """Parse an optional time of ``AgentCluster``."""
-    return default if value is None else parse_seconds(key, value, call="AgentCluster")

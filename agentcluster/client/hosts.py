@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 
 from distributed.core import Status
 
-from agentcluster import modes
 from agentcluster.client.calls import Plain
 from agentcluster.client.processes import Blueprint, NodeEntry, NodeProcess, in_standby
 from agentcluster.errors import AgentClusterError, ConfigError, NodeNotFound, one_line
@@ -493,44 +492,6 @@ class Reserve:
             Name of the host.
         """
         self._out.discard(name)
-
-
-def first_modes(
-    mode: str | Mode | Mapping[str, str | Mode], config: Plain | str | None, names: Sequence[str]
-) -> tuple[Mode, dict[str, Mode]]:
-    """Parse the first modes that a cluster is given.
-
-    Parameters
-    ----------
-    mode
-        Mode of all nodes, or node name -> mode.
-    config
-        Options of the mode of all nodes.
-    names
-        Names of the nodes.
-
-    Returns
-    -------
-    default : Mode
-        Mode of the nodes that have none by name.
-    by_name : dict
-        Node name -> mode.
-
-    Raises
-    ------
-    ConfigError, NodeNotFound
-        For a mode that cannot be used, or the name of no node.
-    """
-    if not isinstance(mode, Mapping):
-        return modes.parse(mode, config), {}
-    for name in mode:
-        if name not in names:
-            raise NodeNotFound(str(name), names)
-    if config is not None:
-        raise ConfigError(
-            "config= cannot be given with a mapping of modes; use Mode(name, config) as its values", key="config"
-        )
-    return Mode("auto-cpu"), {name: modes.parse(each) for name, each in mode.items()}
 
 
 def _modes_to_wire(modes_by_name: Mapping[str, Mode]) -> dict[str, Plain]:

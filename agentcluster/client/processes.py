@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict, Unpack
 
 import dask
 from distributed import Scheduler
-from distributed.core import Status
+from distributed.core import Server, Status
 from distributed.deploy.spec import ProcessInterface
 from distributed.security import Security
 
 from agentcluster.client.calls import Plain
 from agentcluster.config import overrides
-from agentcluster.errors import ConfigError
+from agentcluster.errors import AgentClusterError, ConfigError, LaunchError, one_line, suggest
 from agentcluster.launch import launchers_for
 from agentcluster.launch.protocol import Launched, Launcher, Settings
 from agentcluster.security import LOOPBACK, credentials_for_role, has_credentials, is_private
 from agentcluster.wire import plain
+
+#: Keyword arguments of a scheduler.
+SCHEDULER_OPTIONS = {*inspect.signature(Scheduler).parameters, *inspect.signature(Server).parameters} - {"kwargs"}
 
 
 class LaunchOptions(TypedDict):
@@ -269,8 +273,13 @@ class Blueprint:
         Raises
         ------
         ConfigError
-            When options are given to a scheduler that already runs.
+            When an option is unknown, or is given to a scheduler that already runs.
         """
+        if unknown := next((key for key in options if key not in SCHEDULER_OPTIONS), None):
+            raise ConfigError(
+                f"scheduler_options: unknown option {unknown!r}; {suggest(str(unknown), SCHEDULER_OPTIONS)}",
+                key="scheduler_options",
+            )
         if has_credentials(self.security) and not is_address(where):
             options = {"dashboard_address": f"{LOOPBACK}:8787", **options}
         if where is None:
@@ -300,6 +309,34 @@ class Blueprint:
             pre_spawn={key: str(value) for key, value in pre_spawn.items() if value is not None},
             options=plain(options),
         )
+
+
+def scheduler_problem(error: BaseException, where: object, options: Plain) -> BaseException:
+    """Return the reason why a scheduler did not start, in place of dask's error about the cluster.
+
+    Parameters
+    ----------
+    error
+        dask's error.
+    where, options
+        As for :meth:`Blueprint.scheduler`.
+
+    Returns
+    -------
+    BaseException
+        A LaunchError that names the scheduler; the cause itself for a scheduler that others started.
+    """
+    while isinstance(error, RuntimeError) and not isinstance(error, AgentClusterError) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, LaunchError):
+        return type(error)(error.host, error.reason, error.last_output, what="scheduler")
+    if isinstance(error, AgentClusterError) or is_address(where):
+        return error
+    reason = one_line(error)
+    if isinstance(error, OSError):
+        places = [f"{key}={value!r}" for key, value in options.items() if key in ("host", "interface", "port")]
+        reason = f"it cannot listen at {', '.join(places) or 'its address'}: {error.strerror or reason}"
+    return LaunchError(str(where or "this machine"), reason, what="scheduler")
 
 
 def is_address(where: object) -> bool:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 from agentcluster.errors import LaunchError
@@ -53,6 +54,9 @@ class LocalLauncher:
 
     async def launch(self, settings: Settings, *, timeout: float) -> Launched:
         """Start the agent; see :class:`~agentcluster.launch.protocol.Launcher`."""
+        if self._python == sys.executable:
+            # As multiprocessing gives it to its processes, so that what the user imports can be imported there.
+            settings = replace(settings, path=tuple(map(os.path.abspath, sys.path)))
         return await launch(self._start, settings, where=self.where, python=self._python, timeout=timeout)
 
     async def _start(self) -> _Subprocess:

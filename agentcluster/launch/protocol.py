@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -48,6 +48,8 @@ class Settings:
         Environment variables that dask sets before it starts a worker; those of the host have priority.
     options
         Keyword arguments of the agent or the scheduler. Not in the repr.
+    path
+        Folders that the process imports from, before its own: those of the process that starts it, on its machine.
     """
 
     protocol: int = PROTOCOL
@@ -60,6 +62,7 @@ class Settings:
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
     pre_spawn: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    path: Sequence[str] = ()
 
     def encode(self) -> str:
         """Return the settings as one line of JSON.

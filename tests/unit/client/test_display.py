@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from distributed.core import Status
 
-from agentcluster.client.view import NodeView
+from agentcluster.client.display import NodeView
 
 
 class Scheduler:

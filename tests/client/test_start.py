@@ -1,0 +1,93 @@
+"""The start of a cluster: what local workers have of the process that starts them, and what is said when it fails."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client
+
+from agentcluster import AgentCluster, Host
+from agentcluster.errors import ConfigError, LaunchError
+from tests.support.inprocess import here
+from tests.support.plugin import SCHEDULER
+
+ONE = {"nworkers": 1, "nthreads": 1, "memory_limit": "300MiB"}
+
+
+def read_stdin() -> tuple[int, bytes]:
+    """Return how a child process ended that reads its stdin to the end, and what it read."""
+    done = subprocess.run(["cat"], capture_output=True, timeout=10, check=False)
+    return done.returncode, done.stdout
+
+
+async def test_a_local_worker_has_what_the_client_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its modules, also from another directory; an empty stdin; and room for sockets where $TMPDIR is too long."""
+    (tmp_path / "beside_the_script.py").write_text("def double(x):\n    return 2 * x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import beside_the_script  # type: ignore[import-not-found]
+
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    monkeypatch.chdir("/")
+    host = Host("local", env={"TMPDIR": str(long)})
+    async with (
+        AgentCluster([host], config=ONE, scheduler_options=SCHEDULER, asynchronous=True) as cluster,
+        Client(cluster, asynchronous=True) as client,
+    ):
+        assert await client.submit(beside_the_script.double, 21) == 42
+        assert await client.submit(os.getenv, "TMPDIR") == str(long)
+        assert await client.submit(read_stdin) == (0, b"")
+        ppid = await client.submit(os.getppid)
+        forkserver = Path(f"/proc/{ppid}/cmdline").read_bytes() if sys.platform == "linux" else b"forkserver"
+        assert b"forkserver" in forkserver
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port at which something listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield int(listening.getsockname()[1])
+
+
+async def start(asynchronous: bool, **options: Any) -> None:
+    if asynchronous:
+        await AgentCluster(here(), asynchronous=True, **options)
+    else:
+        AgentCluster(**options)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    ("scheduler", "where", "why"), [(None, "this machine", "port={}"), ("local", "local", "Errno")]
+)
+async def test_a_port_that_is_taken(
+    taken: int, asynchronous: bool, scheduler: str | None, where: str, why: str
+) -> None:
+    """Said at once, as the reason itself; nothing is left."""
+    said = rf"^scheduler on {where} did not start: .*{why.format(taken)}.*[Aa]ddress already in use"
+    with pytest.raises(LaunchError, match=said):
+        await start(asynchronous, scheduler=scheduler, scheduler_options={**SCHEDULER, "port": taken})
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (5, r"scheduler_options=5 must be a mapping"),
+        ({"prot": 8786}, r"scheduler_options: unknown option 'prot'; did you mean 'port'\?"),
+    ],
+)
+def test_wrong_options_of_a_scheduler(options: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        AgentCluster(scheduler_options=options)
+
+
+async def test_an_interface_that_is_not_there() -> None:
+    with pytest.raises(LaunchError, match=r"scheduler on this machine did not start: 'nope0' is not a valid network"):
+        await AgentCluster(here(), scheduler_options={"interface": "nope0"}, asynchronous=True)
