@@ -260,7 +260,7 @@ class Supervisor:
         if resources:
             arguments["resources"] = resources
         if spec.env:
-            arguments["env"] = dict(spec.env)
+            arguments["env"] = {**(self.host_options.get("env") or {}), **spec.env}
         if self.security is not None:
             arguments["security"] = self.security
         return arguments

@@ -60,6 +60,9 @@ def _modes(context: click.Context, parameter: click.Parameter, prefix: str) -> l
 @click.command()
 @click.argument("mode", shell_complete=_modes)
 @click.option("--config", metavar="JSON", help="Options of the mode, such as '{\"nthreads\": 2}'.")
+@click.option(
+    *("-o", "--option", "options"), multiple=True, metavar="NAME=VALUE", help="One of them, as nthreads=2; repeatable."
+)
 @NODES
 @click.option("--add", is_flag=True, help="Keep the workers that run, and add the mode's.")
 @click.option(
@@ -97,6 +100,7 @@ async def reprovision(
     there: Connection,
     mode: str,
     config: str | None,
+    options: Sequence[str],
     nodes: Sequence[str],
     add: bool,
     yes: bool,
@@ -106,6 +110,8 @@ async def reprovision(
 ) -> None:
     """Replace the workers of nodes in place with those of MODE, such as auto-cpu, auto-gpu, mixed, uniform or none."""
     wanted = modes.parse(mode, config)
+    if options:
+        wanted = modes.parse(mode, {**wanted.config, **dict(map(_option, options))})
     if terms["drain_timeout"] is not None:
         terms["drain_timeout"] = parse_seconds("--drain-timeout", terms["drain_timeout"], zero=True)
     if terms["timeout"] is not None:
@@ -125,6 +131,17 @@ async def reprovision(
         print_json(answer)
     else:
         _print_report(RolloutReport.parse(answer))
+
+
+def _option(text: str) -> tuple[str, object]:
+    """Parse ``name=value``; a value is JSON, or text where it is none."""
+    name, sign, value = text.partition("=")
+    if not (name and sign):
+        raise click.UsageError(f"--option {text!r}: give a name and a value, such as nthreads=2")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 async def _confirm_loss(there: Connection, terms: Mapping[str, Any]) -> None:

@@ -298,6 +298,14 @@ class AgentAdaptive(Adaptive):
         **kinds: tuple[int, int | None],
     ) -> None:
         # All before dask's own: in a synchronous cluster the first look may begin in its thread while this goes on.
+        if interval is not None:
+            parse_seconds("interval", interval, call="adapt", zero=True)
+        if target_duration is not None:
+            parse_seconds("target_duration", target_duration, call="adapt")
+        _check_whole("wait_count", wait_count, least=1)
+        _check_limits("", minimum, None if maximum is not None and math.isinf(_number(maximum)) else maximum)
+        _check_limits("_cores", minimum_cores, maximum_cores)
+        _check_limits("_memory", _nbytes("minimum_memory", minimum_memory), _nbytes("maximum_memory", maximum_memory))
         self._modes = _modes(modes)
         self._kinds = {kind: _limits(kind, limits) for kind, limits in kinds.items()}
         self._least = minimum_cores or 0, _nbytes("minimum_memory", minimum_memory) or 0
@@ -555,6 +563,26 @@ def _shortfall(answer: AdaptAnswer) -> str:
 
 def _range(least: int, most: float | None) -> str:
     return f"{least} or more" if most is None else f"{least} to {most}"
+
+
+def _check_whole(key: str, value: object, least: int = 0) -> None:
+    """Refuse what is neither None nor a whole number."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        raise ConfigError(f"adapt({key}={value!r}): give a whole number of at least {least}", key=key)
+
+
+def _check_limits(what: str, least: object, most: object) -> None:
+    """Refuse limits that are no whole numbers, or that nothing can keep."""
+    _check_whole(f"minimum{what}", least)
+    _check_whole(f"maximum{what}", most)
+    if isinstance(least, int) and isinstance(most, int) and least > most:
+        raise ConfigError(
+            f"adapt(minimum{what}={least}, maximum{what}={most}): the maximum is smaller", key=f"maximum{what}"
+        )
+
+
+def _number(value: object) -> float:
+    return value if isinstance(value, float) else 0.0
 
 
 def _nbytes(key: str, value: str | int | None) -> int | None:

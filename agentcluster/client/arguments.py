@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from agentcluster import modes
 from agentcluster.client.calls import Plain
-from agentcluster.errors import ConfigError, NodeNotFound
+from agentcluster.errors import ConfigError, NodeNotFound, suggest
 from agentcluster.model import Mode
+from agentcluster.modes.options import NANNY, RESERVED, known_keywords
 from agentcluster.reports import Nodes, NodeSnapshot
 from agentcluster.units import parse_seconds
+
+#: Keyword arguments of all workers on a host that none of dask's classes has.
+OF_HOSTS = frozenset({"worker_port", "nanny_port", "labels"})
 
 #: Nodes by name, pattern, label or a function of what is known of them; None for all.
 NodeSelection: TypeAlias = str | Sequence[str] | Callable[[NodeSnapshot], bool] | None
@@ -38,8 +42,100 @@ def parse_mapping(key: str, value: Plain | None) -> dict[str, Any]:
     return dict(value)
 
 
+def parse_worker_options(value: Mapping[str, Plain] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parse ``worker_options`` of a cluster.
+
+    Parameters
+    ----------
+    value
+        What was given.
+
+    Returns
+    -------
+    options : dict
+        Keyword arguments for every worker, whatever its mode.
+    shape : dict
+        Options of the first mode: ``nthreads`` and ``memory_limit``, which each mode decides.
+
+    Raises
+    ------
+    ConfigError
+        For a keyword that no worker of dask has, unless another class of worker is given.
+    """
+    options = parse_mapping("worker_options", value)
+    known = (known_keywords(NANNY) or frozenset()) | OF_HOSTS
+    for key in options:
+        if key in RESERVED:
+            raise ConfigError(f"worker_options: {key!r} cannot be set: {RESERVED[key]}", key="worker_options")
+        if key not in known and options.get("worker_class") is None:
+            raise ConfigError(f"worker_options: unknown option {key!r}; {suggest(key, known)}", key="worker_options")
+    shape: dict[str, Any] = {key: options.pop(key) for key in ("nthreads", "memory_limit") if key in options}
+    return options, shape
+
+
+#: Other keyword of dask's clusters -> what to write instead.
+ELSEWHERE: Mapping[str, str] = {
+    "n_workers": 'config={{"nworkers": {0!r}}}',
+    "nworkers": 'config={{"nworkers": {0!r}}}',
+    "threads_per_worker": 'config={{"nthreads": {0!r}}}',
+    "nthreads": 'config={{"nthreads": {0!r}}}',
+    "memory_limit": 'config={{"memory_limit": {0!r}}}',
+    "host": 'scheduler_options={{"host": {0!r}}}',
+    "ip": 'scheduler_options={{"host": {0!r}}}',
+    "scheduler_port": 'scheduler_options={{"port": {0!r}}}',
+    "dashboard_address": 'scheduler_options={{"dashboard_address": {0!r}}}',
+    "diagnostics_port": 'scheduler_options={{"dashboard_address": {0!r}}}',
+    "worker_dashboard_address": 'worker_options={{"dashboard_address": {0!r}}}',
+    "services": 'scheduler_options={{"services": {0!r}}}',
+    "service_kwargs": 'scheduler_options={{"service_kwargs": {0!r}}}',
+    "blocked_handlers": 'scheduler_options={{"blocked_handlers": {0!r}}}',
+    "protocol": 'scheduler_options={{"protocol": {0!r}}}',
+    "scheduler_kwargs": "scheduler_options={0!r}",
+    "worker_kwargs": "worker_options={0!r}",
+    "kwargs": "worker_options={0!r}",
+    "worker": "hosts=[…] and mode=…: each host has an agent, which starts the workers of its mode",
+    "workers": "hosts=[…] and mode=…: each host has an agent, which starts the workers of its mode",
+    "worker_module": "nothing: an agent runs there",
+    "worker_services": "nothing: workers have none",
+    "processes": "nothing: workers are processes of their own",
+    "start": "nothing: a cluster starts when it is made",
+    "shutdown_scheduler": 'scheduler="tcp://…", for one that goes on',
+}
+
+
+def refuse_keywords(given: Mapping[str, object], own: Iterable[str]) -> None:
+    """Refuse keywords that ``AgentCluster`` does not have, with what to write instead.
+
+    Parameters
+    ----------
+    given
+        The keywords and their values.
+    own
+        Keywords that it has.
+
+    Raises
+    ------
+    ConfigError
+        For keywords of dask's other clusters, all at once.
+    TypeError
+        For a name that none of them has.
+    """
+    of_workers = (known_keywords(NANNY) or frozenset()) | OF_HOSTS
+    instead = []
+    for key, value in given.items():
+        if key not in ELSEWHERE and key not in of_workers:
+            raise TypeError(f"AgentCluster() got an unexpected keyword argument {key!r}; {suggest(key, own)}")
+        how = ELSEWHERE.get(key, f'worker_options={{{{"{key}": {{0!r}}}}}}').format(value)
+        instead.append(f"{key}={value!r}, write {how}")
+    if instead:
+        raise ConfigError(f"AgentCluster has other words for this: in place of {'; of '.join(instead)}")
+
+
 def first_modes(
-    mode: str | Mode | Mapping[str, str | Mode], config: Plain | str | None, names: Sequence[str]
+    mode: str | Mode | Mapping[str, str | Mode],
+    config: Plain | str | None,
+    names: Sequence[str],
+    shape: Mapping[str, object] | None = None,
 ) -> tuple[Mode, dict[str, Mode]]:
     """Parse the first modes that a cluster is given.
 
@@ -51,6 +147,8 @@ def first_modes(
         Options of the mode of all nodes.
     names
         Names of the nodes.
+    shape
+        Options of each of these modes that it was not given.
 
     Returns
     -------
@@ -65,7 +163,7 @@ def first_modes(
         For a mode that cannot be used, or the name of no node.
     """
     if not isinstance(mode, Mapping):
-        return modes.parse(mode, config), {}
+        return _shaped(modes.parse(mode, config), shape), {}
     for name in mode:
         if name not in names:
             raise NodeNotFound(str(name), names)
@@ -73,11 +171,20 @@ def first_modes(
         raise ConfigError(
             "config= cannot be given with a mapping of modes; use Mode(name, config) as its values", key="config"
         )
-    return Mode("auto-cpu"), {name: modes.parse(each) for name, each in mode.items()}
+    return Mode("auto-cpu"), {name: _shaped(modes.parse(each), shape) for name, each in mode.items()}
+
+
+def _shaped(mode: Mode, shape: Mapping[str, object] | None) -> Mode:
+    """Add options to a mode, unless it has them."""
+    return modes.parse(mode.name, {**shape, **mode.config}) if shape else mode
 
 
 def parse_rollouts(
-    known: Nodes, mode: str | Mode | Mapping[str, str | Mode], config: Plain | str | None, nodes: NodeSelection
+    known: Nodes,
+    mode: str | Mode | Mapping[str, str | Mode],
+    config: Plain | str | None,
+    nodes: NodeSelection,
+    options: Mapping[str, object],
 ) -> list[tuple[str | Sequence[str] | None, Mode]]:
     """Return the rollouts that a call of ``reprovision`` asks for.
 
@@ -85,7 +192,7 @@ def parse_rollouts(
     ----------
     known
         The nodes.
-    mode, config, nodes
+    mode, config, nodes, options
         As for :meth:`agentcluster.AgentCluster.reprovision`.
 
     Returns
@@ -96,18 +203,27 @@ def parse_rollouts(
     Raises
     ------
     ConfigError
-        For arguments that cannot be given together, or a function that selects no node.
+        For arguments that cannot be given together, or a selection of no node.
     """
+    if isinstance(nodes, Sequence) and not nodes:
+        raise ConfigError(f"nodes={nodes!r} selects no node; leave it out for all of {', '.join(known)}", key="nodes")
     if isinstance(mode, Mapping):
         if nodes is not None:
             raise ConfigError("nodes= cannot be given with a mapping of modes: its keys are the nodes", key="nodes")
-        return [([name], modes.parse(each, config)) for name, each in mode.items()]
+        return [([name], _with_options(modes.parse(each, config), options)) for name, each in mode.items()]
     if callable(nodes):
         names = [name for name, node in known.items() if nodes(node)]
         if not names:
             raise ConfigError(f"nodes={nodes!r} selects no node of {', '.join(known)}", key="nodes")
-        return [(names, modes.parse(mode, config))]
-    return [(nodes, modes.parse(mode, config))]
+        return [(names, _with_options(modes.parse(mode, config), options))]
+    return [(nodes, _with_options(modes.parse(mode, config), options))]
+
+
+def _with_options(mode: Mode, options: Mapping[str, object]) -> Mode:
+    """Add options to a mode that it must not have already."""
+    if twice := sorted(options.keys() & mode.config.keys()):
+        raise ConfigError(f"option {twice[0]!r} of mode {mode.name!r} is given twice, in config= and as a keyword")
+    return modes.parse(mode.name, {**mode.config, **options}) if options else mode
 
 
 def parse_optional_seconds(key: str, value: str | float | None, zero: bool = False) -> float | None:

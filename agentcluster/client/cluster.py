@@ -9,12 +9,13 @@ and shows them.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
 from collections.abc import Awaitable, Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal, Self, TypeAlias, TypeVar, overload
+from typing import Any, Literal, Never, Self, TypeAlias, TypeVar, overload
 
 import distributed.deploy.adaptive
 from dask.utils import parse_timedelta
@@ -35,6 +36,8 @@ from agentcluster.client.arguments import (
     parse_optional_seconds,
     parse_rollouts,
     parse_timeout,
+    parse_worker_options,
+    refuse_keywords,
 )
 from agentcluster.client.calls import Plain, SchedulerCalls
 from agentcluster.client.display import Display, NodeView
@@ -94,7 +97,8 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
     scheduler_options : mapping, optional
         Keyword arguments of :class:`distributed.Scheduler`.
     worker_options : mapping, optional
-        Keyword arguments for every worker whatever its mode, such as ``local_directory`` or ``resources``.
+        Keyword arguments for every worker whatever its mode, such as ``local_directory`` or ``resources``; ``nthreads``
+        and ``memory_limit`` are options of the first mode.
     connect_options : mapping or list of mappings, optional
         Keyword arguments of ``asyncssh.connect``, for all hosts or one per host.
     remote_python : str or list of str, optional
@@ -173,7 +177,17 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         silence_logs: int | bool = logging.WARNING,
         shutdown_on_close: bool = True,
         scheduler_sync_interval: float = 1,
+        **others: Never,
     ) -> None:
+        refuse_keywords(others, inspect.signature(AgentCluster).parameters)
+        if not shutdown_on_close:
+            raise ConfigError(
+                "shutdown_on_close=False has no effect here: agents end with the process that launched them; start "
+                "`dask scheduler` and dask-agent by themselves, and join them with scheduler='tcp://…'",
+                key="shutdown_on_close",
+            )
+        if not isinstance(name, str | None):
+            raise ConfigError(f"name={name!r} must be text", key="name")
         if on_host_failure not in ("raise", "warn"):
             raise ConfigError(f"on_host_failure={on_host_failure!r} must be 'raise' or 'warn'", key="on_host_failure")
         warn_untested()
@@ -188,15 +202,16 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         if alone and not listens and not joined:
             of_scheduler["host"] = LOOPBACK
         credentials = resolve_credentials(security, remote=remote and not joined, attached=attached)
+        of_workers, shape = parse_worker_options(worker_options)
         blueprint = Blueprint(
             security=credentials,
-            worker_options=parse_mapping("worker_options", worker_options),
+            worker_options=of_workers,
             launch_options={"connect_options": connect_options, "remote_python": remote_python},
             launch_timeout=parse_timeout("launch_timeout", launch_timeout, settings.launch_timeout),
             stop_timeout=settings.stop_timeout,
             alone=alone and not joined and not (listens and (security is False or has_credentials(credentials))),
         )
-        first, own = first_modes(mode, config, [launcher.name for launcher in launchers])
+        first, own = first_modes(mode, config, [launcher.name for launcher in launchers], shape)
         inside: AsyncCluster = self  # type: ignore[assignment]
         self.hosts = Hosts(
             inside,
@@ -413,6 +428,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
     @synced
     async def reprovision(
         self,
+        /,
         mode: str | Mode | Mapping[str, str | Mode],
         config: Plain | str | None = None,
         *,
@@ -428,6 +444,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         wait: bool | str | float = True,
         progress: bool = False,
         dry_run: bool = False,
+        **options: Any,
     ) -> RolloutReport:
         """Change the workers of nodes in place: new ones start, data moves to them, old ones stop.
 
@@ -466,6 +483,8 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
             Draw a bar per node, in a terminal or a notebook.
         dry_run : bool
             Plan and check only.
+        **options
+            Options of `mode`, such as ``nthreads=2``; those of `config` too.
 
         Returns
         -------
@@ -501,7 +520,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
             dry_run=dry_run,
             wait=wait if isinstance(wait, bool) else parse_seconds("wait", wait, call="reprovision", zero=True),
         )
-        rollouts = parse_rollouts(self.nodes, mode, config, nodes)
+        rollouts = parse_rollouts(self.nodes, mode, config, nodes, options)
         if self._adaptive is not None and not dry_run:
             self.scaling.stop_adaptive()
         comm, reports = self.scheduler_comm, []

@@ -233,6 +233,13 @@ async def test_a_worker_without_a_nanny_has_a_state_while_it_starts(supervisor: 
     assert {address for _, address in seen} <= {None, state.address}
 
 
+async def test_variables_of_the_host_and_of_the_mode_are_merged(supervisor: Watched) -> None:
+    supervisor.host_options = {**supervisor.host_options, "env": {"HOSTS": "host", "BOTH": "host"}}
+    await supervisor.start({"n-0": worker(env={"BOTH": "mode"})}, START)
+    environ = supervisor._workers["n-0"].server.env
+    assert {name: environ[name] for name in ("HOSTS", "BOTH")} == {"HOSTS": "host", "BOTH": "mode"}
+
+
 async def test_a_name_in_use(supervisor: Watched) -> None:
     (state,) = await supervisor.start({"n-0": worker()}, START)
     with pytest.raises(ConfigError, match="'n-0' already runs here"):

@@ -78,6 +78,8 @@ def test_reprovision(run: Run, sync_cluster: AgentCluster) -> None:
             "local": "auto-cpu",
             "local.2": "uniform",
         }
+        planned = said(run("reprovision", "uniform", "-o", "nthreads=1", "-o", "memory_limit=302MiB", "--dry-run"))
+        assert "1 thread, 302.00 MiB" in planned
         answer = json.loads(said(run("reprovision", "uniform", "--config", config, "--drain-timeout", "5s", "--json")))
         assert answer["mode"] == "uniform"
         assert set(answer["nodes"]) == {"local", "local.2"}
@@ -142,6 +144,8 @@ REFUSED: tuple[tuple[list[str], list[str]], ...] = (
     (["reprovision", "uniform", "--nodes", "box-*"], ["'box-*'", "local"]),
     (["reprovision", "uniform", "--timeout", "soon"], ["--timeout is 'soon'", "30s"]),
     (["reprovision", "uniform", "--drain", "never"], ["--drain", "never"]),
+    (["reprovision", "uniform", "-o", "nthreads"], ["--option 'nthreads'", "nthreads=2"]),
+    (["reprovision", "uniform", "-o", "nthread=2"], ["'nthread'", "did you mean 'nthreads'"]),
     (["reprovision"], ["MODE"]),
     (["scale"], ["--kind"]),
     (["scale", "--kind", "gpu"], ["'gpu'", "gpu=2"]),

@@ -219,6 +219,15 @@ async def test_tasks_without_a_worker_are_not_kept_waiting_for_the_next_look(
         ({"gpu": 2}, r"gpu=\(0, 2\)"),
         ({"gpu": (3, 2)}, r"gpu=\(0, 2\)"),
         ({"idle_timeout": "soon"}, r"idle_timeout=…\) is 'soon'"),
+        ({"interval": "x"}, r"interval=…\) is 'x'"),
+        ({"target_duration": "x"}, r"target_duration=…\) is 'x'"),
+        ({"minimum": 5, "maximum": 2}, r"adapt\(minimum=5, maximum=2\): the maximum is smaller"),
+        ({"minimum_cores": 5, "maximum_cores": 2}, r"minimum_cores=5, maximum_cores=2"),
+        ({"minimum_memory": "2 GiB", "maximum_memory": "1 GiB"}, r"minimum_memory=.*the maximum is smaller"),
+        ({"minimum": -1}, r"adapt\(minimum=-1\): give a whole number of at least 0"),
+        ({"minimum": "x"}, r"adapt\(minimum='x'\)"),
+        ({"maximum": 1.5}, r"adapt\(maximum=1\.5\)"),
+        ({"wait_count": 0}, r"adapt\(wait_count=0\): give a whole number of at least 1"),
     ],
 )
 async def test_wrong_options(cluster: AgentCluster, options: dict[str, Any], said: str) -> None:
