@@ -1,7 +1,8 @@
 """Connection of the operator's command to a scheduler: its options, its calls, and the exit codes of errors.
 
 Exit codes: 0, done. 1, begun and failed; the message describes the state of the cluster. 2, refused; nothing was
-changed. 3, no scheduler answers, or it cannot be used: it has no agentcluster, or one of another protocol.
+changed. 3, no scheduler answers, or it cannot be used: it has no agentcluster, or one of another protocol. 130, ended
+by Ctrl-C before the answer came.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ CONNECT = 10.0
 #: Plain data of the scheduler, by name.
 Facts: TypeAlias = Mapping[str, Any]
 
-FAILED, REFUSED, NO_SCHEDULER = 1, 2, 3
+FAILED, REFUSED, NO_SCHEDULER, INTERRUPTED = 1, 2, 3, 130
+
+#: Commands that a person ends with Ctrl-C, and those whose work goes on without them.
+LOOKS, CHANGES = ("top", "events", "logs"), ("reprovision", "scale")
 
 OPTIONS = (
     click.option(
@@ -273,7 +277,12 @@ def _exit_code(main: Coroutine[Any, Any, int | None]) -> int:
     try:
         return asyncio.run(main) or 0
     except KeyboardInterrupt:
-        return 0
+        command = click.get_current_context().info_name
+        if command in LOOKS:
+            return 0
+        code, message = INTERRUPTED, "interrupted"
+        if command in CHANGES:
+            message = f"interrupted; the scheduler carries the {command} on, and `agentcluster top` shows it"
     except (NoScheduler, SchedulerUnfit, VersionMismatch) as error:
         code, message = NO_SCHEDULER, str(error)
     except (ConfigError, PreflightError, NodeNotFound, RolloutBusy) as error:

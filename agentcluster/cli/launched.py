@@ -45,6 +45,8 @@ def main() -> None:
         _run(settings, lifeline)
     except (AgentClusterError, OSError, TimeoutError, ValueError) as error:
         _fail(str(error), error)
+    except ImportError as error:
+        _fail(f"{type(error).__name__}: {error}{_importer(error)}", error)
     except Exception as error:  # such as a TypeError from an option; the launcher shows the user the last line
         _fail(f"{type(error).__name__}: {error}", error)
 
@@ -79,6 +81,14 @@ def _preload(config: Mapping[str, object]) -> Sequence[str]:
     if isinstance(found, list) and all(isinstance(name, str) for name in found):
         return found
     return forkserver.PRELOAD
+
+
+def _importer(error: ImportError) -> str:
+    """Return where the import that failed was asked for."""
+    import traceback
+
+    frames = [each for each in traceback.extract_tb(error.__traceback__) if "importlib" not in each.filename]
+    return f", imported at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
 def _fail(why: str, error: Exception) -> NoReturn:

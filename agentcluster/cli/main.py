@@ -30,7 +30,7 @@ def main() -> None:
     The scheduler is named by --scheduler, by --scheduler-file, or in dask's configuration (DASK_SCHEDULER_ADDRESS).
 
     Exit codes: 0, done. 1, begun and failed. 2, refused; nothing was changed. 3, no scheduler answers, or it has no
-    agentcluster, or one of another protocol version.
+    agentcluster, or one of another protocol version. 130, ended by Ctrl-C before the answer came.
     """
 
 

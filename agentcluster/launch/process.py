@@ -212,6 +212,8 @@ def _late(running: _Running | None, where: str, timeout: float) -> LaunchTimeout
 def _why(code: int | None, log: LogTail, python: str) -> str:
     """Explain the end of a process that was not ready, from its exit code and its last output."""
     if missing := re.search(r"No module named '?([\w.]+)", log.last()):
+        if missing[1].partition(".")[0] != "agentcluster":
+            return f"its Python ({python}) has no module {missing[1]!r}, which it was made to import; install it there"
         return (
             f"its Python ({python}) has no module {missing[1]!r}; "
             f"install agentcluster into it: {python} -m pip install agentcluster"

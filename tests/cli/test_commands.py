@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from distributed import Client, LocalCluster
+from distributed import Client, Event, LocalCluster
 from distributed.security import Security
 
 from agentcluster import AgentCluster
@@ -26,6 +26,7 @@ from agentcluster.cli.main import main
 from tests.support.inprocess import here
 from tests.support.plugin import SCHEDULER
 from tests.support.programs import ROOT
+from tests.support.waiting import wait_blocking
 
 ONE = {"nworkers": 1, "nthreads": 1, "memory_limit": "300MiB"}
 OPTIONS: dict[str, Any] = {"scheduler_options": SCHEDULER}
@@ -227,6 +228,29 @@ def test_top_and_following_in_a_terminal(sync_cluster: AgentCluster, run: Run) -
         drawn[command[0]] = seen
     assert "\x1b[?1049h" in drawn["top"]  # a screen of its own, which is left again
     assert "\x1b[?1049l" in drawn["top"]
+
+
+def test_ctrl_c_leaves_a_change_to_the_scheduler(sync_cluster: AgentCluster) -> None:
+    """What goes on without the command is said, and the exit code is that of an interrupt."""
+    with Client(sync_cluster) as client:
+        busy = client.submit(Event("go").wait, 30, pure=False)
+        wait_blocking(lambda: any(ws.processing for ws in sync_cluster.scheduler.workers.values()))
+        change = ("reprovision", "uniform", "--config", json.dumps({**ONE, "memory_limit": "303MiB"}))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "agentcluster.cli.main", *change, "--scheduler", sync_cluster.scheduler_address],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_blocking(sync_cluster.rollout.status, 20)
+        process.send_signal(signal.SIGINT)
+        _, seen = process.communicate(timeout=20)
+        Event("go", client=client).set()
+        assert busy.result()
+    assert process.returncode == 130
+    assert "interrupted; the scheduler carries the reprovision on, and `agentcluster top` shows it" in seen
+    assert "Traceback" not in seen
+    wait_blocking(lambda: {node["mode"] for node in sync_cluster.refresh().values()} == {"uniform"}, 20)
 
 
 def _read(terminal: int, seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import os
@@ -23,7 +24,7 @@ from agentcluster.errors import LaunchError, LaunchTimeout
 from agentcluster.launch import Host, launchers_for
 from agentcluster.launch.local import LocalLauncher
 from agentcluster.launch.protocol import Launcher, Ready, Settings
-from agentcluster.wire import PROTOCOL
+from agentcluster.wire import PROTOCOL, plain
 from tests.support import ssh_servers
 from tests.support.ssh_servers import SSHServer
 from tests.support.waiting import wait_until
@@ -204,6 +205,22 @@ async def test_python_without_agentcluster(any_launcher: Callable[..., Launcher]
     error = await _refusal(any_launcher(bare))
     assert f"has no module 'agentcluster'; install agentcluster into it: {bare} -m pip install" in error.reason
     assert "No module named 'agentcluster'" in error.last_output
+
+
+async def test_another_module_that_is_missing_is_named(any_launcher: Callable[..., Launcher]) -> None:
+    options = plain({"plugins": [MadeElsewhere()]})
+    settings = Settings(scheduler="tcp://127.0.0.1:1", options=options)
+    with pytest.raises(LaunchError) as caught:
+        await any_launcher().launch(settings, timeout=PLENTY)
+    assert "has no module 'made_elsewhere', which it was made to import; install it there" in caught.value.reason
+    assert "No module named 'made_elsewhere', imported at" in caught.value.last_output
+
+
+class MadeElsewhere:
+    """A value that is unpickled by a module that is nowhere."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, ("made_elsewhere",)
 
 
 async def test_process_that_ends(any_launcher: Callable[..., Launcher], tmp_path: Path) -> None:

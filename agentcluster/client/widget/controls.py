@@ -117,7 +117,7 @@ def text_field(label: str, hint: str) -> ipywidgets.Text:
     Text
         The field, which is empty.
     """
-    return ipywidgets.Text(description=label, placeholder=hint)
+    return ipywidgets.Text(description=label, placeholder=hint, continuous_update=False)
 
 
 def number_field(label: str, value: str = "") -> ipywidgets.Text:
@@ -135,8 +135,14 @@ def number_field(label: str, value: str = "") -> ipywidgets.Text:
     Text
         The field; its text is not checked before :func:`number_in` reads it.
     """
-    style = {"description_width": "90px"}
-    return ipywidgets.Text(value=value, description=label, placeholder="-", style=style, layout={"width": "170px"})
+    return ipywidgets.Text(
+        value=value,
+        description=label,
+        placeholder="-",
+        continuous_update=False,  # a kernel that is busy would be sent the first digit, and act on it
+        style={"description_width": "90px"},
+        layout={"width": "170px"},
+    )
 
 
 def names_in(field: ipywidgets.Text) -> list[str]:
