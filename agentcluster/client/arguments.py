@@ -75,24 +75,24 @@ def parse_worker_options(value: Mapping[str, Plain] | None) -> tuple[dict[str, A
 
 #: Other keyword of dask's clusters -> what to write instead.
 ELSEWHERE: Mapping[str, str] = {
-    "n_workers": 'config={{"nworkers": {0!r}}}',
-    "nworkers": 'config={{"nworkers": {0!r}}}',
-    "threads_per_worker": 'config={{"nthreads": {0!r}}}',
-    "nthreads": 'config={{"nthreads": {0!r}}}',
-    "memory_limit": 'config={{"memory_limit": {0!r}}}',
-    "host": 'scheduler_options={{"host": {0!r}}}',
-    "ip": 'scheduler_options={{"host": {0!r}}}',
-    "scheduler_port": 'scheduler_options={{"port": {0!r}}}',
-    "dashboard_address": 'scheduler_options={{"dashboard_address": {0!r}}}',
-    "diagnostics_port": 'scheduler_options={{"dashboard_address": {0!r}}}',
-    "worker_dashboard_address": 'worker_options={{"dashboard_address": {0!r}}}',
-    "services": 'scheduler_options={{"services": {0!r}}}',
-    "service_kwargs": 'scheduler_options={{"service_kwargs": {0!r}}}',
-    "blocked_handlers": 'scheduler_options={{"blocked_handlers": {0!r}}}',
-    "protocol": 'scheduler_options={{"protocol": {0!r}}}',
-    "scheduler_kwargs": "scheduler_options={0!r}",
-    "worker_kwargs": "worker_options={0!r}",
-    "kwargs": "worker_options={0!r}",
+    "n_workers": 'config={{"nworkers": {0}}}',
+    "nworkers": 'config={{"nworkers": {0}}}',
+    "threads_per_worker": 'config={{"nthreads": {0}}}',
+    "nthreads": 'config={{"nthreads": {0}}}',
+    "memory_limit": 'config={{"memory_limit": {0}}}',
+    "host": 'scheduler_options={{"host": {0}}}',
+    "ip": 'scheduler_options={{"host": {0}}}',
+    "scheduler_port": 'scheduler_options={{"port": {0}}}',
+    "dashboard_address": 'scheduler_options={{"dashboard_address": {0}}}',
+    "diagnostics_port": 'scheduler_options={{"dashboard_address": {0}}}',
+    "worker_dashboard_address": 'worker_options={{"dashboard_address": {0}}}',
+    "services": 'scheduler_options={{"services": {0}}}',
+    "service_kwargs": 'scheduler_options={{"service_kwargs": {0}}}',
+    "blocked_handlers": 'scheduler_options={{"blocked_handlers": {0}}}',
+    "protocol": 'scheduler_options={{"protocol": {0}}}',
+    "scheduler_kwargs": "scheduler_options={0}",
+    "worker_kwargs": "worker_options={0}",
+    "kwargs": "worker_options={0}",
     "worker": "hosts=[…] and mode=…: each host has an agent, which starts the workers of its mode",
     "workers": "hosts=[…] and mode=…: each host has an agent, which starts the workers of its mode",
     "worker_module": "nothing: an agent runs there",
@@ -125,8 +125,9 @@ def refuse_keywords(given: Mapping[str, object], own: Iterable[str]) -> None:
     for key, value in given.items():
         if key not in ELSEWHERE and key not in of_workers:
             raise TypeError(f"AgentCluster() got an unexpected keyword argument {key!r}; {suggest(key, own)}")
-        how = ELSEWHERE.get(key, f'worker_options={{{{"{key}": {{0!r}}}}}}').format(value)
-        instead.append(f"{key}={value!r}, write {how}")
+        shown = repr(value) if isinstance(value, str | int | float | None) else "…"  # it may hold credentials
+        how = ELSEWHERE.get(key, f'worker_options={{{{"{key}": {{0}}}}}}').format(shown)
+        instead.append(f"{key}={shown}, write {how}")
     if instead:
         raise ConfigError(f"AgentCluster has other words for this: in place of {'; of '.join(instead)}")
 

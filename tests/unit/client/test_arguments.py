@@ -44,6 +44,11 @@ def test_the_first_line_of_who_comes_from_local_cluster() -> None:
     )
 
 
+def test_values_that_may_hold_credentials_are_not_shown() -> None:
+    with pytest.raises(ConfigError, match=r'in place of env=…, write worker_options={"env": …}$'):
+        AgentCluster(env={"PASSWORD": "known-to-nobody"})  # type: ignore[arg-type]
+
+
 def test_a_keyword_that_nobody_has() -> None:
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'hostss'; did you mean 'hosts'\?"):
         AgentCluster(hostss=["a"])  # type: ignore[arg-type]
