@@ -1,4 +1,4 @@
-"""Credentials of a cluster and of its processes, arguments of TLS connections, and limits on unknown peers.
+"""Credentials of a cluster and of its processes, and arguments of TLS connections.
 
 Temporary credentials live in memory as PEM text; those of a user's :class:`distributed.Security` may be files here, and
 are read here: a launched process always gets text, over its stdin.
@@ -6,24 +6,20 @@ are read here: a launched process always gets text, over its stdin.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ipaddress
 import os
 import secrets
 import socket
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from distributed.comm.addressing import get_address_host, get_address_host_port, parse_address
-from distributed.comm.core import Comm, CommClosedError, Listener
+from distributed.comm.addressing import get_address_host_port, parse_address
 from distributed.security import Security
-from tornado.iostream import IOStream
 
 from agentcluster.errors import ConfigError
 
@@ -350,91 +346,3 @@ def is_loopback(host: str) -> bool:
     except OSError:
         return False
     return bool(found) and all(ipaddress.ip_address(str(each).partition("%")[0]).is_loopback for each in found)
-
-
-@dataclass
-class Handshakes:
-    """Peers that have not proved themselves yet: few at a time, and each for a limited time.
-
-    Of too many the oldest is ended, so that who only holds connections does not keep others out.
-
-    Attributes
-    ----------
-    seconds
-        Time for one of them.
-    of_one, of_all
-        Greatest number of them from one host, and in all.
-    """
-
-    seconds: float
-    of_one: int
-    of_all: int
-    _open: dict[asyncio.Timeout, str] = field(default_factory=dict, init=False, repr=False)
-
-    @contextlib.asynccontextmanager
-    async def limited(self, host: str) -> AsyncIterator[None]:
-        """Limit the block in which a peer proves itself.
-
-        Parameters
-        ----------
-        host
-            Address of the peer, without a port.
-
-        Raises
-        ------
-        TimeoutError
-            When it takes too long, or is the oldest of too many.
-        """
-        own = [each for each, other in self._open.items() if other == host]
-        if len(own) >= self.of_one:
-            self._end(own[0])
-        elif len(self._open) >= self.of_all:
-            self._end(next(iter(self._open)))
-        async with asyncio.timeout(self.seconds) as limit:
-            self._open[limit] = host
-            try:
-                yield
-            finally:
-                self._open.pop(limit, None)
-
-    def _end(self, limit: asyncio.Timeout) -> None:
-        del self._open[limit]
-        if not limit.expired():
-            limit.reschedule(asyncio.get_running_loop().time())
-
-
-def limit_handshakes(listeners: Iterable[Listener], handshakes: Handshakes) -> None:
-    """Limit the peers of dask's TCP listeners that have not finished the handshakes: dask itself keeps them for ever.
-
-    Parameters
-    ----------
-    listeners
-        The listeners of a server; those of other transports stay as they are.
-    handshakes
-        The limits, for the handshake of TLS and for that of dask, each.
-    """
-    for listener in listeners:
-        if hasattr(listener, "_prepare_stream"):
-            _limit(listener, listener._prepare_stream, handshakes)
-
-
-def _limit(listener: Listener, prepare: Callable[..., Awaitable[IOStream | None]], handshakes: Handshakes) -> None:
-    on_connection = listener.on_connection
-
-    async def prepared(stream: IOStream, address: str) -> IOStream | None:
-        try:
-            async with handshakes.limited(get_address_host(address)):
-                return await prepare(stream, address)
-        except TimeoutError:
-            stream.close()
-            return None
-
-    async def connected(comm: Comm, handshake_overrides: dict[str, Any] | None = None) -> None:
-        try:
-            async with handshakes.limited(get_address_host(comm.peer_address)):
-                await on_connection(comm, handshake_overrides)
-        except TimeoutError:
-            comm.abort()
-            raise CommClosedError(f"{comm.peer_address} did not finish its handshake") from None
-
-    vars(listener).update(_prepare_stream=prepared, on_connection=connected)

@@ -1,4 +1,4 @@
-"""Protocol between processes: plain data on the wire, pickled values, RPC errors and shared constants.
+"""Protocol between processes: plain data on the wire, pickled values, RPC errors, constants, limits on unknown peers.
 
 Values of :mod:`agentcluster.model` travel as plain dicts (msgpack between dask processes, JSON on an agent's stdin):
 :func:`to_wire` writes them; :func:`from_wire` parses them once, at the border, and refuses unknown keys by name.
@@ -6,19 +6,25 @@ Values of :mod:`agentcluster.model` travel as plain dicts (msgpack between dask 
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import dataclasses
 import functools
 import inspect
 import types
 import typing
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import cloudpickle
 
 from agentcluster import __version__
 from agentcluster.errors import AgentClusterError, ConfigError, VersionMismatch, suggest
+
+if TYPE_CHECKING:
+    from distributed.comm.core import Comm, Listener
+    from tornado.iostream import IOStream
 
 #: Version of the protocol between two processes of agentcluster; both must have the same.
 PROTOCOL = 1
@@ -333,3 +339,98 @@ def check_protocol(peer: str, protocol: object, version: object = None, *, here:
         f"{peer} has {there} with protocol {str(protocol)[:40]}, {here} has agentcluster {__version__} "
         f"with protocol {PROTOCOL}; upgrade agentcluster where {older} runs (pip install --upgrade agentcluster)"
     )
+
+
+# -- peers that are unknown yet ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Handshakes:
+    """Peers that have not proved themselves yet: few at a time, and each for a limited time.
+
+    Of too many the oldest is ended, so that who only holds connections does not keep others out.
+
+    Attributes
+    ----------
+    seconds
+        Time for one of them.
+    of_one, of_all
+        Greatest number of them from one host, and in all.
+    """
+
+    seconds: float
+    of_one: int
+    of_all: int
+    _open: dict[asyncio.Timeout, str] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    @contextlib.asynccontextmanager
+    async def limited(self, host: str) -> AsyncIterator[None]:
+        """Limit the block in which a peer proves itself.
+
+        Parameters
+        ----------
+        host
+            Address of the peer, without a port.
+
+        Raises
+        ------
+        TimeoutError
+            When it takes too long, or is the oldest of too many.
+        """
+        own = [each for each, other in self._open.items() if other == host]
+        if len(own) >= self.of_one:
+            self._end(own[0])
+        elif len(self._open) >= self.of_all:
+            self._end(next(iter(self._open)))
+        async with asyncio.timeout(self.seconds) as limit:
+            self._open[limit] = host
+            try:
+                yield
+            finally:
+                self._open.pop(limit, None)
+
+    def _end(self, limit: asyncio.Timeout) -> None:
+        del self._open[limit]
+        if not limit.expired():
+            limit.reschedule(asyncio.get_running_loop().time())
+
+
+def limit_handshakes(listeners: Iterable[Listener], handshakes: Handshakes) -> None:
+    """Limit the peers of dask's TCP listeners that have not finished the handshakes: dask itself keeps them for ever.
+
+    Parameters
+    ----------
+    listeners
+        The listeners of a server; those of other transports stay as they are.
+    handshakes
+        The limits, for the handshake of TLS and for that of dask, each.
+    """
+    for listener in listeners:
+        if hasattr(listener, "_prepare_stream"):
+            _limit(listener, listener._prepare_stream, handshakes)
+
+
+def _limit(listener: Listener, prepare: Callable[..., Awaitable[IOStream | None]], handshakes: Handshakes) -> None:
+    # As heavy as the other one here.
+    from distributed.comm.addressing import get_address_host
+    from distributed.comm.core import CommClosedError
+
+    on_connection = listener.on_connection
+
+    async def prepared(stream: IOStream, address: str) -> IOStream | None:
+        try:
+            async with handshakes.limited(get_address_host(address)):
+                return await prepare(stream, address)
+        except TimeoutError:
+            stream.close()
+            return None
+
+    async def connected(comm: Comm, handshake_overrides: dict[str, Any] | None = None) -> None:
+        try:
+            async with handshakes.limited(get_address_host(comm.peer_address)):
+                await on_connection(comm, handshake_overrides)
+        except TimeoutError:
+            comm.abort()
+            raise CommClosedError(f"{comm.peer_address} did not finish its handshake") from None
+
+    vars(listener).update(_prepare_stream=prepared, on_connection=connected)

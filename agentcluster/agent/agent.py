@@ -40,9 +40,9 @@ from agentcluster.config import Config, warn_untested
 from agentcluster.errors import ConfigError, SchedulerUnfit, WorkerStartError
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.requests import NodeRegistration
-from agentcluster.security import Handshakes, connection_args, limit_handshakes
+from agentcluster.security import connection_args
 from agentcluster.units import parse_seconds
-from agentcluster.wire import from_wire, handler, to_wire
+from agentcluster.wire import Handshakes, from_wire, handler, limit_handshakes, to_wire
 
 logger = logging.getLogger(__name__)
 

@@ -30,8 +30,8 @@ from agentcluster.errors import ConfigError, one_line
 from agentcluster.launch import handshake
 from agentcluster.launch.handshake import Channel
 from agentcluster.launch.protocol import Settings
-from agentcluster.security import LOOPBACK, Handshakes, connection_args, has_certificates, is_loopback
-from agentcluster.wire import unpickled
+from agentcluster.security import LOOPBACK, connection_args, has_certificates, is_loopback
+from agentcluster.wire import Handshakes, unpickled
 
 logger = logging.getLogger(__name__)
 

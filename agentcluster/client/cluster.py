@@ -29,7 +29,12 @@ from distributed.utils import Log, Logs
 from tornado.ioloop import IOLoop
 
 from agentcluster.client.adaptive import AgentAdaptive
-from agentcluster.client.arguments import (
+from agentcluster.client.calls import Plain, SchedulerCalls
+from agentcluster.client.display import Display, NodeView
+from agentcluster.client.hosts import Hosts
+from agentcluster.client.interface import (
+    AsyncT,
+    MaybeAsync,
     NodeSelection,
     first_modes,
     parse_mapping,
@@ -38,10 +43,8 @@ from agentcluster.client.arguments import (
     parse_timeout,
     parse_worker_options,
     refuse_keywords,
+    synced,
 )
-from agentcluster.client.calls import Plain, SchedulerCalls
-from agentcluster.client.display import Display, NodeView
-from agentcluster.client.hosts import Hosts
 from agentcluster.client.processes import (
     Blueprint,
     NodeEntry,
@@ -53,7 +56,6 @@ from agentcluster.client.processes import (
 )
 from agentcluster.client.rollouts import RolloutControl, parse_status, watch
 from agentcluster.client.scaling import Request, Scaling, resource_name
-from agentcluster.client.synchronous import AsyncT, MaybeAsync, synced
 from agentcluster.config import Config, warn_untested
 from agentcluster.errors import ConfigError, SchedulerUnfit
 from agentcluster.launch import Host, launchers_for

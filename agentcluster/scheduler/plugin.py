@@ -31,8 +31,17 @@ from agentcluster.scheduler import managers, metrics
 from agentcluster.scheduler.controller import Controller
 from agentcluster.scheduler.planning.nodes import SETTLED, Node, Registry
 from agentcluster.scheduler.rollouts import Answer, NodeEvents
-from agentcluster.security import Handshakes, limit_handshakes
-from agentcluster.wire import PLUGIN, RETIRED, check_protocol, from_wire, handler, spoken, to_wire
+from agentcluster.wire import (
+    PLUGIN,
+    RETIRED,
+    Handshakes,
+    check_protocol,
+    from_wire,
+    handler,
+    limit_handshakes,
+    spoken,
+    to_wire,
+)
 
 logger = logging.getLogger(__name__)
 

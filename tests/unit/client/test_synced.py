@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from agentcluster.client.synchronous import MaybeAsync, synced
+from agentcluster.client.interface import MaybeAsync, synced
 
 
 class Doubler(MaybeAsync[bool]):
