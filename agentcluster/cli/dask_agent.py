@@ -16,6 +16,7 @@ from typing import IO, Any
 import click
 from dask.config import get as dask_config
 from dask.system import CPU_COUNT
+from distributed.cli.dask_spec import main as dask_spec
 from distributed.cli.dask_worker import main as dask_worker
 from distributed.comm.addressing import get_address_host_port
 from distributed.compatibility import asyncio_run
@@ -38,6 +39,7 @@ from agentcluster.cli.dask_agent_options import (
     Values,
     from_json,
     is_given,
+    names_scheduler,
     with_spec,
 )
 from agentcluster.cli.standby import Standby
@@ -112,6 +114,12 @@ def main(context: click.Context, /, **options: Any) -> None:
     mode, and changes them when a client asks the scheduler to.
     """
     notify = Notifier()
+    try:
+        if names_scheduler(options):
+            _run_scheduler(context, options)
+            return
+    except ConfigError as error:
+        raise _Refused(str(error)) from error
     log_to_stderr()
     quiet_ends()
     enable_proctitle_on_current()
@@ -133,6 +141,16 @@ def main(context: click.Context, /, **options: Any) -> None:
         sys.exit(1)
     finally:
         logger.info("End worker")
+
+
+def _run_scheduler(context: click.Context, options: Values) -> None:
+    """Start a scheduler, as the command does whose place this one may have taken."""
+    known = [str(parameter.name) for parameter in context.command.params if parameter.name in options]
+    if others := [name for name in known if name not in ("spec", "spec_file") and is_given(context, name)]:
+        raise ConfigError(f"{', '.join(others)} cannot be given with a spec of a scheduler: its opts are all it has")
+    run = dask_spec.callback
+    assert run is not None
+    run(args=(), spec=options["spec"], spec_file=options["spec_file"])
 
 
 class _Refused(click.ClickException):
@@ -238,7 +256,10 @@ def _scheduler(options: Values) -> str | None:
         return read_scheduler_file(file, _death_timeout(options))
     scheduler = scheduler or dask_config("scheduler-address", None)
     if scheduler is None:
-        raise ConfigError("no scheduler: give its address (dask-agent tcp://HOST:8786), --scheduler-file, or --standby")
+        raise ConfigError(
+            "no scheduler: give its address (dask-agent tcp://HOST:8786), --scheduler-file, or --standby; or exactly "
+            "one of --spec and --spec-file that has it"
+        )
     return str(scheduler)
 
 

@@ -241,6 +241,23 @@ def _explained(error: click.NoSuchOption, arguments: Sequence[str]) -> click.Usa
 _SCHEDULERS = ("dask.distributed.Scheduler", "distributed.Scheduler", "distributed.scheduler.Scheduler")
 
 
+def names_scheduler(options: Values) -> bool:
+    """Return whether ``--spec`` or ``--spec-file`` is that of a scheduler, which ``dask spec`` starts.
+
+    Parameters
+    ----------
+    options
+        All options of the command line.
+
+    Raises
+    ------
+    ConfigError
+        As for :func:`with_spec`.
+    """
+    found = _read_spec(options)
+    return isinstance(found, dict) and found.get("cls") in _SCHEDULERS
+
+
 def with_spec(options: Values) -> Values:
     """Read the specification of ``--spec`` or ``--spec-file``.
 
@@ -267,7 +284,10 @@ def with_spec(options: Values) -> Values:
         return options
     for entry in (found, *found.values()):
         if isinstance(entry, dict) and entry.get("cls") in _SCHEDULERS:
-            raise ConfigError(f"the spec has {entry['cls']}, and an agent runs workers; `dask spec` starts a scheduler")
+            raise ConfigError(
+                f"the spec has {entry['cls']} among others, and an agent runs workers; a scheduler is started by a "
+                f"spec of its own"
+            )
     if "cls" not in found:
         return options
     key = "opts" if "opts" in found else "options"

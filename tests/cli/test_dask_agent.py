@@ -178,6 +178,21 @@ async def test_spec_file_of_several_workers(scheduler: Scheduler, client: Client
     assert wide["resources"]["WIDE"] == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_spec_of_a_scheduler(start: Start, number: signal.Signals) -> None:
+    """As `dask spec`, in whose place SSHCluster and SubprocessCluster can have this command."""
+    opts = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": ":0"}
+    started = start(*AGENT, "--spec", json.dumps({"cls": "dask.distributed.Scheduler", "opts": opts}))
+    address = (await started.says("Scheduler at: ")).rpartition(" ")[2]
+    agent = start(*AGENT, address, *ONE)
+    async with Client(address, asynchronous=True) as client:
+        await settled(client)
+        assert await client.submit(sum, [1, 2]) == 3
+    started.popen.send_signal(number)
+    assert await started.ended() == 0
+    await agent.ended()
+
+
 @pytest.mark.parametrize("cls", ["dask.distributed.Worker", "dask.distributed.Nanny"])
 async def test_spec_that_says_all_as_dask_spec_has_it(
     scheduler: Scheduler, client: Client, start: Start, cls: str
@@ -700,8 +715,11 @@ WRONG = [
     ([NOWHERE, "--mode", "auto-gpu", "--spec", '{"cls": "a.B"}'], ["--spec", "--mode 'auto-gpu'"]),
     ([NOWHERE, "--name", "a", "--spec", '{"cls": "a.B", "opts": {"name": "b"}}'], ["name", "twice", "'a'", "'b'"]),
     ([NOWHERE, "--spec", '{"cls": "a.B", "opts": {"scheduler_ip": "x:1"}}'], ["scheduler", "twice", NOWHERE, "'x:1'"]),
-    (["--spec", '{"cls": "dask.distributed.Scheduler", "opts": {}}'], ["dask.distributed.Scheduler", "`dask spec`"]),
-    ([NOWHERE, "--spec", '{"a": {"cls": "distributed.Scheduler"}}'], ["distributed.Scheduler", "`dask spec`"]),
+    (
+        [NOWHERE, "--spec", '{"cls": "dask.distributed.Scheduler", "opts": {}}'],
+        ["scheduler cannot be given with a spec"],
+    ),
+    ([NOWHERE, "--spec", '{"a": {"cls": "distributed.Scheduler"}}'], ["distributed.Scheduler", "a spec of its own"]),
     ([NOWHERE, "--nworkers", "x"], ["nworkers", "'x'", "whole number"]),
     ([NOWHERE, "--memory-limit", "x"], ["memory_limit", "'x'", "4GiB"]),
     ([NOWHERE, "--resources", "GPU"], ["--resources 'GPU'", "GPU=2"]),
