@@ -107,9 +107,9 @@ async def forgets_to_wait() -> None:
 
 
 def calls_wrongly() -> None:
-    cluster = AgentCluster()
+    cluster = AgentCluster(n_workers=4)  # arg-type
     cluster.reprovision("uniform", strategy="slow")  # arg-type
-    cluster.reprovision("uniform", node="gpu-1")  # call-arg
+    cluster.remove_host(nam="gpu-1")  # call-arg
     cluster.scale("4")  # arg-type
     cluster.rollout.status().nodes  # union-attr
 """
