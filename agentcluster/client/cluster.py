@@ -321,6 +321,18 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
             self.shutdown_scheduler = False
         await super()._close()
         self.display.close()
+        self.view.nodes = Nodes()
+
+    def check_open(self) -> None:
+        """Raise an error once the cluster is closed.
+
+        Raises
+        ------
+        ConfigError
+            When it is.
+        """
+        if self.status is Status.closed:
+            raise ConfigError(f"cluster {self.name!r} is closed; make another AgentCluster")
 
     @overload
     def close(self: AgentCluster[Literal[False]], timeout: float | None = None) -> None: ...

@@ -189,7 +189,7 @@ async def test_up_delay_and_idle_timeout(cluster: AgentCluster, client: Client, 
 
 async def test_only_looks_in_the_interval_count(cluster: AgentCluster, client: Client) -> None:
     """Tasks and requests have it look in between, which takes nobody's time away."""
-    cluster.adapt(minimum=0, interval="10s", wait_count=2)
+    cluster.adapt(minimum=0, interval="50s", wait_count=2)
     await cluster._adaptive.adapt()
     async with cluster.request(cpu=1):
         pass

@@ -73,8 +73,6 @@ async def test_scale_reports(cluster: AgentCluster) -> None:
     assert (short.workers, short.short) == (4, "scale(99): the nodes have room for 4 workers")
     back = await cluster.scale(1)
     assert (back.workers, back.launched, back.ended) == (1, (), ("more",))
-    await cluster.close()
-    assert (await cluster.scale(3)).workers == 0
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------

@@ -91,3 +91,22 @@ def test_wrong_options_of_a_scheduler(options: Any, says: str) -> None:
 async def test_an_interface_that_is_not_there() -> None:
     with pytest.raises(LaunchError, match=r"scheduler on this machine did not start: 'nope0' is not a valid network"):
         await AgentCluster(here(), scheduler_options={"interface": "nope0"}, asynchronous=True)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_a_closed_cluster_says_so(asynchronous: bool) -> None:
+    """It shows no nodes any more, and each call is refused at once."""
+    cluster: Any = AgentCluster(here(), config=ONE, scheduler_options=SCHEDULER, asynchronous=asynchronous)
+    if asynchronous:
+        await cluster
+    assert list(cluster.nodes) == ["local"]
+    if asynchronous:
+        await cluster.close()
+    else:
+        cluster.close()
+    assert not cluster.nodes
+    assert "nodes=0" in repr(cluster)
+    for call in (cluster.scale, lambda: cluster.reprovision("uniform"), cluster.rollout.undo, cluster.refresh):
+        with pytest.raises(ConfigError, match=r"is closed; make another AgentCluster"):
+            call()
+    cluster.close()

@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 from distributed import Client, Event, Scheduler, Status, Worker, wait
 
+from agentcluster.scheduler import evacuation
 from agentcluster.scheduler.evacuation import Evacuation, evacuate
 from agentcluster.scheduler.preflight import actors, stored_bytes, stranded
 from tests.support.waiting import wait_until
@@ -219,6 +220,30 @@ async def test_time_is_up_for_a_running_task(world: World) -> None:
     await Event("go", client=world.client).set()
     assert await asyncio.wait_for(future, 10) == "done"
     assert world.scheduler.tasks[future.key].suspicious == 0
+
+
+async def test_a_result_that_comes_between_the_last_look_and_the_removal_is_moved_too(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late() -> str:
+        Event("go").wait(20)
+        return "late"
+
+    future = world.client.submit(late, workers=[world.workers["a"].address], allow_other_workers=True, pure=False)
+    await wait_until(lambda: world.workers["a"].state.executing)
+    empty, looks = evacuation._Leaving.empty, []
+
+    async def then_it_ends(self: Any, timeout: float) -> str | None:
+        looks.append(problem := await empty(self, timeout))
+        await Event("go", client=world.client).set()
+        await wait_until(lambda: world.scheduler.tasks[future.key].state == "memory")
+        return problem
+
+    monkeypatch.setattr(evacuation._Leaving, "empty", then_it_ends)
+    result = await evacuate(world.scheduler, ["a"], LONG, drain="data")
+    assert (result.problem, result.rerun, len(looks)) == (None, {}, 2)
+    assert await future == "late"
+    assert world.names() == {"b", "c"}
 
 
 async def test_now_moves_nothing(world: World) -> None:
