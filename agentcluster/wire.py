@@ -411,7 +411,7 @@ def limit_handshakes(listeners: Iterable[Listener], handshakes: Handshakes) -> N
 
 
 def _limit(listener: Listener, prepare: Callable[..., Awaitable[IOStream | None]], handshakes: Handshakes) -> None:
-    # As heavy as the other one here.
+    # Heavy, and a process that is launched reads its settings first.
     from distributed.comm.addressing import get_address_host
     from distributed.comm.core import CommClosedError
 

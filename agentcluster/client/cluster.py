@@ -117,8 +117,10 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         Seconds for an agent to be ready, and then for its first workers to join.
     asynchronous : bool
         Whether calls return coroutines, for use in an event loop.
-    loop, silence_logs, shutdown_on_close, scheduler_sync_interval
+    loop, silence_logs, scheduler_sync_interval
         As for :class:`distributed.SpecCluster`.
+    shutdown_on_close : bool
+        Only True: agents end with the process that launched them.
 
     Attributes
     ----------
