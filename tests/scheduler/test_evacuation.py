@@ -246,6 +246,24 @@ async def test_a_result_that_comes_between_the_last_look_and_the_removal_is_move
     assert world.names() == {"b", "c"}
 
 
+@pytest.mark.parametrize("held", [0, 1])
+async def test_no_key_counts_as_moved_before_the_tasks_have_ended(world: World, held: int) -> None:
+    for _ in range(held):
+        await world.put("a", "x" * 1000)
+    seen: list[evacuation.Progress] = []
+    where = [world.workers["a"].address]
+    future = world.client.submit(lambda: Event("go").wait(20), workers=where, allow_other_workers=True, pure=False)
+    await wait_until(lambda: world.workers["a"].state.executing)
+    work = evacuate(world.scheduler, ["a"], LONG, drain_timeout=LONG, progress=seen.append)
+    task = asyncio.create_task(work)
+    await wait_until(lambda: seen)
+    assert {(each.keys, each.all_keys, each.nbytes, each.tasks) for each in seen} == {(0, held, 0, 1)}
+    await Event("go", client=world.client).set()
+    assert (await asyncio.wait_for(task, 10)).problem is None
+    assert await future
+    assert seen[-1].keys <= seen[-1].all_keys == held + 1
+
+
 async def test_now_moves_nothing(world: World) -> None:
     key = await world.put("a", "lost")
     again = world.client.submit(str, 7, workers=[world.workers["a"].address], allow_other_workers=True, pure=False)

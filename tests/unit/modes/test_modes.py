@@ -992,6 +992,9 @@ def test_keywords_of_other_classes() -> None:
         def __init__(self, scheduler: str, /, mine: int, *args: Any, other: int = 1) -> None:
             super().__init__(scheduler)
 
+    class First:
+        def __init__(self, mine: int = 1, other: int = 2) -> None: ...
+
     class Nothing:
         pass
 
@@ -1001,6 +1004,7 @@ def test_keywords_of_other_classes() -> None:
     assert worker_keywords(Inherits) == worker_keywords(distributed.Nanny)
     assert worker_keywords(PassesOn) is None
     assert worker_keywords(Closed) == frozenset({"mine", "other"})
+    assert worker_keywords(First) == frozenset({"mine", "other"})
     assert worker_keywords(Nothing) == frozenset()
     assert worker_keywords(NotAFunction) is None
     assert worker_keywords(dict) is None
