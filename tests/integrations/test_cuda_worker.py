@@ -341,7 +341,9 @@ def test_credentials(recorder: Recorder, start: Start, tmp_path: Path) -> None:
     line += ["--scheduler-file", str(known)]
     theirs = recorder.theirs(*line, address=False)
     assert theirs["nannies"][0]["security"]["tls_worker_key"] == files["--tls-key"]
-    compare(theirs, recorder.ours(*line, address=False))
+    ours = recorder.ours(*line, address=False)
+    assert (theirs["arguments"]["dashboard_address"], ours["arguments"]["dashboard_address"]) == (":0", "127.0.0.1:0")
+    compare(theirs, ours, "dashboard_address")
 
 
 @pytest.mark.parametrize("contact", [[], ["--contact-address=tcp://127.0.0.2:9000"]], ids=["listen", "contact"])
