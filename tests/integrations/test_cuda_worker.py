@@ -291,6 +291,7 @@ def compare(theirs: dict[str, Any], ours: dict[str, Any], *but: str) -> None:
             seen["arguments"].pop(key, None)
             for nanny in seen.get("nannies", ()):
                 nanny.pop(key, None)
+                nanny.get("worker_kwargs", {}).pop(key, None)
     assert arguments(ours) == arguments(theirs)
     assert ours.get("error") == theirs.get("error")
     assert nannies(ours) == nannies(theirs)
