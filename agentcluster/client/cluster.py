@@ -325,7 +325,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         self.display.close()
         self.view.nodes = Nodes()
 
-    def check_open(self) -> None:
+    def _check_open(self) -> None:
         """Raise an error once the cluster is closed.
 
         Raises

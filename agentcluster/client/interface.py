@@ -57,7 +57,7 @@ class MaybeAsync(Generic[AsyncT]):
 
     sync: Callable[..., Any]
 
-    def check_open(self) -> None:
+    def _check_open(self) -> None:
         """Raise ConfigError where calls can have no effect any more."""
 
 
@@ -88,7 +88,7 @@ def synced(method: Callable[Concatenate[Owner, P], Coroutine[Any, Any, T_co]]) -
 
     @functools.wraps(method)
     def call(self: Owner, /, *args: P.args, **kwargs: P.kwargs) -> object:
-        self.check_open()
+        self._check_open()
         return self.sync(functools.partial(method, self, *args, **kwargs))
 
     # Otherwise documentation would show an "async" method, whatever the cluster is.

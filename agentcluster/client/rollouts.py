@@ -46,9 +46,9 @@ class RolloutControl(MaybeAsync[AsyncT]):
         self._cluster: AgentCluster[AsyncT] = cluster
         self.sync = cluster.sync
 
-    def check_open(self) -> None:
+    def _check_open(self) -> None:
         """Raise ConfigError once the cluster is closed."""
-        self._cluster.check_open()
+        self._cluster._check_open()
 
     def __repr__(self) -> str:
         swapping = [name for name, node in self._cluster.nodes.items() if node["state"] == "swapping"]
