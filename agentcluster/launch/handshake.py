@@ -44,6 +44,9 @@ SIZE = 32
 
 NOT_AN_AGENT = "the process that listens there is not an agent in standby"
 
+#: Seconds for the end of a connection.
+CLOSE = 2.0
+
 
 class HandshakeFailed(ConnectionError):
     """A peer is not what it should be, or has not proved it."""
@@ -162,10 +165,12 @@ class Channel:
             await self._reader.read(1)
 
     async def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; one whose TLS was cut off half-way is never told to asyncio as closed."""
         self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(CLOSE):
+                await self._writer.wait_closed()
+        self.abort()
 
     def abort(self) -> None:
         """Close the connection at once, without what was not sent yet."""

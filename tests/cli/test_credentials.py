@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
+import socket
 import ssl
 import warnings
 from datetime import UTC, datetime, timedelta
@@ -169,6 +171,24 @@ async def test_standby_cluster_and_client(folder: Path, start: Start, forked: Fo
     write(other, days=365)
     with pytest.raises(LaunchError, match=r"(?i)certificate"):
         await AgentCluster([address], security=other, **options)
+
+
+async def test_standby_ends_while_handshakes_are_cut_off(folder: Path, start: Start) -> None:
+    agent = start(*AGENT, "--standby", "--listen-address", "tls://127.0.0.1:0", "--credentials", str(folder))
+    port = int((await agent.says("Standing by at ")).rpartition(":")[2])
+    begun = b"\x16\x03\x01\x02\x00\x01\x00"  # of a hello
+    connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(6)]
+    try:
+        for connection in connections:
+            connection.sendall(begun)
+        await asyncio.sleep(0.3)  # until they are being read
+        for connection in connections[:3]:
+            connection.close()
+        agent.popen.send_signal(signal.SIGTERM)
+        assert await agent.ended(15) == 0
+    finally:
+        for connection in connections:
+            connection.close()
 
 
 @pytest.mark.parametrize(("told", "expected"), [((), "127.0.0.1"), (("--dashboard-address", ":0"), "0.0.0.0")])
