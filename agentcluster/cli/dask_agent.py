@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import json
 import logging
 import os
 import signal
@@ -40,6 +41,7 @@ from agentcluster.cli.dask_agent_options import (
     from_json,
     is_given,
     names_scheduler,
+    read_spec,
     with_spec,
 )
 from agentcluster.cli.standby import Standby
@@ -115,8 +117,9 @@ def main(context: click.Context, /, **options: Any) -> None:
     """
     notify = Notifier()
     try:
-        if names_scheduler(options):
-            _run_scheduler(context, options)
+        spec = read_spec(options)
+        if names_scheduler(spec):
+            _run_scheduler(context, options, spec)
             return
     except ConfigError as error:
         raise _Refused(str(error)) from error
@@ -125,7 +128,7 @@ def main(context: click.Context, /, **options: Any) -> None:
     enable_proctitle_on_current()
     enable_proctitle_on_children()
     try:
-        arguments = _arguments(options, partial(is_given, context))
+        arguments = _arguments(options, spec, partial(is_given, context))
         if options["pid_file"]:
             _write_pid_file(options["pid_file"])
     except ConfigError as error:
@@ -143,14 +146,14 @@ def main(context: click.Context, /, **options: Any) -> None:
         logger.info("End worker")
 
 
-def _run_scheduler(context: click.Context, options: Values) -> None:
+def _run_scheduler(context: click.Context, options: Values, spec: object) -> None:
     """Start a scheduler, as the command does whose place this one may have taken."""
     known = [str(parameter.name) for parameter in context.command.params if parameter.name in options]
     if others := [name for name in known if name not in ("spec", "spec_file") and is_given(context, name)]:
         raise ConfigError(f"{', '.join(others)} cannot be given with a spec of a scheduler: its opts are all it has")
     run = dask_spec.callback
     assert run is not None
-    run(args=(), spec=options["spec"], spec_file=options["spec_file"])
+    run(args=(), spec=json.dumps(spec), spec_file=None)
 
 
 class _Refused(click.ClickException):
@@ -169,9 +172,9 @@ def _write_pid_file(path: str) -> None:
     atexit.register(Path(path).unlink, missing_ok=True)
 
 
-def _arguments(options: Values, given: IsGiven) -> Values:
+def _arguments(options: Values, spec: object, given: IsGiven) -> Values:
     """Return keyword arguments of :class:`Agent` for the options of the command line."""
-    options = with_spec(options)
+    options = with_spec(options, spec)
     scheduler = _scheduler(options)
     options = {**options, **_addresses(options)}
     mode = _mode(options, given)

@@ -241,30 +241,26 @@ def _explained(error: click.NoSuchOption, arguments: Sequence[str]) -> click.Usa
 _SCHEDULERS = ("dask.distributed.Scheduler", "distributed.Scheduler", "distributed.scheduler.Scheduler")
 
 
-def names_scheduler(options: Values) -> bool:
-    """Return whether ``--spec`` or ``--spec-file`` is that of a scheduler, which ``dask spec`` starts.
+def names_scheduler(spec: object) -> bool:
+    """Return whether a specification is that of a scheduler, which ``dask spec`` starts.
 
     Parameters
     ----------
-    options
-        All options of the command line.
-
-    Raises
-    ------
-    ConfigError
-        As for :func:`with_spec`.
+    spec
+        The content that :func:`read_spec` returned.
     """
-    found = _read_spec(options)
-    return isinstance(found, dict) and found.get("cls") in _SCHEDULERS
+    return isinstance(spec, dict) and spec.get("cls") in _SCHEDULERS
 
 
-def with_spec(options: Values) -> Values:
-    """Read the specification of ``--spec`` or ``--spec-file``.
+def with_spec(options: Values, found: object) -> Values:
+    """Take the specification of the workers into the options.
 
     Parameters
     ----------
     options
         All options of the command line.
+    found
+        The content that :func:`read_spec` returned.
 
     Returns
     -------
@@ -275,10 +271,8 @@ def with_spec(options: Values) -> Values:
     Raises
     ------
     ConfigError
-        For text that is not JSON, a file that cannot be read, a class that is not a worker, and a value that is given
-        twice.
+        For a class that is not a worker, and a value that is given twice.
     """
-    found = _read_spec(options)
     options = {**options, "spec": found}
     if not isinstance(found, dict):
         return options
@@ -304,8 +298,24 @@ def with_spec(options: Values) -> Values:
     return options
 
 
-def _read_spec(options: Values) -> object:
-    """Return the content of ``--spec`` or ``--spec-file``."""
+def read_spec(options: Values) -> object:
+    """Return the content of ``--spec`` or ``--spec-file``; a file may be a pipe, which can be read once.
+
+    Parameters
+    ----------
+    options
+        All options of the command line.
+
+    Returns
+    -------
+    object
+        None when neither was given.
+
+    Raises
+    ------
+    ConfigError
+        For text that is not JSON, a file that cannot be read, and both of them.
+    """
     if options["spec"] and options["spec_file"]:
         raise ConfigError("--spec and --spec-file cannot be given together; give exactly one of them")
     if options["spec_file"]:

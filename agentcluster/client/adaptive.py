@@ -303,13 +303,13 @@ class AgentAdaptive(Adaptive):
         if target_duration is not None:
             parse_seconds("target_duration", target_duration, call="adapt")
         _check_whole("wait_count", wait_count, least=1)
-        _check_limits("", minimum, None if maximum is not None and math.isinf(_number(maximum)) else maximum)
+        least, most = _nbytes("minimum_memory", minimum_memory), _nbytes("maximum_memory", maximum_memory)
+        _check_limits("", minimum, None if maximum == math.inf else maximum)
         _check_limits("_cores", minimum_cores, maximum_cores)
-        _check_limits("_memory", _nbytes("minimum_memory", minimum_memory), _nbytes("maximum_memory", maximum_memory))
+        _check_limits("_memory", least, most)
         self._modes = _modes(modes)
         self._kinds = {kind: _limits(kind, limits) for kind, limits in kinds.items()}
-        self._least = minimum_cores or 0, _nbytes("minimum_memory", minimum_memory) or 0
-        self._most = maximum_cores, _nbytes("maximum_memory", maximum_memory)
+        self._least, self._most = (minimum_cores or 0, least or 0), (maximum_cores, most)
         self._patience = Patience(
             parse_seconds("idle_timeout", idle_timeout, call="adapt", zero=True),
             parse_seconds("up_delay", up_delay, call="adapt", zero=True),
@@ -579,10 +579,6 @@ def _check_limits(what: str, least: object, most: object) -> None:
         raise ConfigError(
             f"adapt(minimum{what}={least}, maximum{what}={most}): the maximum is smaller", key=f"maximum{what}"
         )
-
-
-def _number(value: object) -> float:
-    return value if isinstance(value, float) else 0.0
 
 
 def _nbytes(key: str, value: str | int | None) -> int | None:

@@ -58,7 +58,7 @@ class MaybeAsync(Generic[AsyncT]):
     sync: Callable[..., Any]
 
     def _check_open(self) -> None:
-        """Raise ConfigError where calls can have no effect any more."""
+        """Raise ConfigError once calls can have no effect."""
 
 
 class Synced(Protocol[P, T_co]):

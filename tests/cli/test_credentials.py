@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from click.testing import CliRunner, Result
 from cryptography import x509
@@ -178,10 +179,15 @@ async def test_standby_ends_while_handshakes_are_cut_off(folder: Path, start: St
     port = int((await agent.says("Standing by at ")).rpartition(":")[2])
     begun = b"\x16\x03\x01\x02\x00\x01\x00"  # of a hello
     connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(6)]
+
+    def taken() -> list[Any]:
+        found = psutil.Process(agent.pid).net_connections("tcp")
+        return [each for each in found if each.status == psutil.CONN_ESTABLISHED and each.laddr.port == port]
+
     try:
         for connection in connections:
             connection.sendall(begun)
-        await asyncio.sleep(0.3)  # until they are being read
+        await wait_until(lambda: len(taken()) == len(connections))
         for connection in connections[:3]:
             connection.close()
         agent.popen.send_signal(signal.SIGTERM)

@@ -178,6 +178,17 @@ async def test_spec_file_of_several_workers(scheduler: Scheduler, client: Client
     assert wide["resources"]["WIDE"] == 1
 
 
+async def test_spec_from_a_pipe(scheduler: Scheduler, client: Client, start: Start, tmp_path: Path) -> None:
+    """As a shell makes it of ``<(…)``: it can be read once."""
+    pipe = tmp_path / "spec"
+    os.mkfifo(pipe)
+    start(*AGENT, scheduler.address, "--spec-file", str(pipe))
+    spec = json.dumps({"cls": "dask.distributed.Nanny", "opts": {"nthreads": 3}})
+    await asyncio.wait_for(asyncio.to_thread(pipe.write_text, spec), 20)
+    await settled(client)
+    assert shape(await workers(client)) == [3]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_spec_of_a_scheduler(start: Start, number: signal.Signals) -> None:
     """As `dask spec`, in whose place SSHCluster and SubprocessCluster can have this command."""
