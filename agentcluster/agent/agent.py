@@ -207,7 +207,8 @@ class Agent(Server):
         # The cluster that the node belongs to.
         self._registration: Registration | None = None
         self._joined = asyncio.Event()
-        # The agent's end.
+        # The agent's start and end.
+        self._begun = False
         self._closing: asyncio.Task[str] | None = None
         self._terminating: list[Comm] = []
         self._exit_stack = contextlib.ExitStack()
@@ -237,6 +238,7 @@ class Agent(Server):
         return self._started().__await__()
 
     async def _started(self) -> Self:
+        first, self._begun = not self._begun, True
         try:
             await self.start()
         except TimeoutError:
@@ -252,7 +254,26 @@ class Agent(Server):
             if isinstance(cause, MemoryError):  # of a peer with another protocol: its first bytes are read as a length
                 raise SchedulerUnfit(self.scheduler_address, "the server there is not a scheduler") from None
             raise cause from None
+        # Connections of the scheduler, which starts the workers, await the agent too, before they are served.
+        if first and not self._membership.lasting:
+            await self._first_workers()
         return self
+
+    async def _first_workers(self) -> None:
+        """Wait for them, as whoever starts a worker by dask's protocol expects; close when none come."""
+        try:
+            await _wait_for_first(self.provisioned(), self.finished())
+        except Exception as error:
+            ended = self.status is not Status.running
+            await self.close(reason="failure-to-start-workers")
+            if not ended:
+                raise
+            raise self._ended_early() from error
+        if self.status is not Status.running:
+            raise self._ended_early()
+
+    def _ended_early(self) -> WorkerStartError:
+        return WorkerStartError(self.node_name, {"its agent": "it was closed before they had started"})
 
     async def start_unsafe(self) -> Agent:
         """Listen, detect the hardware, and join the scheduler; called by dask.
@@ -264,6 +285,7 @@ class Agent(Server):
         AgentClusterError, OSError
             When the scheduler does not take the node.
         """
+        self._begun = True
         self._exit_stack.callback(self._lines.end)
         self._lines.begin()
         self._exit_stack.callback(StartMethod.release)
@@ -344,6 +366,19 @@ class Agent(Server):
         """
         if self._registration is not None and not hurry.is_set():
             await _wait_for_first(self._registration.retire(), hurry.wait())
+
+    async def kill(self, timeout: float = 5.0, reason: str = "agent-kill") -> None:
+        """End the processes of all workers; the agent starts them again, as a Nanny does.
+
+        Parameters
+        ----------
+        timeout
+            Seconds for a worker to end by itself.
+        reason
+            Reason for the log.
+        """
+        if self._registration is not None:
+            await self._registration.supervisor.kill(timeout, reason)
 
     async def close(self, timeout: float | None = None, reason: str = "agent-close") -> str:  # type: ignore[override]
         """Stop the workers, leave the scheduler, and end; all callers wait for the same end.
@@ -478,14 +513,16 @@ class Agent(Server):
 
 
 async def _wait_for_first(*awaitables: Coroutine[object, object, object]) -> None:
-    """Wait until the first of them is done or failed; the others are cancelled."""
+    """Wait until the first of them is done, or raise its error; the others are cancelled."""
     tasks = [asyncio.ensure_future(each) for each in awaitables]
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
 
 
 def _parse_specs(specs: Mapping[str, Mapping[str, object]]) -> dict[str, WorkerSpec]:

@@ -175,6 +175,8 @@ class SupervisedNanny(Nanny):
 
     async def instantiate(self) -> Status:
         """Start the worker's process; called at the first start, after a crash and by ``Client.restart`` alike."""
+        if self.status in (Status.closing, Status.closed):  # while it asked the scheduler for plugins
+            raise RuntimeError(f"nanny {self.name} was closed before its worker's process was made")
         queues: list[forkserver.MessageQueue] = []
         try:
             with forkserver.starting(self.env) as queues:

@@ -26,8 +26,8 @@ WorkerOptions: TypeAlias = Mapping[str, Any]
 #: The same, to be changed.
 WorkerArguments: TypeAlias = dict[str, Any]
 
-#: Mode of an agent that is given none, as ``dask worker``: one worker with all threads.
-LIKE_DASK_WORKER = Mode("auto-cpu", {"nworkers": 1})
+#: Mode of an agent that is given none, as ``dask worker``: one worker with all threads, and no resource of our own.
+LIKE_DASK_WORKER = Mode("auto-cpu", {"nworkers": 1, "kind_resource": False})
 
 #: Arguments of a worker that become options of the node's first mode, so that a reprovisioning replaces them.
 MODE_OPTIONS = ("nthreads", "memory_limit")

@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 #: Seconds within which a scheduler or a worker without other work answers.
 PROMPT = 1.0
 
+#: Seconds after which a scheduler that has not answered is not waited for by workers with data; whoever ends a process
+#: (Docker, a terminal, a test) often kills it after 10.
+SILENCE = 6.0
+
 #: Seconds that workers have to end by themselves after their scheduler.
 ORPHAN_GRACE = 3.0
 
@@ -181,7 +185,7 @@ class Registration:
         """Move the workers' data to other nodes and stop the workers; log the reason where that is not possible.
 
         The scheduler gets ``agentcluster.stop-timeout`` for moving the data, and as long again for all the rest; only
-        :data:`PROMPT` where the workers have neither data nor tasks.
+        :data:`SILENCE` when it does not answer, and :data:`PROMPT` where the workers have neither data nor tasks too.
         """
         if not self._in_touch() or not self.supervisor.states():
             return
@@ -190,12 +194,17 @@ class Registration:
             async with asyncio.timeout(2 * seconds), self._call_scheduler() as scheduler:
                 call = scheduler.retire_node(name=self.name, ends=True, drain="data", timeout=seconds, wait=seconds)
                 retired = asyncio.ensure_future(call)
-                done, _ = await asyncio.wait([retired], timeout=PROMPT)
-                if not done and await self._idle():
+                try:
+                    done, _ = await asyncio.wait([retired], timeout=PROMPT)
+                    if not done and await self._idle():
+                        logger.info("Node %s: its workers have nothing, and the scheduler does not answer", self.name)
+                        return
+                    if not done:
+                        async with asyncio.timeout(SILENCE - PROMPT):
+                            await scheduler.echo(data="")
+                    report = await retired
+                finally:
                     retired.cancel()
-                    logger.info("Node %s: its workers have nothing, and the scheduler does not answer", self.name)
-                    return
-                report = await retired
         except (OSError, TimeoutError):
             logger.info("Node %s closes with its data: the scheduler at %s did not answer", self.name, self.scheduler)
         except Exception as error:  # whatever the scheduler answers, it does not keep this process from ending

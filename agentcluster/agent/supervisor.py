@@ -118,6 +118,7 @@ class Supervisor:
     def __post_init__(self) -> None:
         WorkerProcess._init_msg_interval = POLL
         self._workers: dict[str, _Worker] = {}
+        self._closed = False
 
     def states(self) -> tuple[WorkerState, ...]:
         """Return the state of every worker, in the order they were started."""
@@ -167,6 +168,8 @@ class Supervisor:
         taken = sorted(set(specs) & set(self._workers))
         if taken:
             raise ConfigError(f"worker {taken[0]!r} already runs here")
+        if self._closed:
+            raise ConfigError("this node's agent ends, and starts no more workers")
         batch: dict[str, _Worker] = {}
         try:
             failures = await self._start_all(specs, batch, timeout)
@@ -197,6 +200,19 @@ class Supervisor:
             worker.stopping = True
         await asyncio.gather(*(self._close(worker, timeout) for worker in workers))
 
+    async def kill(self, timeout: float, reason: str) -> None:
+        """End the processes of workers that have a nanny, which starts them again.
+
+        Parameters
+        ----------
+        timeout
+            Seconds for a worker to end by itself.
+        reason
+            Reason for the log.
+        """
+        nannies = [each.server for each in self._workers.values() if isinstance(each.server, Nanny)]
+        await asyncio.gather(*(nanny.kill(timeout=timeout, reason=reason) for nanny in nannies))
+
     async def rename(self, names: Mapping[str, str]) -> None:
         """Rename workers, now and for when they are started again.
 
@@ -212,13 +228,14 @@ class Supervisor:
         await asyncio.gather(*(rename(each.server, self._external_name(each.name)) for each in renamed))
 
     async def close(self, timeout: float) -> None:
-        """Stop every worker.
+        """Stop every worker, and start no more.
 
         Parameters
         ----------
         timeout
             Seconds for a worker to end.
         """
+        self._closed = True
         await self.stop(list(self._workers), timeout)
 
     # -- building ------------------------------------------------------------------------------------------------------
@@ -317,6 +334,9 @@ class Supervisor:
         late: set[asyncio.Future[object]] = set()
         try:
             for name, server in self._build(specs, failures):
+                if self._closed:
+                    failures[name] = "its agent ended meanwhile"
+                    break
                 batch[name] = self._workers[name] = _Worker(name, specs[name], server)
                 starts[name] = asyncio.ensure_future(_ready(server))
                 late.add(starts[name])

@@ -24,6 +24,7 @@ from agentcluster.modes.options import (
     OptionPath,
     Options,
     check_devices,
+    check_flag,
     check_mapping,
     check_options,
     check_positive,
@@ -38,9 +39,12 @@ Workers = tuple[WorkerSpec, ...]
 #: Part of a device's memory that its worker may use before it spills, as in dask-cuda.
 DEVICE_SHARE = 0.8
 
-CPU: Mapping[str, Check] = {"nworkers": check_worker_count, **COMMON}
-GPU: Mapping[str, Check] = {"devices": check_devices, **COMMON}
-UNIFORM: Mapping[str, Check] = {"nworkers": check_positive, **COMMON}
+#: Whether workers have the resource of their kind, ``CPU`` or ``GPU``; dask's own workers have none of their own.
+KIND: Mapping[str, Check] = {"kind_resource": check_flag}
+
+CPU: Mapping[str, Check] = {"nworkers": check_worker_count, **COMMON, **KIND}
+GPU: Mapping[str, Check] = {"devices": check_devices, **COMMON, **KIND}
+UNIFORM: Mapping[str, Check] = {"nworkers": check_positive, **COMMON, **KIND}
 
 
 # -- checks of options -------------------------------------------------------------------------------------------------
@@ -169,7 +173,7 @@ def check_auto(path: OptionPath, config: Options) -> CheckedOptions:
     ConfigError
         For a name or a value that is not allowed.
     """
-    return check_options(path, config, {**SIDES, **COMMON})
+    return check_options(path, config, {**SIDES, **COMMON, **KIND})
 
 
 def check_mixed(path: OptionPath, config: Options) -> CheckedOptions:
@@ -276,7 +280,7 @@ def plan_auto(node: NodeHardware, options: Options) -> Workers:
         As for :func:`plan_gpu` or :func:`plan_cpu`, whichever is used.
     """
     gpu = _gpu_refusal(node) is None
-    common = {key: value for key, value in options.items() if key in COMMON}
+    common = {key: value for key, value in options.items() if key not in SIDES}
     side = {**common, **options.get("gpu" if gpu else "cpu", {})}
     return plan_gpu(node, side) if gpu else plan_cpu(node, side)
 
@@ -375,7 +379,7 @@ def _cpu_workers(options: Options, nworkers: int, nthreads: int, limit: int) -> 
         options={key: value for key, value in options.items() if key not in CPU},
         nthreads=nthreads,
         memory_limit=limit,
-        resources={"CPU": float(nthreads), **options.get("resources", {})},
+        resources=_with_kind(options, "CPU", float(nthreads)),
         env=options.get("env", {}),
     )
     return (worker,) * nworkers
@@ -390,13 +394,18 @@ def _gpu_workers(options: Options, gpus: tuple[Gpu, ...], limit: int) -> Workers
             options=_device_memory(gpu) | {key: value for key, value in options.items() if key not in GPU},
             nthreads=options.get("nthreads", 1),
             memory_limit=limit,
-            resources={"GPU": 1.0, **options.get("resources", {})},
+            resources=_with_kind(options, "GPU", 1.0),
             env=options.get("env", {}),
             devices=devices,
             device=device,
         )
         for device, gpu in enumerate(gpus)
     )
+
+
+def _with_kind(options: Options, kind: str, amount: float) -> dict[str, float]:
+    """Return the resources of a worker, with that of its kind."""
+    return {**({kind: amount} if options.get("kind_resource", True) else {}), **options.get("resources", {})}
 
 
 def _device_memory(gpu: Gpu) -> CheckedOptions:

@@ -191,6 +191,24 @@ def check_positive(path: OptionPath, value: object) -> int:
     return int(value)
 
 
+def check_flag(path: OptionPath, value: object) -> bool:
+    """Check a bool; 0 and "no" are none.
+
+    Parameters
+    ----------
+    path, value
+        The option.
+
+    Raises
+    ------
+    ConfigError
+        For another value.
+    """
+    if not isinstance(value, bool):
+        raise path.not_allowed(value, "True or False")
+    return value
+
+
 def check_worker_count(path: OptionPath, value: object) -> int | str:
     """Check a number of workers as ``dask worker --nworkers`` takes it.
 

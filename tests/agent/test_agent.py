@@ -143,11 +143,52 @@ async def test_bad_arguments(scheduler: Scheduler, options: dict[str, Any], said
 
 
 async def test_a_mode_that_is_refused(scheduler: Scheduler) -> None:
-    async with agent(scheduler, mode=Mode("uniform", {"nthreads": 10_000})) as one:
+    async with agent(scheduler, mode=Mode("uniform", {"nthreads": 10_000}), lasting=True) as one:
         with pytest.raises(ModeRefused, match="nthreads=10000 is larger than the node") as caught:
             await one.provisioned()
         assert caught.value.node == "n"
         assert node(scheduler).state == "refused"
+    two = agent(scheduler, mode=Mode("uniform", {"nthreads": 10_000}))
+    with pytest.raises(ModeRefused, match="nthreads=10000 is larger than the node"):
+        await two
+    assert two.status is Status.closed
+
+
+async def test_an_agent_in_place_of_a_worker_is_there_when_its_workers_are(scheduler: Scheduler) -> None:
+    one = agent(scheduler, mode=Mode("auto-cpu", TWO))
+    first, second = asyncio.ensure_future(_awaited(one)), asyncio.ensure_future(_awaited(one))
+    assert await second is one  # connections of the scheduler await it too
+    assert not joined(scheduler)
+    assert await first is one
+    assert joined(scheduler) == {"n-0", "n-1"}
+    pids = {state.pid for state in node(scheduler).workers.values()}
+    await one.kill()
+    await wait_until(lambda: joined(scheduler) == {"n-0", "n-1"})
+    await wait_until(lambda: not pids & {state.pid for state in node(scheduler).workers.values()})
+    await one.close()
+
+
+async def _awaited(one: Agent) -> Agent:
+    return await one
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.02, 0.05, 0.1, 0.2])
+async def test_an_agent_that_is_closed_while_its_workers_start_leaves_none(scheduler: Scheduler, pause: float) -> None:
+    one = agent(scheduler, mode=Mode("auto-cpu", TWO))
+    await one.start()
+    await asyncio.sleep(pause)
+    await one.close()
+    await asyncio.sleep(0.3)  # a worker that was left would have joined by then
+    assert not joined(scheduler)
+
+
+async def test_an_agent_that_ends_before_its_workers_are_there_says_so(scheduler: Scheduler) -> None:
+    one = agent(scheduler, mode=Mode("auto-cpu", TWO))
+    start = asyncio.ensure_future(_awaited(one))
+    await wait_until(lambda: PLUGIN in scheduler.extensions and bool(scheduler.extensions[PLUGIN].registry.nodes))
+    await one.close()
+    with pytest.raises(WorkerStartError, match="workers on node 'n' did not start: its agent: it was closed before"):
+        await start
 
 
 async def test_it_ends_with_its_scheduler() -> None:
@@ -297,10 +338,11 @@ async def test_options_for_all_workers(scheduler: Scheduler, tmp_path: Path) -> 
 
 async def test_a_worker_that_does_not_start(scheduler: Scheduler) -> None:
     mode = Mode("auto-cpu", TWO | {"preload": ["no_such_module_at_all"]})
-    async with agent(scheduler, mode=mode) as one:
-        with pytest.raises(WorkerStartError, match="No module named 'no_such_module_at_all'"):
-            await one.provisioned()
-        assert not scheduler.workers
+    one = agent(scheduler, mode=mode)
+    with pytest.raises(WorkerStartError, match="No module named 'no_such_module_at_all'"):
+        await one
+    assert not scheduler.workers
+    assert one.status is Status.closed
 
 
 async def test_what_the_user_retires_leaves_the_plan(scheduler: Scheduler) -> None:

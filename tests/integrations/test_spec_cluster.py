@@ -76,8 +76,8 @@ async def test_reprovision_under_load_then_scale(tmp_path: Path, giving_up: Givi
         await work.all_there()
         await nobody_is_given_up(cluster, giving_up)  # it would take the next worker 1 for the last
         cluster.scale(3)
-        await wait_until(lambda: cluster.observed >= {0, 1, 2}, 20)
-        assert set(cluster.workers) == {0, 1, 2}
+        await wait_until(lambda: set(cluster.workers) == {0, 1, 2}, 20)
+        assert cluster.observed >= {0, 1, 2}
         await work.all_there()
 
 

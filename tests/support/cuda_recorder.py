@@ -8,6 +8,7 @@ and the environment; imports, which take most of the time, are done once.
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import inspect
 import json
@@ -25,6 +26,9 @@ from distributed.security import Security
 
 from agentcluster.agent import forkserver
 from agentcluster.cli import dask_agent as agent
+
+#: Seconds for a command; then it says where it stands, and ends.
+DEADLINE = 40
 
 COMMANDS = {"dask-agent": agent.main, "dask cuda worker": dask_cuda.cli.worker}
 
@@ -82,6 +86,7 @@ def run(command: str, arguments: list[str], directory: Path) -> dict[str, Any]:
             file = os.open(log, os.O_CREAT | os.O_WRONLY)
             for standard in (1, 2):
                 os.dup2(file, standard)
+            faulthandler.dump_traceback_later(DEADLINE, exit=True, file=file)
             os.chdir(directory)
             record(answer)
             COMMANDS[command].main(arguments, prog_name=command)

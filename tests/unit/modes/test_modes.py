@@ -27,7 +27,9 @@ from agentcluster.wire import from_wire, to_wire, unpickled
 
 GIB = 2**30
 NO_DASK_CUDA = importlib.util.find_spec("dask_cuda") is None
-CPU_ALLOWED = "Allowed: env, memory_limit, nthreads, nworkers, resources and any keyword of distributed.Nanny"
+CPU_ALLOWED = (
+    "Allowed: env, kind_resource, memory_limit, nthreads, nworkers, resources and any keyword of distributed.Nanny"
+)
 
 
 def gpus(n: int, ids: str = "{}") -> tuple[Gpu, ...]:
@@ -328,7 +330,8 @@ def test_auto_gpu_knows_dask_cudas_keywords() -> None:
         parse("auto-gpu", {"rmm_pool": "1GB"})
     assert str(caught.value) == (
         "mode 'auto-gpu': unknown option 'rmm_pool'; did you mean 'rmm_pool_size'? "
-        "Allowed: devices, env, memory_limit, nthreads, resources and any keyword of dask_cuda.CUDAWorker"
+        "Allowed: devices, env, kind_resource, memory_limit, nthreads, resources "
+        "and any keyword of dask_cuda.CUDAWorker"
     )
     for given_by_dask_cuda in ("plugins", "config", "data", "http_prefix"):
         with pytest.raises(ConfigError, match=f"unknown option '{given_by_dask_cuda}'"):
@@ -550,7 +553,8 @@ CLS = 'give a class or its import path, such as "dask.distributed.Nanny"'
             "auto",
             {"nworkers": 1},
             "nworkers",
-            "mode 'auto': unknown option 'nworkers'; allowed: cpu, env, gpu, memory_limit, nthreads, resources",
+            "mode 'auto': unknown option 'nworkers'; "
+            "allowed: cpu, env, gpu, kind_resource, memory_limit, nthreads, resources",
         ),
         (
             "mixed",
