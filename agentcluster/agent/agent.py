@@ -264,6 +264,8 @@ class Agent(Server):
         try:
             await _wait_for_first(self.provisioned(), self.finished())
         except Exception as error:
+            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                return  # the scheduler has gone, and the agent ends after it
             ended = self.status is not Status.running
             await self.close(reason="failure-to-start-workers")
             if not ended:
