@@ -79,6 +79,8 @@ class Config:
     secret_file
         Path of the secret by which this user's clusters and agents in standby know each other on one machine; ``None``
         for the user's folder of states.
+    debug
+        Whether errors are shown with all their frames, not with the user's line alone.
     ssh_keepalive_count
         Number of unanswered keepalive requests after which an SSH connection is lost.
     """
@@ -98,6 +100,7 @@ class Config:
     forkserver_preload: tuple[str, ...]
     log_lines: int
     secret_file: str | None
+    debug: bool
     ssh_keepalive_interval: float
     ssh_keepalive_count: int
 
@@ -169,6 +172,13 @@ def _integer(least: int) -> Callable[[str, object], int]:
     return read
 
 
+def _flag(key: str, value: object) -> bool:
+    """Read a bool."""
+    if isinstance(value, bool):
+        return value
+    raise _wrong(key, value, "true or false")
+
+
 def _name(key: str, value: object) -> str | None:
     """Read the name of a node."""
     if value is None or (isinstance(value, str) and value.strip()):
@@ -209,6 +219,7 @@ _READERS: Mapping[str, Callable[[str, object], Any]] = {
     f"{ROOT}.forkserver.preload": _modules,
     f"{ROOT}.log.lines": _integer(1),
     f"{ROOT}.secret-file": _path,
+    f"{ROOT}.debug": _flag,
     f"{ROOT}.ssh.keepalive-interval": parse_seconds,
     f"{ROOT}.ssh.keepalive-count": _integer(1),
 }

@@ -18,13 +18,22 @@
 
 Each stores its facts as attributes, has a message of one sentence, and can be pickled (also with the keyword arguments
 of its constructor), because most of them travel from the scheduler to a client.
+
+Users are shown the sentence and their own line: the calls that they make are :func:`at_border`, which drops the frames
+behind them, and IPython asks the error itself. ``agentcluster.debug: true`` in dask's configuration shows all.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
+import functools
+import linecache
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from types import FrameType
+from typing import Any, ParamSpec, TypeVar
+
+import dask.config
 
 __all__ = [
     "AgentClusterError",
@@ -42,6 +51,9 @@ __all__ = [
     "WorkerStartError",
     "suggest",
 ]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def suggest(wrong: str, allowed: Iterable[str]) -> str:
@@ -132,6 +144,12 @@ class AgentClusterError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.args, self.__dict__)
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython shows: the sentence, the user's line, and a cause of the user's own."""
+        if debugging():
+            raise NotImplementedError  # IPython then shows its own traceback
+        return [f"{type(self).__name__}: {self}", *_users_line(self), *_cause(self)]
 
 
 class ConfigError(AgentClusterError, ValueError):
@@ -336,3 +354,95 @@ class VersionMismatch(ConfigError):
     message
         The whole sentence: both processes with their versions, and the one to upgrade.
     """
+
+
+# -- how they are shown ------------------------------------------------------------------------------------------------
+
+#: Packages whose frames, and whose errors as causes, say nothing to a user.
+_MACHINERY = ("agentcluster", "distributed", "dask", "tornado", "asyncio", "concurrent", "asyncssh", "IPython")
+
+
+def debugging() -> bool:
+    """Return whether errors are shown with all their frames, by ``agentcluster.debug`` in dask's configuration."""
+    return bool(dask.config.get("agentcluster.debug", False))
+
+
+def in_short(error: AgentClusterError) -> AgentClusterError:
+    """Drop the frames behind an error that is about to be raised to a user, and causes that are no code of his.
+
+    Parameters
+    ----------
+    error
+        The error.
+
+    Returns
+    -------
+    AgentClusterError
+        The same error.
+    """
+    if debugging():
+        return error
+    if not _is_users(error.__cause__):
+        error.__cause__ = None
+    return error.with_traceback(None)
+
+
+def at_border(function: Callable[P, T]) -> Callable[P, T]:
+    """Make a function that users call raise errors of this package :func:`in_short`.
+
+    Parameters
+    ----------
+    function
+        The function.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except AgentClusterError as error:
+            raise in_short(error) from error.__cause__
+
+    return call
+
+
+def _is_users(error: BaseException | None) -> bool:
+    """Return whether an error is of a class that the user, or a library of his, has defined."""
+    return error is not None and type(error).__module__.partition(".")[0] not in (
+        *_MACHINERY,
+        "builtins",
+        "socket",
+        "ssl",
+    )
+
+
+def is_machinery(frame: FrameType) -> bool:
+    """Return whether a frame is one of this package, of dask, or of what they run in.
+
+    Parameters
+    ----------
+    frame
+        The frame.
+    """
+    return _package(str(frame.f_globals.get("__name__", ""))) in (*_MACHINERY, "functools", "contextlib")
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _users_line(error: BaseException) -> list[str]:
+    """Return the place of the innermost frame that is the user's, and its line."""
+    frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if not is_machinery(frame)]
+    if not frames:
+        return []
+    frame, number = frames[-1]
+    file = frame.f_code.co_filename
+    text = linecache.getline(file, number).strip()
+    place = "the cell" if "ipykernel" in file or file.startswith("<ipython") else file
+    return [f"  line {number} of {place}:", f"    {text}"]
+
+
+def _cause(error: BaseException) -> list[str]:
+    cause = error.__cause__
+    return [f"because of {type(cause).__name__}: {cause}"] if _is_users(cause) else []

@@ -36,6 +36,9 @@ from agentcluster.client.interface import (
     AsyncT,
     MaybeAsync,
     NodeSelection,
+    at_line,
+    begun,
+    callers_line,
     first_modes,
     parse_mapping,
     parse_optional_seconds,
@@ -57,7 +60,7 @@ from agentcluster.client.processes import (
 from agentcluster.client.rollouts import RolloutControl, parse_status, watch
 from agentcluster.client.scaling import Request, Scaling, resource_name
 from agentcluster.config import Config, warn_untested
-from agentcluster.errors import ConfigError, SchedulerUnfit
+from agentcluster.errors import ConfigError, SchedulerUnfit, at_border
 from agentcluster.launch import Host, launchers_for
 from agentcluster.launch.protocol import Launcher
 from agentcluster.model import Mode, RolloutStatus
@@ -160,6 +163,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
     shutdown_scheduler: bool
     _adaptive: distributed.deploy.adaptive.Adaptive | None = None
 
+    @at_border
     def __init__(
         self,
         hosts: AnyHost | Iterable[AnyHost] | None = None,
@@ -233,18 +237,19 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         self._was_up = False
         self._scheduler = scheduler, of_scheduler
         try:
-            super().__init__(
-                workers={each.name: blueprint.node(each) for each in launchers if not in_standby(each)},
-                scheduler=blueprint.scheduler(scheduler, of_scheduler),
-                security=blueprint.security,
-                name=name,
-                asynchronous=asynchronous,
-                loop=loop,
-                silence_logs=silence_logs,
-                shutdown_on_close=shutdown_on_close,
-                shutdown_scheduler=not joined,
-                scheduler_sync_interval=scheduler_sync_interval,
-            )
+            with at_line(callers_line()):
+                super().__init__(
+                    workers={each.name: blueprint.node(each) for each in launchers if not in_standby(each)},
+                    scheduler=blueprint.scheduler(scheduler, of_scheduler),
+                    security=blueprint.security,
+                    name=name,
+                    asynchronous=asynchronous,
+                    loop=loop,
+                    silence_logs=silence_logs,
+                    shutdown_on_close=shutdown_on_close,
+                    shutdown_scheduler=not joined,
+                    scheduler_sync_interval=scheduler_sync_interval,
+                )
         except BaseException:
             # dask itself closes a synchronous cluster only when a worker fails, not when the scheduler does.
             if hasattr(self, "status"):
@@ -573,7 +578,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
 
     # -- scaling -------------------------------------------------------------------------------------------------------
 
-    @synced
+    @begun
     async def scale(  # type: ignore[override]
         self,
         /,
@@ -669,6 +674,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
     def adapt(
         self, Adaptive: type[AdaptiveT], minimum: float = 0, maximum: float = ..., **options: Any
     ) -> AdaptiveT: ...
+    @at_border
     def adapt(
         self,
         Adaptive: type[distributed.deploy.adaptive.Adaptive] = AgentAdaptive,
@@ -729,6 +735,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
             return Cluster.adapt(self, Adaptive, **limits, **kwargs)
         return super().adapt(Adaptive, **limits, **kwargs)
 
+    @at_border
     def request(self, *, timeout: str | float = "5 minutes", **resources: int) -> Request:
         """Hold capacity for tasks before they are submitted, while :meth:`adapt` runs.
 

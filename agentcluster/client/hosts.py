@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import warnings
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from distributed.core import Status
 
 from agentcluster.client.calls import Plain
+from agentcluster.client.interface import warn
 from agentcluster.client.processes import Blueprint, NodeEntry, NodeProcess, in_standby
 from agentcluster.errors import AgentClusterError, ConfigError, NodeNotFound, one_line
 from agentcluster.launch.protocol import Launcher
@@ -138,7 +138,7 @@ class Hosts:
         if self._on_failure == "raise" or not self._cluster.workers or not isinstance(first, Exception):
             raise first
         for name, error in failed.items():
-            warnings.warn(f"host {name} is left out: {error}", stacklevel=2)
+            warn(f"host {name} is left out: {error}")
 
     async def close(self, names: Sequence[str]) -> None:
         """End the agents of nodes, after their data was moved to other nodes.

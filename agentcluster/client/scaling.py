@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
@@ -14,6 +13,7 @@ from distributed.deploy.adaptive import Adaptive
 
 from agentcluster.client.adaptive import AgentAdaptive
 from agentcluster.client.calls import ScaleAnswer
+from agentcluster.client.interface import warn
 from agentcluster.errors import ConfigError
 from agentcluster.reports import AdaptiveLog, NodeSnapshot, RolloutReport, ScaleReport
 from agentcluster.requests import ScaleTarget
@@ -80,7 +80,7 @@ class Scaling:
                 launched += [name for name in chosen if name not in failed]
                 left_out |= failed
                 for name, why in failed.items():
-                    warnings.warn(f"host {name} is left out: {why}", stacklevel=2)
+                    warn(f"host {name} is left out: {why}")
                 answer = await self._once(target, strict, reports)
             if isinstance(answer, ConfigError):
                 raise answer
@@ -90,7 +90,7 @@ class Scaling:
                 await self._cluster.view.refresh()
                 ended = await hosts.end_idle()
         if answer["short"]:
-            warnings.warn(answer["short"], stacklevel=2)
+            warn(answer["short"])
         whole = RolloutReport.merged(reports)
         return ScaleReport(
             "scale",

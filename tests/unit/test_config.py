@@ -21,6 +21,7 @@ TYPES: dict[str, Any] = {
     "string": str,
     "number": (int, float),
     "integer": int,
+    "boolean": bool,
     "null": type(None),
     "array": list,
     "object": dict,
@@ -54,6 +55,7 @@ def refusal(key: str, value: Any) -> ConfigError:
 
 def test_the_defaults() -> None:
     assert Config.load() == Config(
+        debug=False,
         launch_timeout=60.0,
         start_timeout=60.0,
         stop_timeout=10.0,
