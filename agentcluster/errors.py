@@ -33,8 +33,6 @@ from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
-import dask.config
-
 __all__ = [
     "AgentClusterError",
     "ConfigError",
@@ -220,7 +218,7 @@ class NodeNotFound(AgentClusterError, LookupError):
     def __init__(self, name: str, known: Iterable[str]) -> None:
         self.name = name
         self.known = sorted(known)
-        super().__init__(f"no node named {name!r}; {suggest(name, self.known)}")
+        super().__init__(f"no node named {name!r}; {suggest(str(name), self.known)}")
 
 
 class NodeExists(AgentClusterError, ValueError):
@@ -364,6 +362,8 @@ _MACHINERY = ("agentcluster", "distributed", "dask", "tornado", "asyncio", "conc
 
 def debugging() -> bool:
     """Return whether errors are shown with all their frames, by ``agentcluster.debug`` in dask's configuration."""
+    import dask.config  # heavy, and errors are imported everywhere
+
     return bool(dask.config.get("agentcluster.debug", False))
 
 

@@ -20,6 +20,10 @@ OnFailure = Literal["rollback", "stop", "continue"]
 Strategy = Literal["surge", "replace"]
 
 
+#: Greatest number that can be asked for, of workers or of bytes: more cannot be sent.
+MOST = 2**62
+
+
 @dataclass(frozen=True)
 class RolloutPolicy:
     """Policy of a rollout: the order of its steps, their limits, and the handling of failures.
@@ -67,8 +71,9 @@ class RolloutPolicy:
             value = getattr(self, key)
             if value is not None and value < 0:
                 raise ConfigError(f"{key}={value!r} must not be negative", key=key)
-        if self.max_parallel is not None and self.max_parallel < 1:
-            raise ConfigError(f"max_parallel={self.max_parallel!r} must be 1 or more", key="max_parallel")
+        most = self.max_parallel
+        if most is not None and (not isinstance(most, int) or isinstance(most, bool) or not 0 < most <= MOST):
+            raise ConfigError(f"max_parallel={most!r} must be a whole number of 1 or more", key="max_parallel")
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,8 @@ class ScaleTarget:
         for key, value in amounts.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
                 raise ConfigError(f"scale({key}={value!r}): give a whole number, 0 or more", key=key)
+            if value is not None and value > MOST:
+                raise ConfigError(f"scale({key}={value!r}): give at most {MOST}", key=key)
         ways = [self.nodes is not None, bool(self.kinds), {self.workers, self.cores, self.memory} != {None}]
         if sum(ways) > 1:
             raise ConfigError(f"{self}: nodes= and kinds of workers cannot be combined with other targets; give one")

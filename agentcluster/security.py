@@ -134,6 +134,10 @@ def credentials(folder: str | PathLike[str], *roles: str) -> Security:
         When a certificate expires within two weeks.
     """
     place = Path(folder).expanduser()
+    try:
+        place.exists()
+    except (OSError, ValueError) as error:  # too long, or with NUL
+        raise ConfigError(f"credentials {str(folder)[:200]!r} cannot be read: {error}", key="security") from None
     found = roles or tuple(role for role in ROLES if (place / f"{role}.pem").exists()) or ROLES
     names = {"tls_ca_file": "ca.pem"}
     for role in found:
@@ -220,14 +224,14 @@ def written_aside(path: Path, data: bytes) -> Iterator[Path]:
 
 def _from_mapping(arguments: Arguments) -> Security:
     """Make credentials of keyword arguments; refuse those that would turn encryption off without a word."""
+    names = ", ".join(sorted(map(str, arguments)))
     try:
-        security = Security(**arguments)
+        security = Security(**{str(key): value for key, value in arguments.items()})
     except TypeError as error:
-        names = ", ".join(sorted(arguments))
         raise ConfigError(f"security= cannot be made of {names}: {error}", key="security") from None
     if not has_credentials(security):
         raise ConfigError(
-            f"security={{{', '.join(sorted(arguments))}}} has no credentials; give tls_ca_file with certificates and "
+            f"security={{{names}}} has no credentials; give tls_ca_file with certificates and "
             f"keys, True for temporary credentials, or False for no encryption",
             key="security",
         )

@@ -33,6 +33,7 @@ KINDS = {
     ("string", "number"): "time",
     ("string", "null"): "text, or null",
     ("integer",): "whole number",
+    ("boolean",): "bool",
     ("array",): "list of text",
 }
 

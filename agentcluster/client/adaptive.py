@@ -27,7 +27,7 @@ from agentcluster.client.hosts import Launches
 from agentcluster.errors import ConfigError, RolloutBusy, one_line
 from agentcluster.model import Hardware, Mode
 from agentcluster.reports import Decision, Nodes
-from agentcluster.requests import AdaptiveRequest
+from agentcluster.requests import MOST, AdaptiveRequest
 from agentcluster.units import parse_nbytes, parse_seconds
 from agentcluster.wire import TOPIC, to_wire
 
@@ -569,6 +569,8 @@ def _check_whole(key: str, value: object, least: int = 0) -> None:
     """Refuse what is neither None nor a whole number."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
         raise ConfigError(f"adapt({key}={value!r}): give a whole number of at least {least}", key=key)
+    if value is not None and value > MOST:
+        raise ConfigError(f"adapt({key}={value!r}): give at most {MOST}", key=key)
 
 
 def _check_limits(what: str, least: object, most: object) -> None:
@@ -590,6 +592,8 @@ def _modes(given: Sequence[str | Mode] | str | Mode | None) -> tuple[Mode, ...]:
         return ()
     if isinstance(given, str | Mode):
         given = [given]
+    if not isinstance(given, Iterable) or isinstance(given, bytes):
+        raise ConfigError(f"adapt(modes={given!r}): give a mode, or a list of modes", key="modes")
     return tuple(modes.parse(mode) for mode in given)
 
 
@@ -598,7 +602,7 @@ def _limits(kind: str, limits: object) -> tuple[int, int | None]:
     if (
         isinstance(least, int)
         and (most is None or isinstance(most, int))
-        and 0 <= least <= (least if most is None else most)
+        and 0 <= least <= (least if most is None else most) <= MOST
     ):
         return least, most
     raise ConfigError(

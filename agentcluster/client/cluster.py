@@ -18,7 +18,6 @@ from os import PathLike
 from typing import Any, Literal, Never, Self, TypeAlias, TypeVar, overload
 
 import distributed.deploy.adaptive
-from dask.utils import parse_timedelta
 from distributed import Scheduler
 from distributed.core import Status
 from distributed.deploy.cluster import Cluster
@@ -29,23 +28,29 @@ from distributed.utils import Log, Logs
 from tornado.ioloop import IOLoop
 
 from agentcluster.client.adaptive import AgentAdaptive
+from agentcluster.client.arguments import (
+    NodeSelection,
+    first_modes,
+    parse_address,
+    parse_flag,
+    parse_name,
+    parse_optional_seconds,
+    parse_rollouts,
+    parse_scheduler_options,
+    parse_timeout,
+    parse_worker_options,
+    parse_workers,
+    refuse_keywords,
+)
 from agentcluster.client.calls import Plain, SchedulerCalls
 from agentcluster.client.display import Display, NodeView
 from agentcluster.client.hosts import Hosts
 from agentcluster.client.interface import (
     AsyncT,
     MaybeAsync,
-    NodeSelection,
     at_line,
     begun,
     callers_line,
-    first_modes,
-    parse_mapping,
-    parse_optional_seconds,
-    parse_rollouts,
-    parse_timeout,
-    parse_worker_options,
-    refuse_keywords,
     synced,
 )
 from agentcluster.client.processes import (
@@ -70,7 +75,7 @@ from agentcluster.scheduler.plugin import dask_setup
 from agentcluster.security import LOOPBACK, has_credentials, is_private, resolve_credentials
 from agentcluster.shipping import shipped
 from agentcluster.units import parse_nbytes, parse_seconds
-from agentcluster.wire import NO_PLUGIN, PLUGIN, check_protocol, to_wire
+from agentcluster.wire import NO_PLUGIN, PLUGIN, check_protocol, from_wire, to_wire
 
 logger = logging.getLogger(__name__)
 
@@ -188,24 +193,33 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         **others: Never,
     ) -> None:
         refuse_keywords(others, inspect.signature(AgentCluster).parameters)
-        if not shutdown_on_close:
+        if shutdown_on_close is not True:
             raise ConfigError(
-                "shutdown_on_close=False has no effect here: agents end with the process that launched them; start "
-                "`dask scheduler` and dask-agent by themselves, and join them with scheduler='tcp://…'",
+                f"shutdown_on_close={shutdown_on_close!r} has no effect: agents end with the process that launched "
+                f"them; start `dask scheduler` and dask-agent by themselves, and join them with scheduler='tcp://…'",
                 key="shutdown_on_close",
             )
-        if not isinstance(name, str | None):
-            raise ConfigError(f"name={name!r} must be text", key="name")
+        name = parse_name(name)
+        parse_flag("asynchronous", asynchronous)
+        if not isinstance(silence_logs, int | None):
+            raise ConfigError(
+                f"silence_logs={silence_logs!r} must be a level such as logging.ERROR", key="silence_logs"
+            )
+        if not isinstance(loop, IOLoop | None):
+            raise ConfigError(f"loop={loop!r} must be an event loop of tornado's, tornado.ioloop.IOLoop", key="loop")
+        interval = parse_seconds("scheduler_sync_interval", scheduler_sync_interval, call="AgentCluster")
         if on_host_failure not in ("raise", "warn"):
             raise ConfigError(f"on_host_failure={on_host_failure!r} must be 'raise' or 'warn'", key="on_host_failure")
         warn_untested()
         settings = Config.load()
         launchers = launchers_for(hosts, connect_options=connect_options, remote_python=remote_python)
         joined = is_address(scheduler)
+        if joined:
+            parse_address("scheduler", str(scheduler))
         remote = any(map(is_remote, launchers)) or scheduler not in (None, "local")
         attached = [launcher.where for launcher in launchers if is_address(launcher.where)]
         alone = not remote and all(map(is_private, attached))
-        of_scheduler = parse_mapping("scheduler_options", scheduler_options)
+        of_scheduler = parse_scheduler_options(scheduler_options)
         listens = "host" in of_scheduler or "interface" in of_scheduler
         if alone and not listens and not joined:
             of_scheduler["host"] = LOOPBACK
@@ -230,7 +244,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
             start_timeout=parse_timeout("start_timeout", start_timeout, settings.start_timeout),
             on_failure=on_host_failure,
         )
-        self.view = NodeView(inside, parse_timedelta(scheduler_sync_interval, default="seconds"))
+        self.view = NodeView(inside, interval)
         self.scaling = Scaling(inside)
         self.display = Display(inside)
         self._rollout: RolloutControl[AsyncT] = RolloutControl(self)
@@ -248,7 +262,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
                     silence_logs=silence_logs,
                     shutdown_on_close=shutdown_on_close,
                     shutdown_scheduler=not joined,
-                    scheduler_sync_interval=scheduler_sync_interval,
+                    scheduler_sync_interval=interval,
                 )
         except BaseException:
             # dask itself closes a synchronous cluster only when a worker fails, not when the scheduler does.
@@ -347,6 +361,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
     def close(self: AgentCluster[Literal[True]], timeout: float | None = None) -> Awaitable[None]: ...
     @overload
     def close(self, timeout: float | None = None) -> Awaitable[None] | None: ...
+    @at_border
     def close(self, timeout: float | None = None) -> Awaitable[None] | None:
         """End the agents with their workers, and the scheduler unless others started it; idempotent.
 
@@ -359,8 +374,13 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         -------
         None
             Awaitable when the cluster is asynchronous.
+
+        Raises
+        ------
+        ConfigError
+            For a timeout that is no time.
         """
-        return super().close(timeout)
+        return super().close(parse_optional_seconds("timeout", timeout, call="close"))
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
@@ -530,6 +550,8 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         Traceback (most recent call last):
         agentcluster.errors.ConfigError: unknown mode 'unifrom'; did you mean 'uniform'? Allowed: ...
         """
+        parse_flag("progress", progress)
+        parse_flag("remove_existing", remove_existing)
         policy = RolloutPolicy(
             strategy=strategy,
             drain=drain,
@@ -541,6 +563,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
             dry_run=dry_run,
             wait=wait if isinstance(wait, bool) else parse_seconds("wait", wait, call="reprovision", zero=True),
         )
+        from_wire(RolloutPolicy, to_wire(policy), "reprovision")  # types are checked here: some cannot even be sent
         rollouts = parse_rollouts(self.nodes, mode, config, nodes, options)
         if self._adaptive is not None and not dry_run:
             self.scaling.stop_adaptive()
@@ -628,6 +651,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         >>> report.workers, len(cluster.nodes["local"]["plan"])
         (1, 1)
         """
+        parse_flag("strict", strict)
         if (n, memory, cores, nodes, kinds) == (None, None, None, None, {}):
             n = 0  # as in dask
         nbytes = None if memory is None else parse_nbytes("memory", memory, call="scale")
@@ -720,6 +744,10 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         6
         >>> adaptive.stop()
         """
+        if not isinstance(Adaptive, type) or not issubclass(Adaptive, distributed.deploy.adaptive.Adaptive):
+            raise ConfigError(f"adapt(Adaptive={Adaptive!r}): give a class of distributed.deploy.Adaptive's kind")
+        if not callable(kwargs.get("worker_key", callable)):
+            raise ConfigError(f"adapt(worker_key={kwargs['worker_key']!r}): give a function of a worker's state")
         if Adaptive is AgentAdaptive and kwargs.get("worker_key") is not None:
             Adaptive = distributed.deploy.adaptive.Adaptive
         self._adaptive_options: dict[str, Any] = {}  # dask would add the options of an earlier call
@@ -799,8 +827,10 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
 
         Parameters
         ----------
-        cluster, scheduler, workers
-            As for :meth:`distributed.deploy.Cluster.get_logs`.
+        cluster, scheduler
+            Whether those of the cluster object and of the scheduler.
+        workers : bool or iterable of str
+            Whether those of the workers, or the addresses or names of some.
         agents : bool
             Also the last lines of each node's agent, by node name; as many as ``agentcluster.log.lines``.
 
@@ -808,8 +838,16 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         -------
         Logs
             Name -> log. Awaitable when the cluster is asynchronous.
+
+        Raises
+        ------
+        ConfigError
+            For a worker that there is not.
         """
-        logs: Logs = await self._get_logs(cluster=cluster, scheduler=scheduler, workers=workers)
+        for key, value in (("cluster", cluster), ("scheduler", scheduler), ("agents", agents)):
+            parse_flag(key, value)
+        chosen = parse_workers(workers, self.scheduler_info["workers"])
+        logs: Logs = await self._get_logs(cluster=cluster, scheduler=scheduler, workers=chosen)
         if agents:
             logs.update({name: Log("\n".join(lines)) for name, lines in (await self.display.agent_logs()).items()})
         return logs

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Literal
 from distributed.core import Status
 
 from agentcluster.client.calls import Plain
-from agentcluster.client.interface import warn
+from agentcluster.client.interface import (
+    warn,
+)
 from agentcluster.client.processes import Blueprint, NodeEntry, NodeProcess, in_standby
 from agentcluster.errors import AgentClusterError, ConfigError, NodeNotFound, one_line
 from agentcluster.launch.protocol import Launcher
@@ -240,7 +242,7 @@ class Hosts:
         PreflightError, SwapError
             When its data cannot be moved; the node stays as it was.
         """
-        if name not in self._cluster.worker_spec and name not in self.reserve:
+        if not isinstance(name, str) or (name not in self._cluster.worker_spec and name not in self.reserve):
             raise NodeNotFound(name, [*self._cluster.worker_spec, *self.reserve.here])
         await self._leave([name])
         self.reserve.forget(name)

@@ -1,4 +1,4 @@
-"""Interface of a cluster to its users: calls that block or are coroutines, and arguments, parsed before all else.
+"""Calls of users: they block or are coroutines, warn at the user's line, and raise errors without frames of ours.
 
 A method is written once, as a coroutine function with the decorator :func:`synced`. Type checkers see the result itself
 on an ``AgentCluster()``, and a coroutine on an ``AgentCluster(asynchronous=True)``.
@@ -11,7 +11,7 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextvars import ContextVar
 from typing import (
     TYPE_CHECKING,
@@ -22,19 +22,12 @@ from typing import (
     NamedTuple,
     ParamSpec,
     Protocol,
-    TypeAlias,
     TypeVar,
     cast,
     overload,
 )
 
-from agentcluster import modes
-from agentcluster.client.calls import Plain
-from agentcluster.errors import AgentClusterError, ConfigError, NodeNotFound, in_short, is_machinery, suggest
-from agentcluster.model import Mode
-from agentcluster.modes.options import NANNY, RESERVED, known_keywords
-from agentcluster.reports import Nodes, NodeSnapshot
-from agentcluster.units import parse_seconds
+from agentcluster.errors import AgentClusterError, in_short, is_machinery
 
 # -- the user's line ---------------------------------------------------------------------------------------------------
 
@@ -219,245 +212,3 @@ def begun(method: Callable[Concatenate[Owner, P], Coroutine[Any, Any, T_co]]) ->
 
     del call.__wrapped__
     return cast("Begun[P, T_co]", call)
-
-
-# -- arguments ---------------------------------------------------------------------------------------------------------
-
-#: Keyword arguments of all workers on a host that none of dask's classes has.
-OF_HOSTS = frozenset({"worker_port", "nanny_port", "labels"})
-
-#: Nodes by name, pattern, label or a function of what is known of them; None for all.
-NodeSelection: TypeAlias = str | Sequence[str] | Callable[[NodeSnapshot], bool] | None
-
-
-def parse_mapping(key: str, value: Plain | None) -> dict[str, Any]:
-    """Return a copy of a mapping by text, such as ``worker_options``; empty for None.
-
-    Parameters
-    ----------
-    key
-        Name of the argument.
-    value
-        What was given.
-
-    Raises
-    ------
-    ConfigError
-        For anything else.
-    """
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"{key}={value!r} must be a mapping from names to values", key=key)
-    return dict(value)
-
-
-def parse_worker_options(value: Mapping[str, Plain] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parse ``worker_options`` of a cluster.
-
-    Parameters
-    ----------
-    value
-        What was given.
-
-    Returns
-    -------
-    options : dict
-        Keyword arguments for every worker, whatever its mode.
-    shape : dict
-        Options of the first mode: ``nthreads`` and ``memory_limit``, which each mode decides.
-
-    Raises
-    ------
-    ConfigError
-        For a keyword that no worker of dask has, unless another class of worker is given.
-    """
-    options = parse_mapping("worker_options", value)
-    known = (known_keywords(NANNY) or frozenset()) | OF_HOSTS
-    for key in options:
-        if key in RESERVED:
-            raise ConfigError(f"worker_options: {key!r} cannot be set: {RESERVED[key]}", key="worker_options")
-        if key not in known and options.get("worker_class") is None:
-            raise ConfigError(f"worker_options: unknown option {key!r}; {suggest(key, known)}", key="worker_options")
-    shape: dict[str, Any] = {key: options.pop(key) for key in ("nthreads", "memory_limit") if key in options}
-    return options, shape
-
-
-#: Other keyword of dask's clusters -> what to write instead.
-ELSEWHERE: Mapping[str, str] = {
-    "n_workers": 'config={{"nworkers": {0}}}',
-    "nworkers": 'config={{"nworkers": {0}}}',
-    "threads_per_worker": 'config={{"nthreads": {0}}}',
-    "nthreads": 'config={{"nthreads": {0}}}',
-    "memory_limit": 'config={{"memory_limit": {0}}}',
-    "host": 'scheduler_options={{"host": {0}}}',
-    "ip": 'scheduler_options={{"host": {0}}}',
-    "scheduler_port": 'scheduler_options={{"port": {0}}}',
-    "dashboard_address": 'scheduler_options={{"dashboard_address": {0}}}',
-    "diagnostics_port": 'scheduler_options={{"dashboard_address": {0}}}',
-    "worker_dashboard_address": 'worker_options={{"dashboard_address": {0}}}',
-    "services": 'scheduler_options={{"services": {0}}}',
-    "service_kwargs": 'scheduler_options={{"service_kwargs": {0}}}',
-    "blocked_handlers": 'scheduler_options={{"blocked_handlers": {0}}}',
-    "protocol": 'scheduler_options={{"protocol": {0}}}',
-    "scheduler_kwargs": "scheduler_options={0}",
-    "worker_kwargs": "worker_options={0}",
-    "kwargs": "worker_options={0}",
-    "worker": "hosts=[…] and mode=…: each host has an agent, which starts the workers of its mode",
-    "workers": "hosts=[…] and mode=…: each host has an agent, which starts the workers of its mode",
-    "worker_module": "nothing: an agent runs there",
-    "worker_services": "nothing: workers have none",
-    "processes": "nothing: workers are processes of their own",
-    "start": "nothing: a cluster starts when it is made",
-    "shutdown_scheduler": 'scheduler="tcp://…", for one that goes on',
-}
-
-
-def refuse_keywords(given: Mapping[str, object], own: Iterable[str]) -> None:
-    """Refuse keywords that ``AgentCluster`` does not have, with what to write instead.
-
-    Parameters
-    ----------
-    given
-        The keywords and their values.
-    own
-        Keywords that it has.
-
-    Raises
-    ------
-    ConfigError
-        For keywords of dask's other clusters, all at once.
-    TypeError
-        For a name that none of them has.
-    """
-    of_workers = (known_keywords(NANNY) or frozenset()) | OF_HOSTS
-    instead = []
-    for key, value in given.items():
-        if key not in ELSEWHERE and key not in of_workers:
-            raise TypeError(f"AgentCluster() got an unexpected keyword argument {key!r}; {suggest(key, own)}")
-        shown = repr(value) if isinstance(value, str | int | float | None) else "…"  # it may hold credentials
-        how = ELSEWHERE.get(key, f'worker_options={{{{"{key}": {{0}}}}}}').format(shown)
-        instead.append(f"{key}={shown}, write {how}")
-    if instead:
-        raise ConfigError(f"AgentCluster has other words for this: in place of {'; of '.join(instead)}")
-
-
-def first_modes(
-    mode: str | Mode | Mapping[str, str | Mode],
-    config: Plain | str | None,
-    names: Sequence[str],
-    shape: Mapping[str, object] | None = None,
-) -> tuple[Mode, dict[str, Mode]]:
-    """Parse the first modes that a cluster is given.
-
-    Parameters
-    ----------
-    mode
-        Mode of all nodes, or node name -> mode.
-    config
-        Options of the mode of all nodes.
-    names
-        Names of the nodes.
-    shape
-        Options of each of these modes that it was not given.
-
-    Returns
-    -------
-    default : Mode
-        Mode of the nodes that have none by name.
-    by_name : dict
-        Node name -> mode.
-
-    Raises
-    ------
-    ConfigError, NodeNotFound
-        For a mode that cannot be used, or the name of no node.
-    """
-    if not isinstance(mode, Mapping):
-        return _shaped(modes.parse(mode, config), shape), {}
-    for name in mode:
-        if name not in names:
-            raise NodeNotFound(str(name), names)
-    if config is not None:
-        raise ConfigError(
-            "config= cannot be given with a mapping of modes; use Mode(name, config) as its values", key="config"
-        )
-    return Mode("auto-cpu"), {name: _shaped(modes.parse(each), shape) for name, each in mode.items()}
-
-
-def _shaped(mode: Mode, shape: Mapping[str, object] | None) -> Mode:
-    """Add options to a mode, unless it has them."""
-    return modes.parse(mode.name, {**shape, **mode.config}) if shape else mode
-
-
-def parse_rollouts(
-    known: Nodes,
-    mode: str | Mode | Mapping[str, str | Mode],
-    config: Plain | str | None,
-    nodes: NodeSelection,
-    options: Mapping[str, object],
-) -> list[tuple[str | Sequence[str] | None, Mode]]:
-    """Return the rollouts that a call of ``reprovision`` asks for.
-
-    Parameters
-    ----------
-    known
-        The nodes.
-    mode, config, nodes, options
-        As for :meth:`agentcluster.AgentCluster.reprovision`.
-
-    Returns
-    -------
-    list of tuple
-        Nodes, None for all, and their mode, for each rollout.
-
-    Raises
-    ------
-    ConfigError
-        For arguments that cannot be given together, or a selection of no node.
-    """
-    if isinstance(nodes, Sequence) and not nodes:
-        raise ConfigError(f"nodes={nodes!r} selects no node; leave it out for all of {', '.join(known)}", key="nodes")
-    if isinstance(mode, Mapping):
-        if nodes is not None:
-            raise ConfigError("nodes= cannot be given with a mapping of modes: its keys are the nodes", key="nodes")
-        return [([name], _with_options(modes.parse(each, config), options)) for name, each in mode.items()]
-    if callable(nodes):
-        names = [name for name, node in known.items() if nodes(node)]
-        if not names:
-            raise ConfigError(f"nodes={nodes!r} selects no node of {', '.join(known)}", key="nodes")
-        return [(names, _with_options(modes.parse(mode, config), options))]
-    return [(nodes, _with_options(modes.parse(mode, config), options))]
-
-
-def _with_options(mode: Mode, options: Mapping[str, object]) -> Mode:
-    """Add options to a mode that it must not have already."""
-    if twice := sorted(options.keys() & mode.config.keys()):
-        raise ConfigError(f"option {twice[0]!r} of mode {mode.name!r} is given twice, in config= and as a keyword")
-    return modes.parse(mode.name, {**mode.config, **options}) if options else mode
-
-
-def parse_optional_seconds(key: str, value: str | float | None, zero: bool = False) -> float | None:
-    """Parse an optional time of ``reprovision``.
-
-    Parameters
-    ----------
-    key, value
-        Name and value of the argument.
-    zero
-        Whether it may be 0.
-    """
-    return None if value is None else parse_seconds(key, value, call="reprovision", zero=zero)
-
-
-def parse_timeout(key: str, value: str | float | None, default: float) -> float:
-    """Parse an optional time of ``AgentCluster``.
-
-    Parameters
-    ----------
-    key, value
-        Name and value of the argument.
-    default
-        Seconds where it is None.
-    """
-    return default if value is None else parse_seconds(key, value, call="AgentCluster")

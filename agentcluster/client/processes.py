@@ -275,7 +275,8 @@ class Blueprint:
         ConfigError
             When an option is unknown, or is given to a scheduler that already runs.
         """
-        if unknown := next((key for key in options if key not in SCHEDULER_OPTIONS), None):
+        unknown = next((key for key in options if key not in SCHEDULER_OPTIONS), None)
+        if unknown is not None:
             raise ConfigError(
                 f"scheduler_options: unknown option {unknown!r}; {suggest(str(unknown), SCHEDULER_OPTIONS)}",
                 key="scheduler_options",

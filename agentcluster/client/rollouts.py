@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from agentcluster.client.interface import AsyncT, MaybeAsync, synced
+from agentcluster.client.interface import (
+    AsyncT,
+    MaybeAsync,
+    synced,
+)
 from agentcluster.model import NodeProgress, RolloutStatus
 from agentcluster.reports import RolloutReport
 from agentcluster.wire import from_wire

@@ -13,7 +13,9 @@ from distributed.deploy.adaptive import Adaptive
 
 from agentcluster.client.adaptive import AgentAdaptive
 from agentcluster.client.calls import ScaleAnswer
-from agentcluster.client.interface import warn
+from agentcluster.client.interface import (
+    warn,
+)
 from agentcluster.errors import ConfigError
 from agentcluster.reports import AdaptiveLog, NodeSnapshot, RolloutReport, ScaleReport
 from agentcluster.requests import ScaleTarget

@@ -87,8 +87,10 @@ class Host:
             raise ConfigError(f"Host({self.host!r}): connect_options must be a mapping", key="connect_options")
         for key in ("env", "labels"):
             value = getattr(self, key)
-            if not isinstance(value, Mapping) or not all(isinstance(each, str) for each in (*value, *value.values())):
-                raise ConfigError(f"Host({self.host!r}): {key} must be a mapping of text to text", key=key)
+            if not isinstance(value, Mapping) or not all(
+                isinstance(each, str) and "\0" not in each for each in (*value, *value.values())
+            ):
+                raise ConfigError(f"Host({self.host!r}): {key} must be a mapping of text to text, without NUL", key=key)
         if not isinstance(self.standby, bool):
             raise ConfigError(f"Host({self.host!r}): standby {self.standby!r} is not true or false", key="standby")
 
@@ -126,7 +128,7 @@ class Host:
             raise ConfigError(
                 f"host {text!r}: unknown scheme {text.split('://')[0]!r}; allowed: {ALL_FORMS}", key="hosts"
             )
-        match = _SSH.fullmatch(text)
+        match = _SSH.fullmatch(text) if text.isprintable() else None
         if match is None:
             raise ConfigError(f"host {text!r} is not understood; allowed: {ALL_FORMS}", key="hosts")
         port = match["port"]
@@ -143,7 +145,7 @@ def _check_text(host: Host, key: str, pattern: str) -> None:
     value = getattr(host, key)
     if value is None and key != "host":
         return
-    if not isinstance(value, str) or not re.fullmatch(pattern, value):
+    if not isinstance(value, str) or not re.fullmatch(pattern, value) or not value.isprintable():
         raise ConfigError(f"Host({host.host!r}): {key} {value!r} cannot be used", key=key)
 
 
@@ -188,6 +190,9 @@ def launchers_for(
     parsed = [_parse(item) for item in items]
     options = _per_host(connect_options, Mapping, len(items), "connect_options")  # type: ignore[type-abstract]
     pythons = _per_host(remote_python, str, len(items), "remote_python")
+    for python in pythons:
+        if python is not None and not (python.strip() and python.isprintable()):
+            raise ConfigError(f"remote_python {python!r} is not the path of a file", key="remote_python")
     launchers = []
     for item, name, own_options, python in zip(parsed, _names(parsed), options, pythons, strict=True):
         if isinstance(item, Host) and item.host != "local":

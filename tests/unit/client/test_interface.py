@@ -1,108 +1,148 @@
-"""Arguments of a cluster and its calls: each acts, or is refused in one sentence before anything is touched."""
+"""Calls that block or return a coroutine: what a decorated method does, and what its caller and documentation see."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import traceback
+import warnings
 from typing import Any
 
+import dask
 import pytest
-from distributed import LocalCluster, Nanny, SpecCluster, SSHCluster
 
-from agentcluster import AgentCluster, Mode
-from agentcluster.client.interface import first_modes, parse_mapping, parse_rollouts, parse_worker_options
+from agentcluster.client.interface import (
+    MaybeAsync,
+    begun,
+    synced,
+    warn,
+)
 from agentcluster.errors import ConfigError
-from agentcluster.reports import Nodes
-
-#: Keywords that no cluster of dask passes on: of a worker that is started by hand.
-OF_A_WORKER = {"scheduler_ip", "scheduler_port", "scheduler_file", "nanny"}
-
-OWN = set(inspect.signature(AgentCluster).parameters)
 
 
-@pytest.mark.parametrize(
-    ("cls", "keyword"),
-    [
-        (cls, keyword)
-        for cls in (LocalCluster, SSHCluster, SpecCluster, Nanny)
-        for keyword in inspect.signature(cls).parameters
-        if keyword not in OWN and not (cls is Nanny and keyword in OF_A_WORKER)
-    ],
-)
-def test_each_keyword_of_dasks_clusters_is_ours_or_is_told_where_it_goes(cls: object, keyword: str) -> None:
-    says = rf"in place of {keyword}='some', write (config|hosts|scheduler|worker|nothing)"
-    with pytest.raises(ConfigError, match=says):
-        AgentCluster(**{keyword: "some"})  # type: ignore[arg-type]
+class Doubler(MaybeAsync[bool]):
+    """Runs coroutines to their end, as a synchronous cluster does, or hands them out."""
+
+    def __init__(self, asynchronous: bool) -> None:
+        self.sync = (lambda call: call()) if asynchronous else (lambda call: asyncio.run(call()))
+
+    @synced
+    async def double(self, number: int, *, plus: int = 0, **more: int) -> int:
+        """Return twice a number."""
+        if number < 0:
+            raise ValueError(number)
+        return 2 * number + plus + sum(more.values())
+
+    @synced
+    async def refuse(self) -> None:
+        """Fail some calls down."""
+
+        def inner() -> None:
+            try:
+                raise KeyError("x")
+            except KeyError as error:
+                raise ConfigError("x is not there; give y") from error
+
+        await asyncio.sleep(0)
+        inner()
+
+    @begun
+    async def mark(self, seen: list[str]) -> int:
+        """Leave a mark, and warn of it."""
+        warn("a mark was left")
+        seen.append("mark")
+        return len(seen)
 
 
-def test_the_first_line_of_who_comes_from_local_cluster() -> None:
+def test_a_synchronous_object_waits() -> None:
+    assert Doubler(False).double(2, plus=1, asynchronous=3, func=4) == 12
+    with pytest.raises(ValueError, match="-1"):
+        Doubler(False).double(-1)
+
+
+async def test_an_asynchronous_object_returns_a_coroutine() -> None:
+    call: Any = Doubler(True).double(2)
+    assert inspect.iscoroutine(call)
+    assert await call == 4
+
+
+def test_documentation_sees_the_method_and_no_coroutine() -> None:
+    method: Any = Doubler.double
+    assert method.__doc__ == "Return twice a number."
+    assert method.__qualname__ == "Doubler.double"
+    assert not inspect.iscoroutinefunction(method)
+    assert not hasattr(method, "__wrapped__")
+    assert list(inspect.signature(method).parameters) == ["self", "number", "plus", "more"]
+    assert list(inspect.signature(Doubler(True).double).parameters) == ["number", "plus", "more"]
+
+
+async def test_a_call_that_dask_begins_at_once_begins_awaited_or_not() -> None:
+    seen: list[str] = []
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        call: Any = Doubler(True).mark(seen)
+        await asyncio.sleep(0.01)
+    assert seen == ["mark"]
+    assert await call == 1
+    assert [(str(each.message), each.filename) for each in warned] == [("a mark was left", __file__)]
+
+
+def test_a_warning_points_at_the_line_of_the_call() -> None:
+    with pytest.warns(UserWarning, match="a mark was left") as warned:
+        assert Doubler(False).mark([]) == 1
+    line = inspect.currentframe().f_lineno - 1  # type: ignore[union-attr]
+    assert [(each.filename, each.lineno) for each in warned] == [(__file__, line)]
+
+
+def frames(error: BaseException) -> list[str]:
+    return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+
+
+def test_an_error_has_no_frames_behind_the_call() -> None:
     with pytest.raises(ConfigError) as caught:
-        AgentCluster(n_workers=4, threads_per_worker=1, memory_limit="4GB")  # type: ignore[arg-type]
-    assert str(caught.value) == (
-        'AgentCluster has other words for this: in place of n_workers=4, write config={"nworkers": 4}; '
-        "of threads_per_worker=1, write config={\"nthreads\": 1}; of memory_limit='4GB', write "
-        "config={\"memory_limit\": '4GB'}"
-    )
+        Doubler(False).refuse()
+    assert frames(caught.value) == ["test_an_error_has_no_frames_behind_the_call", "call"]
+    assert caught.value.__cause__ is None
+    shown = "".join(traceback.format_exception(caught.value)).splitlines()
+    assert shown[-1] == "agentcluster.errors.ConfigError: x is not there; give y"
+    assert len(shown) <= 6
 
 
-def test_values_that_may_hold_credentials_are_not_shown() -> None:
-    with pytest.raises(ConfigError, match=r'in place of env=…, write worker_options={"env": …}$'):
-        AgentCluster(env={"PASSWORD": "known-to-nobody"})  # type: ignore[arg-type]
+async def test_nor_behind_an_awaited_call() -> None:
+    with pytest.raises(ConfigError) as caught:
+        await Doubler(True).refuse()
+    assert len(frames(caught.value)) <= 3
 
 
-def test_a_keyword_that_nobody_has() -> None:
-    with pytest.raises(TypeError, match=r"unexpected keyword argument 'hostss'; did you mean 'hosts'\?"):
-        AgentCluster(hostss=["a"])  # type: ignore[arg-type]
+def test_ipython_shows_the_sentence_first_and_the_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Doubler(False).refuse()
+    sentence, place, line = caught.value._render_traceback_()
+    assert sentence == "ConfigError: x is not there; give y"
+    assert place.endswith(f"of {__file__}:")
+    assert line.strip() == "Doubler(False).refuse()"
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"shutdown_on_close": False}, r"shutdown_on_close=False has no effect"),
-        ({"name": 5}, r"name=5 must be text"),
-        ({"worker_options": {"no_such": 1}}, r"worker_options: unknown option 'no_such'"),
-        ({"worker_options": {"local_dir": "x"}}, r"did you mean 'local_directory'\?"),
-        ({"worker_options": {"security": 1}}, r"worker_options: 'security' cannot be set"),
-        ({"worker_options": [1]}, r"worker_options=\[1\] must be a mapping"),
-        ({"worker_options": {1: 2}}, r"must be a mapping from names"),
-        ({"worker_options": {"nthreads": "many"}}, r"'nthreads'.*'many'"),
-    ],
-)
-def test_what_is_refused(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
-        AgentCluster(**options)
+def test_debug_shows_all_frames() -> None:
+    with dask.config.set({"agentcluster.debug": True}), pytest.raises(ConfigError) as caught:
+        Doubler(False).refuse()
+    assert frames(caught.value)[-1] == "inner"
+    assert isinstance(caught.value.__cause__, KeyError)
+    with dask.config.set({"agentcluster.debug": True}), pytest.raises(NotImplementedError):
+        caught.value._render_traceback_()
 
 
-def test_threads_and_memory_of_all_workers_are_options_of_the_first_mode() -> None:
-    options, shape = parse_worker_options({"nthreads": 2, "memory_limit": "1GiB", "resources": {"x": 1}})
-    assert options == {"resources": {"x": 1}}
-    first, own = first_modes("uniform", {"nthreads": 3}, ["a"], shape)
-    assert (first, own) == (Mode("uniform", {"nthreads": 3, "memory_limit": "1GiB"}), {})
-    _, own = first_modes({"a": "uniform"}, None, ["a"], shape)
-    assert own["a"].config == shape
+def test_a_cause_of_the_users_own_stays() -> None:
+    class TheirError(Exception):
+        """Of a plugin, for example."""
 
+    class Broken(Doubler):
+        @synced
+        async def refuse(self) -> None:
+            """Fail by the user's code."""
+            raise ConfigError("the plugin failed") from TheirError("at home")
 
-def test_another_class_of_worker_has_keywords_of_its_own() -> None:
-    assert parse_worker_options({"worker_class": "own.Own", "mine": 1})[0] == {"worker_class": "own.Own", "mine": 1}
-
-
-def test_a_mapping_is_copied() -> None:
-    given = {"a": 1}
-    assert parse_mapping("x", given) == given
-    assert parse_mapping("x", given) is not given
-    assert parse_mapping("x", None) == {}
-
-
-def test_options_of_a_mode_as_keywords() -> None:
-    known = Nodes({})
-    assert parse_rollouts(known, "uniform", None, None, {"nthreads": 2}) == [(None, Mode("uniform", {"nthreads": 2}))]
-    assert parse_rollouts(known, {"a": "uniform"}, None, None, {"nthreads": 2})[0][1].config == {"nthreads": 2}
-    with pytest.raises(ConfigError, match=r"option 'nthreads' of mode 'uniform' is given twice"):
-        parse_rollouts(known, "uniform", {"nthreads": 1}, None, {"nthreads": 2})
-    with pytest.raises(ConfigError, match=r"'nthread'.*did you mean 'nthreads'"):
-        parse_rollouts(known, "uniform", None, None, {"nthread": 2})
-
-
-@pytest.mark.parametrize("nodes", [[], "", ()])
-def test_a_selection_of_no_node(nodes: Any) -> None:
-    with pytest.raises(ConfigError, match=r"nodes=.* selects no node; leave it out for all of a"):
-        parse_rollouts(Nodes({"a": {}}), "uniform", None, nodes, {})
+    with pytest.raises(ConfigError) as caught:
+        Broken(False).refuse()
+    assert isinstance(caught.value.__cause__, TheirError)
+    assert caught.value._render_traceback_()[-1] == "because of TheirError: at home"

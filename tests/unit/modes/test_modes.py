@@ -210,7 +210,7 @@ def test_auto_cpu_splits(config: dict[str, Any], expected: list[Any]) -> None:
         (0, 0),
         (None, 0),
         ("0", 0),
-        (1, 64 * GIB),
+        ("1", 64 * GIB),
         (1.0, 64 * GIB),
         (0.25, 16 * GIB),
         ("0.25", 16 * GIB),
@@ -393,7 +393,7 @@ def test_mixed_takes_the_options_of_both() -> None:
         ({"nthreads": 3, "nworkers": 9}, [("cpu", 3, 24 * GIB)] * 2),
         ({"memory_limit": "20GiB"}, [("cpu", 1, 20 * GIB)] * 3),
         ({"memory_limit": 0}, [("cpu", 1, 0)] * 8),
-        ({"memory_limit": 1}, [("cpu", 1, 64 * GIB)]),
+        ({"memory_limit": 1.0}, [("cpu", 1, 64 * GIB)]),
     ],
 )
 def test_uniform_puts_as_many_as_fit(config: dict[str, Any], expected: list[Any]) -> None:
@@ -619,6 +619,30 @@ CLS = 'give a class or its import path, such as "dask.distributed.Nanny"'
             {"nworkers": "all"},
             "nworkers",
             f"mode 'auto-cpu', option 'nworkers': 'all' is not allowed; {NWORKERS}",
+        ),
+        *(
+            (
+                "auto-cpu",
+                {key: value},
+                key,
+                f"mode 'auto-cpu', option {key!r}: {value!r} is not allowed; give {allowed}",
+            )
+            for key, value, allowed in (
+                ("memory_limit", 1, "1.0 for all of the node's memory, or text such as '1 GiB'"),
+                ("memory_limit", 4, "at least 1048576 bytes, such as '4 GiB', or 0 for no limit"),
+                ("memory_limit", "4", "at least 1048576 bytes, such as '4 GiB', or 0 for no limit"),
+                ("nthreads", 10**30, "at most 1000000"),
+                ("preload", 5, "text, or a list of texts"),
+                ("preload", ["a", 5], "text, or a list of texts"),
+                ("local_directory", 5, "text without NUL"),
+                ("interface", "", "text without NUL"),
+                ("host", "a\0b", "text without NUL"),
+                ("lifetime_restart", "no", "True or False"),
+                ("kind_resource", 0, "True or False"),
+                ("port", "99999:100000", "a port from 0 to 65535, or a range, such as 9000:9010"),
+                ("worker_port", -1, "a port from 0 to 65535, or a range, such as 9000:9010"),
+                ("worker_port", "x", "a port from 0 to 65535, or a range, such as 9000:9010"),
+            )
         ),
         *(
             (
