@@ -94,9 +94,7 @@ KINDS: dict[str, dict[str, Right]] = {
         "worker_options": OPTIONS,
         # for hosts that are added later
         "connect_options": lambda value: value is None or isinstance(value, Mapping) or value == [None],
-        "remote_python": lambda value: (
-            value is None or (isinstance(value, str) and value.strip()) or value in ([None], ["x"])
-        ),
+        "remote_python": lambda value: all(map(maybe_text, value if isinstance(value, list | tuple) else [value])),
         "security": lambda value: value is None or isinstance(value, bool | Security),
         "on_host_failure": one_of("raise", "warn"),
         "name": lambda value: value is None or (isinstance(value, str) and value.isprintable() and bool(value)),
