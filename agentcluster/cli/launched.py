@@ -119,7 +119,9 @@ def _run(settings: Settings, lifeline: threading.Event) -> None:
     from agentcluster.wire import unpickled
 
     log_to_stderr()
-    sys.path[:] = dict.fromkeys([*settings.path, *sys.path])
+    # The interpreter had started when these variables came, which processes that it starts see.
+    given = [entry for entry in settings.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    sys.path[:] = dict.fromkeys([*given, *settings.path, *sys.path])
     dask.config.update(dask.config.config, unpickled(settings.config))
     asyncio_run(_serve(settings, lifeline), loop_factory=get_loop_factory())
 

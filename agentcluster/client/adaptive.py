@@ -592,7 +592,8 @@ def _modes(given: Sequence[str | Mode] | str | Mode | None) -> tuple[Mode, ...]:
         return ()
     if isinstance(given, str | Mode):
         given = [given]
-    if not isinstance(given, Iterable) or isinstance(given, bytes):
+    items: object = given
+    if not isinstance(items, Iterable) or isinstance(items, bytes):
         raise ConfigError(f"adapt(modes={given!r}): give a mode, or a list of modes", key="modes")
     return tuple(modes.parse(mode) for mode in given)
 

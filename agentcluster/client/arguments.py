@@ -10,6 +10,7 @@ from distributed.comm.addressing import get_address_host_port
 from agentcluster import modes
 from agentcluster.client.calls import Plain
 from agentcluster.errors import ConfigError, NodeNotFound, suggest
+from agentcluster.launch.protocol import Launcher
 from agentcluster.model import Mode
 from agentcluster.modes.checks import Check, OptionPath, check_env, check_known, check_labels, check_resources
 from agentcluster.modes.options import NANNY, RESERVED, known_keywords
@@ -171,6 +172,42 @@ def parse_address(key: str, value: str) -> str:
     if not usable:
         raise ConfigError(f"{key}={value!r} is not the address of a scheduler, such as 'tcp://10.0.0.1:8786'", key=key)
     return value
+
+
+def of_all_hosts(**options: object) -> dict[str, Any]:
+    """Return the options of hosts that are the same for all, so that hosts that come later have them too.
+
+    Parameters
+    ----------
+    **options
+        Each a value for all hosts, a list with one for each of the first hosts, or None.
+
+    Returns
+    -------
+    dict
+        The options, with None in place of lists.
+    """
+    return {key: None if isinstance(value, list | tuple) else value for key, value in options.items()}
+
+
+def launcher_at(scheduler: object, launchers: Iterable[Launcher]) -> object:
+    """Return the launcher of the host that the scheduler is to be on, where it is one of the cluster's own.
+
+    Parameters
+    ----------
+    scheduler
+        Argument of the cluster.
+    launchers
+        Launchers of the cluster's hosts, with the options of each.
+
+    Returns
+    -------
+    object
+        The launcher, or the argument as it is.
+    """
+    if not isinstance(scheduler, str) or scheduler == "local" or "://" in scheduler:
+        return scheduler
+    return next((launcher for launcher in launchers if launcher.where == scheduler), scheduler)
 
 
 #: Other keyword of dask's clusters -> what to write instead.

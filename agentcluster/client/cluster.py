@@ -31,6 +31,8 @@ from agentcluster.client.adaptive import AgentAdaptive
 from agentcluster.client.arguments import (
     NodeSelection,
     first_modes,
+    launcher_at,
+    of_all_hosts,
     parse_address,
     parse_flag,
     parse_name,
@@ -228,7 +230,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         blueprint = Blueprint(
             security=credentials,
             worker_options=of_workers,
-            launch_options={"connect_options": connect_options, "remote_python": remote_python},
+            launch_options=of_all_hosts(connect_options=connect_options, remote_python=remote_python),
             launch_timeout=parse_timeout("launch_timeout", launch_timeout, settings.launch_timeout),
             stop_timeout=settings.stop_timeout,
             alone=alone and not joined and not (listens and (security is False or has_credentials(credentials))),
@@ -254,7 +256,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
             with at_line(callers_line()):
                 super().__init__(
                     workers={each.name: blueprint.node(each) for each in launchers if not in_standby(each)},
-                    scheduler=blueprint.scheduler(scheduler, of_scheduler),
+                    scheduler=blueprint.scheduler(launcher_at(scheduler, launchers), of_scheduler),
                     security=blueprint.security,
                     name=name,
                     asynchronous=asynchronous,

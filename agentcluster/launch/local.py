@@ -46,7 +46,7 @@ class LocalLauncher:
         self.where = "local"
         self.standby = standby
         self.labels = dict(labels or {})
-        self._python = python or sys.executable
+        self._python = os.path.expanduser(python or sys.executable)
         self._env = dict(env or {})
 
     def __repr__(self) -> str:

@@ -29,7 +29,11 @@ from agentcluster.launch.protocol import Launched, Settings
 
 #: Runs as ``sh -c START python``, whatever the login shell is. ``exec``: no shell stays in between. Python starts only
 #: after an empty line, which is sent once the process id is known here: a process that could not be ended never starts.
-START = f'echo agentcluster-pid $$; read -r go && exec "$0" -m {MODULE}'
+#: "~/" is that host's home: the argument is quoted, so that no shell expands it.
+START = (
+    f'echo agentcluster-pid $$; read -r go && case "$0" in "~/"*) exec "$HOME/${{0#??}}" -m {MODULE};; '
+    f'*) exec "$0" -m {MODULE};; esac'
+)
 PID = re.compile(rb"agentcluster-pid (\d+)\r?\n")
 
 #: Runs as ``sh -c … pid``. A session of sshd is a process group, to which the workers belong.
@@ -231,6 +235,8 @@ def _why_no_connection(error: Exception, host: Host) -> str:
                 f"~/.ssh/known_hosts', or accept any key (insecure) with connect_options={{'known_hosts': None}}"
             )
         case asyncssh.KeyImportError() | asyncssh.KeyEncryptionError():
+            if "bcrypt" in str(error):  # as keys are encrypted by ssh-keygen
+                return f'{_keys(host)} is encrypted; to read it, run here: pip install "agentcluster[bcrypt]"'
             return f"{_keys(host)} cannot be read: {error}; check connect_options={{'client_keys': …, 'passphrase': …}}"
         case asyncssh.Error():
             return f"the SSH connection to {at} failed: {error.reason or type(error).__name__}"

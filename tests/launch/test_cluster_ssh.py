@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,19 @@ async def test_scheduler_on_a_host(server: SSHServer) -> None:
         assert await client.submit(int, "5") == 5
         await cluster.reprovision("uniform", {"nthreads": 2})
         assert await client.submit(int, "6") == 6
+
+
+async def test_a_list_of_connect_options(server: SSHServer) -> None:
+    """Each is of one of the first hosts; the scheduler's is that of its host, and later hosts bring their own."""
+    options = [server.connect_options, {**server.connect_options, "client_keys": ["/no/such/key"]}]
+    async with on(server, hosts=[server.address], connect_options=options[:1], scheduler=server.address) as cluster:
+        later = Host(server.host, user=server.username, port=server.port)
+        known = dataclasses.replace(later, name="known", connect_options=server.connect_options)
+        assert await cluster.add_host(known) == "known"
+        with pytest.raises(LaunchError, match=r"Permission denied|not trusted"):
+            await cluster.add_host(dataclasses.replace(later, name="unknown"))
+    with pytest.raises(LaunchError, match="/no/such/key"):
+        await on(server, connect_options=options)
 
 
 @pytest.mark.parametrize(

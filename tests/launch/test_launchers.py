@@ -139,6 +139,16 @@ async def test_encrypted_key_without_its_passphrase(server: SSHServer, tmp_path:
     assert f"key {path} cannot be read" in error.reason
 
 
+def test_a_key_that_needs_bcrypt_says_how_to_get_it() -> None:
+    import asyncssh
+
+    from agentcluster.launch.ssh import _why_no_connection
+
+    error = asyncssh.KeyEncryptionError("OpenSSH private key encryption requires bcrypt with KDF support")
+    said = _why_no_connection(error, Host("gpu-1", connect_options={"client_keys": ["id"]}))
+    assert said == 'key id is encrypted; to read it, run here: pip install "agentcluster[bcrypt]"'
+
+
 async def test_unknown_host_key(server: SSHServer, tmp_path: Path) -> None:
     (tmp_path / "known_hosts").write_text("")
     error = await _refusal(_ssh(server, options={"known_hosts": str(tmp_path / "known_hosts")}))
@@ -189,6 +199,13 @@ async def test_missing_python(any_launcher: Callable[..., Launcher], tmp_path: P
     if error.host != "local":
         assert "set remote_python= to the path of a Python there" in error.reason
         assert "not found" in error.last_output or "No such file" in error.last_output
+
+
+async def test_a_tilde_is_the_home_there(server: SSHServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = _script(tmp_path / "my python", 'echo "this is $0" >&2; exit 3')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for launcher in (_ssh(server, remote_python="~/my python"), LocalLauncher(python="~/my python")):
+        assert (await _refusal(launcher)).last_output == f"this is {python}"
 
 
 async def test_python_that_may_not_be_run(any_launcher: Callable[..., Launcher], tmp_path: Path) -> None:
@@ -423,14 +440,21 @@ async def test_a_network_that_says_nothing_any_more(
         await wait_until(lambda: _ended(tree))
 
 
-async def test_environment_reaches_the_workers(server: SSHServer, scheduler: distributed.Scheduler) -> None:
-    launcher = _ssh(server, env={"AGENTCLUSTER_TEST_VALUE": "of the host"})
+async def test_environment_reaches_the_workers(
+    server: SSHServer, scheduler: distributed.Scheduler, tmp_path: Path
+) -> None:
+    (tmp_path / "only_there.py").write_text("def value():\n    return 5\n")
+    launcher = _ssh(server, env={"AGENTCLUSTER_TEST_VALUE": "of the host", "PYTHONPATH": str(tmp_path)})
     launched = await launcher.launch(_settings(scheduler), timeout=PLENTY)
     try:
         await wait_until(lambda: scheduler.workers)
         async with distributed.Client(scheduler.address, asynchronous=True) as client:
             values = await client.run(os.getenv, "AGENTCLUSTER_TEST_VALUE")
             assert set(values.values()) == {"of the host"}
+            assert await client.submit(lambda: __import__("only_there").value()) == 5
+            # the agent's own interpreter had started by then
+            paths = await client.run(lambda: __import__("sys").path, nanny=True)
+            assert all(str(tmp_path) in path for path in paths.values())
     finally:
         await launched.close(PLENTY)
 
