@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dask.utils import format_bytes
 from distributed.deploy.utils import nprocesses_nthreads
@@ -447,6 +447,8 @@ def _devices(node: NodeHardware, options: Options) -> tuple[Gpu, ...]:
     chosen = tuple(names[name] for name in wanted)
     if len(set(chosen)) < len(chosen):
         raise node.refuse(f"devices={','.join(wanted)} names a GPU twice there; name each once")
+    if all(name == gpu.uuid for name, gpu in zip(wanted, chosen, strict=True)):
+        return tuple(replace(gpu, visible_id=gpu.uuid) for gpu in chosen)  # so in CUDA_VISIBLE_DEVICES, as in dask-cuda
     return chosen
 
 

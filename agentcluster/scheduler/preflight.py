@@ -66,7 +66,7 @@ def _no_capacity(scheduler: Scheduler, change: NodeChange) -> str:
     if metrics.memory_used and needed > free:
         return f"{format_bytes(needed)} more memory are needed, {format_bytes(max(free, 0))} are free"
     for gpu, used in zip(hardware.gpus, metrics.gpu_memory_used, strict=False):
-        pools = [_pool(spec, gpu.memory) for spec in change.new.values() if _device(spec) == gpu.visible_id]
+        pools = [_pool(spec, gpu.memory) for spec in change.new.values() if _device(spec) in (gpu.visible_id, gpu.uuid)]
         if gpu.memory and sum(pools) > gpu.memory - used:
             return (
                 f"GPU {gpu.visible_id} has {format_bytes(gpu.memory - used)} free, "

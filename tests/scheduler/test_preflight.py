@@ -120,6 +120,7 @@ async def test_the_gpu_is_the_one_that_the_worker_uses(scheduler: Scheduler) -> 
     strategy, because = chosen(scheduler, change([gpu("10 GiB", devices=("1",))], **full_second))
     assert strategy == "replace"
     assert because == "GPU 1 has 1.00 GiB free, the new worker's pool is 10.00 GiB"
+    assert chosen(scheduler, change([gpu("10 GiB", devices=("GPU-bbb",))], **full_second))[0] == "replace"
 
 
 async def test_a_fraction_is_of_its_own_gpu(scheduler: Scheduler) -> None:

@@ -309,7 +309,8 @@ MIG = (
         (gpus(4), None, ("0", "1", "2", "3")),
         (gpus(4), "2,0", ("2", "0")),
         (gpus(4), [3], ("3",)),
-        (gpus(4), ("GPU-0002", 1), ("2", "1")),
+        (gpus(4), ("GPU-0002", 1), ("2", "1")),  # CUDA does not take both in one list
+        (gpus(4), ("GPU-0002", "GPU-0001"), ("GPU-0002", "GPU-0001")),
         (gpus(4)[2:], [2], ("2",)),
         (MIG, None, ("MIG-a", "MIG-b")),
         (MIG, [1], ("MIG-b",)),
