@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         SwapError,
         VersionMismatch,
         WorkerStartError,
+        WorkerStartTimeout,
     )
     from agentcluster.launch import Host
     from agentcluster.model import Mode
@@ -51,6 +52,7 @@ __all__ = [
     "SwapError",
     "VersionMismatch",
     "WorkerStartError",
+    "WorkerStartTimeout",
     "__version__",
     "dask_setup",
 ]

@@ -12,6 +12,7 @@
     ├── LaunchError (RuntimeError)       an agent did not start on a host
     │   └── LaunchTimeout (TimeoutError)
     ├── WorkerStartError (RuntimeError)  an agent could not start a worker
+    │   └── WorkerStartTimeout (TimeoutError)
     ├── SwapError (RuntimeError)         a swap failed; has the state of the workers
     ├── RolloutBusy (RuntimeError)       another rollout runs
     └── SchedulerUnfit (RuntimeError)    the scheduler cannot run agentcluster's plugin
@@ -47,6 +48,7 @@ __all__ = [
     "SwapError",
     "VersionMismatch",
     "WorkerStartError",
+    "WorkerStartTimeout",
     "suggest",
 ]
 
@@ -285,6 +287,10 @@ class WorkerStartError(AgentClusterError, RuntimeError):
         super().__init__(f"workers on node {node!r} did not start: {each}")
         self.node = node
         self.failures = dict(failures)
+
+
+class WorkerStartTimeout(WorkerStartError, TimeoutError):
+    """Workers had not joined the scheduler within the time that a start may take."""
 
 
 class SwapError(AgentClusterError, RuntimeError):

@@ -37,7 +37,7 @@ from agentcluster.agent.options import (
 from agentcluster.agent.registration import IS_IT_THERE, Registration, StandaloneRegistration, Terms
 from agentcluster.agent.supervisor import Supervisor
 from agentcluster.config import Config, warn_untested
-from agentcluster.errors import ConfigError, SchedulerUnfit, WorkerStartError
+from agentcluster.errors import ConfigError, SchedulerUnfit, WorkerStartError, WorkerStartTimeout
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.requests import NodeRegistration
 from agentcluster.security import connection_args
@@ -453,13 +453,13 @@ class Agent(Server):
         Returns
         -------
         dict
-            ``{"states": [WorkerState as plain data, …]}``, or ``{"failures": {worker name: problem}}``: a scheduler
-            does not deserialize errors that its peers raise.
+            ``{"states": [WorkerState as plain data, …]}``, or ``{"failures": {worker name: problem}, "late": …}``: a
+            scheduler does not deserialize errors that its peers raise; ``late`` is whether the time was up.
         """
         try:
             return {"states": to_wire(await (await self._supervisor()).start(_parse_specs(specs), timeout))}
         except WorkerStartError as error:
-            return {"failures": error.failures}
+            return {"failures": error.failures, "late": isinstance(error, WorkerStartTimeout)}
 
     async def stop_workers(self, names: Sequence[str], timeout: float) -> None:
         """Stop workers; returns when their processes have ended.

@@ -35,11 +35,14 @@ from agentcluster.agent.nanny import (
     user_start_method,
 )
 from agentcluster.agent.options import PORT_OPTIONS, WorkerArguments, WorkerOptions
-from agentcluster.errors import ConfigError, WorkerStartError, suggest
+from agentcluster.errors import ConfigError, WorkerStartError, WorkerStartTimeout, suggest
 from agentcluster.model import WorkerSpec, WorkerState
 from agentcluster.wire import unpickled
 
 logger = logging.getLogger(__name__)
+
+#: Beginning of the problem of a worker whose time was up.
+LATE = "had not joined"
 
 #: Seconds between two looks at whether a worker's process is ready; dask's own 0.05 are a tenth of a swap.
 POLL = 0.01
@@ -178,7 +181,8 @@ class Supervisor:
             raise
         if failures:
             await self._discard(batch.values())
-            raise WorkerStartError("", failures)
+            late = all(each.startswith(LATE) for each in failures.values())
+            raise (WorkerStartTimeout if late else WorkerStartError)("", failures)
         for worker in batch.values():
             worker.ready = True
             worker.ended = asyncio.create_task(self._watch(worker), name=f"watch {worker.name}")
@@ -352,7 +356,7 @@ class Supervisor:
             return failures
         for name, start in starts.items():
             if start in late:
-                failures[name] = f"had not joined {self.scheduler} after {timeout:g} s"
+                failures[name] = f"{LATE} {self.scheduler} after {timeout:g} s"
             elif error := start.exception():
                 failures[name] = describe_error(error)
         return failures

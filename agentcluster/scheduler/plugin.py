@@ -24,7 +24,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 
 from agentcluster import modes
 from agentcluster.config import Config, warn_untested
-from agentcluster.errors import AgentClusterError, LaunchError, printable
+from agentcluster.errors import AgentClusterError, LaunchError, WorkerStartTimeout, printable
 from agentcluster.model import HostMetrics, Mode, WorkerState
 from agentcluster.requests import AdaptiveRequest, NodeRegistration, RolloutPolicy, ScaleTarget
 from agentcluster.scheduler import managers, metrics
@@ -371,7 +371,7 @@ class AgentPlugin(SchedulerPlugin):
             The error of the first node that could not be given its workers.
         LaunchError
             When a node is lost.
-        TimeoutError
+        WorkerStartTimeout
             Names the nodes that were late.
         """
 
@@ -383,7 +383,8 @@ class AgentPlugin(SchedulerPlugin):
             await self._events.wait_for(lambda: all(map(settled, names)), timeout)
         except TimeoutError:
             late = [name for name in names if not settled(name)]
-            raise TimeoutError(f"nodes {', '.join(late)} had no workers after {timeout:g} s") from None
+            why = f"had not joined after {timeout:g} s; start_timeout= gives more time"
+            raise WorkerStartTimeout(", ".join(late), {"all": why}) from None
         for name in names:
             if name in self.controller.errors:
                 raise self.controller.errors[name]

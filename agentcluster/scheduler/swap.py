@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal, assert_never
 from distributed import Scheduler
 from distributed.core import PooledRPCCall
 
-from agentcluster.errors import AgentClusterError, WorkerStartError
+from agentcluster.errors import AgentClusterError, WorkerStartError, WorkerStartTimeout
 from agentcluster.model import NodeReport, WorkerSpec, WorkerState
 from agentcluster.requests import Drain
 from agentcluster.scheduler.evacuation import Evacuation, Progress, evacuate
@@ -418,7 +418,8 @@ class Swap:
             if answer is None:
                 return StartFailed(node, f"node {node} was lost")
             if "failures" in answer:
-                cause = WorkerStartError(node, answer["failures"])
+                error = WorkerStartTimeout if answer.get("late") else WorkerStartError
+                cause = error(node, answer["failures"])
                 self._record.causes.append(cause)
                 return StartFailed(node, str(cause))
             self._record.states[node] = [from_wire(WorkerState, state) for state in answer["states"]]

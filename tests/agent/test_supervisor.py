@@ -20,7 +20,7 @@ from distributed.process import AsyncProcess
 from agentcluster.agent import supervisor as ports
 from agentcluster.agent.nanny import RestartPolicy, StartMethod
 from agentcluster.agent.supervisor import CUDA_WORKER, Supervisor, resolve
-from agentcluster.errors import ConfigError, WorkerStartError
+from agentcluster.errors import ConfigError, WorkerStartError, WorkerStartTimeout
 from agentcluster.model import WorkerSpec, WorkerState
 from agentcluster.wire import pickled
 from tests.support.census import children
@@ -276,7 +276,7 @@ async def test_a_late_start(supervisor: Watched, scheduler: Scheduler, tmp_path:
     loop = asyncio.get_running_loop()
     began = loop.time()
     specs = {"n-1": worker(), "n-2": worker(options={"preload": [str(hangs)]})}
-    with pytest.raises(WorkerStartError, match=f"n-2: had not joined {scheduler.address} after 2 s") as caught:
+    with pytest.raises(WorkerStartTimeout, match=f"n-2: had not joined {scheduler.address} after 2 s") as caught:
         await supervisor.start(specs, 2.0)
     assert loop.time() - began < 20
     assert set(caught.value.failures) == {"n-2"}

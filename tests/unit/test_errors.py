@@ -29,6 +29,7 @@ from agentcluster.errors import (
     SwapError,
     VersionMismatch,
     WorkerStartError,
+    WorkerStartTimeout,
     printable,
     suggest,
 )
@@ -73,6 +74,11 @@ EXAMPLES: list[tuple[AgentClusterError, dict[str, Any], str]] = [
         WorkerStartError("n1", {"n1-0": "ImportError: x", "n1-1": "late"}),
         {"node": "n1", "failures": {"n1-0": "ImportError: x", "n1-1": "late"}},
         "workers on node 'n1' did not start: n1-0: ImportError: x; n1-1: late",
+    ),
+    (
+        WorkerStartTimeout("n1", {"n1-0": "had not joined"}),
+        {"node": "n1", "failures": {"n1-0": "had not joined"}},
+        "workers on node 'n1' did not start: n1-0: had not joined",
     ),
     (
         SwapError("no room", "the workers that ran before still run"),
@@ -194,6 +200,8 @@ def test_it_survives_a_pickle(error: AgentClusterError, facts: dict[str, Any], s
         (LaunchTimeout("h", "r"), RuntimeError),
         (LaunchTimeout("h", "r"), TimeoutError),
         (WorkerStartError("n", {}), RuntimeError),
+        (WorkerStartTimeout("n", {}), WorkerStartError),
+        (WorkerStartTimeout("n", {}), TimeoutError),
         (SwapError("r", "s"), RuntimeError),
         (RolloutBusy("uniform", 1), RuntimeError),
         (SchedulerUnfit("a", "r"), RuntimeError),
