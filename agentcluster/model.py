@@ -5,7 +5,7 @@ Inside the package functions take and return these. On the wire they are plain d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -280,6 +280,7 @@ STEPS: Mapping[str, int] = {
     "waiting": 0,
     "swap": 5,
     "start": 10,
+    "drain": 40,
     "retire": 40,
     "stop": 90,
     "ready": 100,
@@ -289,24 +290,28 @@ STEPS: Mapping[str, int] = {
 
 @dataclass(frozen=True)
 class NodeProgress:
-    """Progress of one node in a rollout.
+    """Progress of one node, or of one worker that leaves, in a rollout.
 
     Attributes
     ----------
     step
-        ``waiting``, ``swap``, ``start``, ``retire``, ``stop``, or the state in which the node's change ended.
+        ``waiting``, ``swap``, ``start``, ``drain``, ``retire``, ``stop``, or the state that the node's change ended in.
     keys, all_keys
         Keys that have a replica elsewhere already, and all that need one.
     nbytes, all_nbytes
-        Their bytes.
+        Their bytes; those that were moved are estimated from the number of keys.
     tasks
         Tasks that still run on workers that leave.
+    left
+        Seconds until tasks that still run then are run again elsewhere.
 
     Examples
     --------
     >>> progress = NodeProgress("retire", keys=50, all_keys=100)
     >>> print(progress, progress.percent)
     50 of 100 keys moved 65.0
+    >>> print(NodeProgress("drain", tasks=2, left=113.4))
+    2 tasks run, 1:53 left
     """
 
     step: str = "waiting"
@@ -315,6 +320,20 @@ class NodeProgress:
     nbytes: int = 0
     all_nbytes: int = 0
     tasks: int = 0
+    left: float = 0.0
+
+    @classmethod
+    def of(cls, parts: Iterable[NodeProgress]) -> NodeProgress:
+        """Return the progress of a node whose workers have these; its step is that of the first of them.
+
+        Parameters
+        ----------
+        parts
+            Progress of each worker; at least one.
+        """
+        each = list(parts)
+        sums = {key: sum(getattr(part, key) for part in each) for key in _AMOUNTS}
+        return cls(step=each[0].step, left=max(part.left for part in each), **sums)
 
     @property
     def percent(self) -> float:
@@ -326,7 +345,14 @@ class NodeProgress:
         return self.step == "retire" and self.all_keys > 0
 
     def __str__(self) -> str:
+        if self.step == "drain" and self.tasks:
+            minutes, seconds = divmod(round(self.left), 60)
+            tasks = "1 task runs" if self.tasks == 1 else f"{self.tasks} tasks run"
+            return f"{tasks}, {minutes}:{seconds:02} left"
         return f"{self.keys} of {self.all_keys} keys moved" if self._moves() else self.step
+
+
+_AMOUNTS = ("keys", "all_keys", "nbytes", "all_nbytes", "tasks")
 
 
 @dataclass(frozen=True, repr=False)

@@ -187,6 +187,7 @@ class RolloutProgress:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._progress.refresh()  # in a notebook its end draws nothing
         self._progress.stop()
 
     def update(self, status: RolloutStatus | None) -> None:

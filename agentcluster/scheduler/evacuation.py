@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from distributed.metrics import monotonic, time
 from distributed.scheduler import TaskState, WorkerState
 from distributed.stealing import WorkStealing
 
+from agentcluster.model import NodeProgress
 from agentcluster.requests import Drain
 from agentcluster.scheduler.planning.placement import choose_recipients
 from agentcluster.scheduler.preflight import holders, sole_replicas, workers_named
@@ -80,25 +81,8 @@ class Evacuation:
     problem: str | None = None
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Progress of an evacuation.
-
-    Attributes
-    ----------
-    keys, nbytes
-        Keys, and their bytes, that have another copy by now.
-    all_keys, all_nbytes
-        Keys, and their bytes, that had none.
-    tasks
-        Tasks that still run on leaving workers.
-    """
-
-    keys: int
-    all_keys: int
-    nbytes: int
-    all_nbytes: int
-    tasks: int
+#: Called with the progress of each worker that leaves, by name.
+Report = Callable[[Mapping[str, NodeProgress]], None]
 
 
 async def evacuate(
@@ -108,7 +92,7 @@ async def evacuate(
     *,
     drain: Drain = "tasks",
     drain_timeout: float = 0.0,
-    progress: Callable[[Progress], None] = lambda progress: None,
+    progress: Report = lambda progress: None,
 ) -> Evacuation:
     """Move data off workers and remove them from the scheduler: all of them, or none.
 
@@ -126,7 +110,7 @@ async def evacuate(
         Seconds that running tasks get; those that still run then are run again elsewhere, which does not count as a
         failure of theirs.
     progress
-        Called with the progress, some times per second.
+        Called with the progress of each worker, some times per second.
 
     Returns
     -------
@@ -167,7 +151,7 @@ async def evacuate(
 class _Leaving:
     """State of the workers that leave, and the steps of their evacuation."""
 
-    def __init__(self, scheduler: Scheduler, names: Sequence[str], report: Callable[[Progress], None]) -> None:
+    def __init__(self, scheduler: Scheduler, names: Sequence[str], report: Report) -> None:
         self.scheduler = scheduler
         self.names = frozenset(names)
         self.report = report
@@ -247,7 +231,7 @@ class _Leaving:
                 self.hand_over_tasks()
             if (problem := self.obstacle(now)) is not None:
                 return problem
-            self.report(self.progress())
+            self.report(self.progress(self.began + wait - now))
             await self.rest(now)
         self.drained = monotonic() - self.began
         self.keys, self.nbytes = sole_replicas(self.scheduler, self.names)
@@ -468,18 +452,35 @@ class _Leaving:
 
     # -- words ---------------------------------------------------------------------------------------------------------
 
-    def progress(self) -> Progress:
-        """Return the progress; bytes are estimated from the number of keys.
+    def progress(self, left: float = 0.0) -> dict[str, NodeProgress]:
+        """Return the progress of each worker; bytes are estimated from the number of keys.
+
+        Parameters
+        ----------
+        left
+            Seconds that running tasks have yet.
 
         Returns
         -------
-        Progress
-            The progress; no key counts as moved before the tasks have ended.
+        dict
+            Name of a worker -> its progress; no key counts as moved before the tasks have ended.
         """
-        keys, nbytes = sum(self.keys.values()), sum(self.nbytes.values())
-        moved = 0 if self.drained is None else max(0, keys - len(self._pending))
-        tasks = sum(len(ws.processing) for ws in self.present())
-        return Progress(moved, keys, nbytes * moved // keys if keys else 0, nbytes, tasks)
+        drains, present = self.drained is None, {str(ws.name): ws for ws in self.present()}
+        sole = self.keys if drains else Counter(str(ws.name) for ts in self._pending for ws in holders(ts))
+        found = {}
+        for name in sorted(self.names):
+            keys, nbytes = self.keys.get(name, 0), self.nbytes.get(name, 0)
+            moved = max(0, keys - sole.get(name, 0))
+            found[name] = NodeProgress(
+                "drain" if drains else "retire",
+                keys=moved,
+                all_keys=keys,
+                nbytes=nbytes * moved // keys if keys else 0,
+                all_nbytes=nbytes,
+                tasks=len(present[name].processing) if name in present else 0,
+                left=max(left, 0.0),
+            )
+        return found
 
     def describe(self) -> str:
         """Describe which worker keeps which keys.

@@ -27,9 +27,9 @@ from distributed import Scheduler
 from distributed.core import PooledRPCCall
 
 from agentcluster.errors import AgentClusterError, WorkerStartError, WorkerStartTimeout
-from agentcluster.model import NodeReport, WorkerSpec, WorkerState
+from agentcluster.model import NodeProgress, NodeReport, WorkerSpec, WorkerState
 from agentcluster.requests import Drain
-from agentcluster.scheduler.evacuation import Evacuation, Progress, evacuate
+from agentcluster.scheduler.evacuation import Evacuation, evacuate
 from agentcluster.scheduler.managers import ExternalNames
 from agentcluster.scheduler.planning.change import NodeChange
 from agentcluster.scheduler.planning.wave import (
@@ -462,10 +462,13 @@ class Swap:
             return RetireRefused(f"moving data failed: {error!r}"), None
         return RetireRefused(evacuation.problem) if evacuation.problem else Retired(), evacuation
 
-    def _data_moved(self, progress: Progress) -> None:
-        """Record the progress of an evacuation on the nodes whose workers leave."""
+    def _data_moved(self, progress: Mapping[str, NodeProgress]) -> None:
+        """Record the progress of an evacuation on the nodes whose workers leave, each its own."""
         for name in self._leaving_nodes():
-            self.context.events.node_step(name, "retire", vars(progress))
+            present = self._record.present(self.changes[name].remove)
+            if own := [progress[worker] for worker in present if worker in progress]:
+                facts = vars(NodeProgress.of(own))
+                self.context.events.node_step(name, str(facts.pop("step")), facts)
 
     def _leaving_nodes(self) -> list[str]:
         """Return the nodes that have workers that leave."""

@@ -131,11 +131,12 @@ async def begun(client: Client, **where: Any) -> Any:
 
 
 async def reached(look: Callable[[], Awaitable[Any]], node: str, step: str) -> None:
-    """Wait until a node is in a step of the rollout that runs."""
+    """Wait until a node is in a step of the rollout that runs; before data is moved, tasks are waited for."""
+    steps = {step, "drain"} if step == "retire" else {step}
 
     async def there() -> bool:
         status = await look()
-        return status is not None and status["nodes"][node]["step"] == step
+        return status is not None and status["nodes"][node]["step"] in steps
 
     await wait_until(there, LATE)
 

@@ -289,7 +289,7 @@ async def test_a_task_that_may_not_run_twice_runs_once(task: Any, diary: Path, b
         await wait_until(lambda: diary.read_text() == "began\n")
         old = set(cluster.plan)
         swap = asyncio.ensure_future(cluster.reprovision(*UNIFORM, drain="tasks", drain_timeout=120))
-        await wait_until(lambda: in_step(cluster, "retire"), 20)
+        await wait_until(lambda: in_step(cluster, "drain"), 20)
         assert diary.read_text() == "began\n"
         assert {str(ws.name) for ws in cluster.scheduler.workers.values()} > old
         await Event("end", client=client).set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 from distributed import Client, Event, Scheduler, Status, Worker, wait
 
+from agentcluster.model import NodeProgress
 from agentcluster.scheduler import evacuation
 from agentcluster.scheduler.evacuation import Evacuation, evacuate
 from agentcluster.scheduler.preflight import actors, stored_bytes, stranded
@@ -250,18 +251,23 @@ async def test_a_result_that_comes_between_the_last_look_and_the_removal_is_move
 async def test_no_key_counts_as_moved_before_the_tasks_have_ended(world: World, held: int) -> None:
     for _ in range(held):
         await world.put("a", "x" * 1000)
-    seen: list[evacuation.Progress] = []
+    seen: list[Mapping[str, NodeProgress]] = []
     where = [world.workers["a"].address]
     future = world.client.submit(lambda: Event("go").wait(20), workers=where, allow_other_workers=True, pure=False)
     await wait_until(lambda: world.workers["a"].state.executing)
-    work = evacuate(world.scheduler, ["a"], LONG, drain_timeout=LONG, progress=seen.append)
+    work = evacuate(world.scheduler, ["a", "b"], LONG, drain_timeout=LONG, progress=seen.append)
     task = asyncio.create_task(work)
     await wait_until(lambda: seen)
-    assert {(each.keys, each.all_keys, each.nbytes, each.tasks) for each in seen} == {(0, held, 0, 1)}
+    for each in seen:  # each worker has its own
+        assert (each["a"].keys, each["a"].all_keys, each["a"].nbytes, each["a"].tasks) == (0, held, 0, 1)
+        assert (each["b"].all_keys, each["b"].tasks, each["b"].step) == (0, 0, "drain")
+        assert LONG - 10 < each["a"].left <= LONG
     await Event("go", client=world.client).set()
     assert (await asyncio.wait_for(task, 10)).problem is None
     assert await future
-    assert seen[-1].keys <= seen[-1].all_keys == held + 1
+    last = seen[-1]["a"]
+    assert last.keys <= last.all_keys == held + 1
+    assert (last.step, last.left) == ("retire", 0.0)
 
 
 async def test_now_moves_nothing(world: World) -> None:

@@ -214,7 +214,7 @@ async def test_cancel_while_tasks_are_waited_for(one: AgentCluster) -> None:
         future = client.submit(lambda: Event("go").wait(), pure=False)
         await wait_until(lambda: [ws for ws in one.scheduler.workers.values() if ws.processing])
         change = asyncio.ensure_future(one.reprovision("auto-cpu", NEXT))
-        await at_step(one, "local", "retire")
+        await at_step(one, "local", "drain")
         await one.rollout.cancel()
         with pytest.raises(SwapError, match="it was cancelled; the workers that ran before still run"):
             await change
@@ -447,7 +447,7 @@ async def test_a_running_task_may_end(one: AgentCluster, tmp_path: Path) -> None
         future = client.submit(lambda: blocked(str(log)))
         await wait_until(lambda: log.exists() and log.read_text())
         change = asyncio.ensure_future(one.reprovision("auto-cpu", NEXT, drain="tasks"))
-        await at_step(one, "local", "retire")
+        await at_step(one, "local", "drain")
         assert await client.submit(int, "3") == 3
         await Event("go", client=client).set()
         report = await change

@@ -53,7 +53,7 @@ SPECS = st.builds(
     devices=TEXTS,
     device=st.none() | COUNT,
 )
-PROGRESS = st.builds(NodeProgress, TEXT, COUNT, COUNT, COUNT, COUNT, COUNT)
+PROGRESS = st.builds(NodeProgress, TEXT, COUNT, COUNT, COUNT, COUNT, COUNT, st.floats(0, 1e6))
 VALUES = st.one_of(
     PROGRESS,
     st.builds(

@@ -28,6 +28,9 @@ def drawn(console: Console) -> str:
         ({"step": "start"}, 10, "start"),
         ({"step": "retire", "keys": 0, "all_keys": 0}, 40, "retire"),
         ({"step": "retire", "keys": 50, "all_keys": 100}, 65, "50 of 100 keys moved"),
+        ({"step": "drain", "tasks": 2, "all_keys": 100, "left": 113.4}, 40, "2 tasks run, 1:53 left"),
+        ({"step": "drain", "tasks": 1, "left": 3.0}, 40, "1 task runs, 0:03 left"),
+        ({"step": "drain"}, 40, "drain"),
         ({"step": "stop"}, 90, "stop"),
         ({"step": "ready"}, 100, "ready"),
     ],
@@ -83,6 +86,20 @@ def test_one_bar_per_node_with_what_it_does() -> None:
     assert "1 of 4 keys moved" in text or "rolled back" in text
     assert "changed" in text
     assert "c " in text
+
+
+def test_a_notebook_is_drawn_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn there last is what stays: rich draws nothing at its own end."""
+    bars = RolloutProgress(Console(file=io.StringIO(), force_jupyter=True))
+    seen: list[float] = []
+    monkeypatch.setattr(
+        bars._progress.live, "refresh", lambda: seen.extend(task.percentage for task in bars._progress.tasks)
+    )
+    monkeypatch.setattr(bars._progress, "start", lambda: None)
+    with bars:
+        bars.update(RolloutStatus("uniform", "running", nodes={"a": NodeProgress("start")}))
+        bars.finish({"a": "changed"})
+    assert seen[-1] == 100
 
 
 def test_nothing_is_drawn_in_a_file() -> None:
