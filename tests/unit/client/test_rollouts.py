@@ -95,7 +95,6 @@ def test_a_notebook_is_drawn_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(
         bars._progress.live, "refresh", lambda: seen.extend(task.percentage for task in bars._progress.tasks)
     )
-    monkeypatch.setattr(bars._progress, "start", lambda: None)
     with bars:
         bars.update(RolloutStatus("uniform", "running", nodes={"a": NodeProgress("start")}))
         bars.finish({"a": "changed"})
