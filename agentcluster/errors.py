@@ -200,8 +200,12 @@ class PreflightError(AgentClusterError, ValueError):
     """
 
     def __init__(self, mode: str, refusals: Mapping[str, str]) -> None:
-        reasons = "; ".join(f"{node}: {reason}" for node, reason in refusals.items())
-        super().__init__(f"cannot reprovision to {mode!r}, nothing was changed: {reasons}")
+        nodes: dict[str, list[str]] = {}
+        for node, reason in refusals.items():
+            nodes.setdefault(reason, []).append(node)
+        reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in nodes.items())
+        what = "stop the workers" if mode == "none" else f"reprovision to {mode!r}"
+        super().__init__(f"cannot {what}, nothing was changed: {reasons}")
         self.mode = mode
         self.refusals = dict(refusals)
 
@@ -212,15 +216,23 @@ class NodeNotFound(AgentClusterError, LookupError):
     Parameters
     ----------
     name
-        The unknown name.
+        The unknown name; or a pattern, or a label, that no node has.
     known
         Names of the nodes.
+    labels
+        Labels of the nodes.
     """
 
-    def __init__(self, name: str, known: Iterable[str]) -> None:
+    def __init__(self, name: str, known: Iterable[str], labels: Iterable[str] = ()) -> None:
         self.name = name
         self.known = sorted(known)
-        super().__init__(f"no node named {name!r}; {suggest(str(name), self.known)}")
+        if "=" in str(name):
+            said = f"no node has the label {name!r}; labels: {', '.join(sorted(labels)) or 'none'}"
+        elif set("*?[") & set(str(name)):
+            said = f"no node has a name like {name!r}; nodes: {', '.join(self.known) or 'none'}"
+        else:
+            said = f"no node named {name!r}; {suggest(str(name), self.known)}"
+        super().__init__(said)
 
 
 class NodeExists(AgentClusterError, ValueError):

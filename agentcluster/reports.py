@@ -269,7 +269,10 @@ class RolloutReport:
         return [self._row(node) for node in self.nodes.values()]
 
     def _row(self, node: NodeReport) -> tuple[str, ...]:
-        workers = (_workers(node.old), _workers(node.new), _workers(node.kept))
+        came = _workers(node.new)
+        if set(node.old) & set(node.new):  # those of a cluster manager keep their names
+            came = f"{came} (new)"
+        workers = (_workers(node.old), came, _workers(node.kept))
         moved = (str(node.keys), format_bytes(node.nbytes))
         if self.dry_run:
             # New workers have no names yet.
@@ -288,15 +291,17 @@ class RolloutReport:
         Returns
         -------
         list of str
-            One line each: why old workers went first, and tasks that no worker can run now.
+            One line each, with the nodes: why old workers went first, and tasks that no worker can run now.
         """
-        notes = []
+        notes: dict[str, list[str]] = {}
         for node in self.nodes.values():
             if node.because:
-                notes.append(f"{node.node}: old workers {'go' if self.dry_run else 'went'} first: {node.because}")
+                why = f"old workers {'go' if self.dry_run else 'went'} first: {node.because}"
+                notes.setdefault(why, []).append(node.node)
             if node.bound:
-                notes.append(f"{node.node}: these tasks have no worker left that can run them: {', '.join(node.bound)}")
-        return notes
+                why = f"these tasks have no worker left that can run them: {', '.join(node.bound)}"
+                notes.setdefault(why, []).append(node.node)
+        return [f"{', '.join(nodes)}: {note}" for note, nodes in notes.items()]
 
     def summary(self) -> str:
         """Return the change in one line.
@@ -546,7 +551,7 @@ class AdaptiveLog(Sequence[Decision]):
                 each.saw,
                 each.decided,
                 each.why,
-                format_time(each.took),
+                format_time(each.took) if each.took else "-",
                 amounts(each.workers),
             )
             for each in self._decisions

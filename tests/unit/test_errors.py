@@ -50,6 +50,21 @@ EXAMPLES: list[tuple[AgentClusterError, dict[str, Any], str]] = [
         "cannot reprovision to 'auto-gpu', nothing was changed: a: no driver; b: no dask-cuda",
     ),
     (
+        PreflightError("none", {"a": "it holds actors", "b": "it holds actors"}),
+        {"mode": "none", "refusals": {"a": "it holds actors", "b": "it holds actors"}},
+        "cannot stop the workers, nothing was changed: a, b: it holds actors",
+    ),
+    (
+        NodeNotFound("rack=b", {"gpu-1": 0}, ["rack=a"]),
+        {"name": "rack=b", "known": ["gpu-1"]},
+        "no node has the label 'rack=b'; labels: rack=a",
+    ),
+    (
+        NodeNotFound("gpu-*", {"cpu": 0}),
+        {"name": "gpu-*", "known": ["cpu"]},
+        "no node has a name like 'gpu-*'; nodes: cpu",
+    ),
+    (
         NodeNotFound("gpu1", {"gpu-1": 0, "cpu": 0}),
         {"name": "gpu1", "known": ["cpu", "gpu-1"]},
         "no node named 'gpu1'; did you mean 'gpu-1'? Allowed: cpu, gpu-1",

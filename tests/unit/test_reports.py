@@ -252,3 +252,16 @@ def test_a_report_in_html_is_escaped() -> None:
     cells = Cells(RolloutReport(EVIL, {EVIL: node}, seconds=1)._repr_html_())
     assert cells.rows[1][:4] == [EVIL, EVIL, "unchanged", EVIL]
     assert cells.tags == {"div", "style", "p", "table", "tr", "th", "td"}
+
+
+def test_workers_that_keep_their_names_are_told_apart() -> None:
+    nodes = {"a": NodeReport("a", "uniform", "changed", old=("7",), new=("7",))}
+    header, row = RolloutReport("uniform", nodes, 1.0).header(), RolloutReport("uniform", nodes, 1.0).rows()[0]
+    told = dict(zip(header, row, strict=True))
+    assert (told["went"], told["came"]) == ("7", "7 (new)")
+
+
+def test_a_remark_about_several_nodes_is_made_once() -> None:
+    why = "they have too little memory for both"
+    nodes = {name: NodeReport(name, "uniform", "changed", because=why) for name in "ab"}
+    assert RolloutReport("uniform", nodes, 1.0).notes() == [f"a, b: old workers went first: {why}"]

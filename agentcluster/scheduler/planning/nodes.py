@@ -488,7 +488,8 @@ class Registry:
         for name in [names] if isinstance(names, str) else names:
             found = [self.nodes[name]] if name in self.nodes else [node for node in there if node.matches(name)]
             if not found:
-                raise NodeNotFound(name, self.nodes)
+                labels = {f"{key}={value}" for node in there for key, value in node.labels.items()}
+                raise NodeNotFound(name, self.nodes, labels)
             chosen |= {node.name: node for node in found}
         return list(chosen.values())
 
