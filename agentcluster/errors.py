@@ -56,6 +56,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+#: Number of names above which a message with a close one does not list them all.
+MANY = 16
+
+
 def suggest(wrong: str, allowed: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: the closest allowed name, and all of them.
 
@@ -69,7 +73,8 @@ def suggest(wrong: str, allowed: Iterable[str]) -> str:
     Returns
     -------
     str
-        ``"did you mean 'x'? Allowed: …"`` or ``"allowed: …"``.
+        ``"did you mean 'x'? Allowed: …"`` or ``"allowed: …"``; without the allowed names where they are many, and one
+        is close.
 
     Examples
     --------
@@ -79,7 +84,9 @@ def suggest(wrong: str, allowed: Iterable[str]) -> str:
     'allowed: auto-cpu, auto-gpu'
     """
     names = sorted(allowed)
-    close = difflib.get_close_matches(wrong, names, n=1)
+    close = difflib.get_close_matches(wrong, names, n=1) or [name for name in names if wrong and wrong in name]
+    if close and len(names) > MANY:
+        return f"did you mean {close[0]!r}?"
     listed = ", ".join(names) if names else "none"
     return f"did you mean {close[0]!r}? Allowed: {listed}" if close else f"allowed: {listed}"
 

@@ -12,6 +12,8 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import socket
+import time
 import types
 import typing
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -434,3 +436,67 @@ def _limit(listener: Listener, prepare: Callable[..., Awaitable[IOStream | None]
             raise CommClosedError(f"{comm.peer_address} did not finish its handshake") from None
 
     vars(listener).update(_prepare_stream=prepared, on_connection=connected)
+
+
+# -- addresses where nobody is -----------------------------------------------------------------------------------------
+
+#: Seconds for which an address may refuse connections: whoever was started just now does not listen yet.
+REFUSED = 3.0
+
+#: Seconds after which it is asked whether anything listens; another connection without a handshake would be logged.
+SUSPICION = 0.5
+
+
+async def unless_refused(call: Awaitable[T], address: str) -> T:
+    """Wait for a call over a new connection, but not where nothing listens: dask tries again until its timeout.
+
+    Parameters
+    ----------
+    call
+        The call, which connects by itself; it is cancelled when it is in vain.
+    address
+        Address of the other side.
+
+    Returns
+    -------
+    T
+        The result of the call.
+
+    Raises
+    ------
+    OSError
+        When the name of the host is not known, or connections are refused for longer than :data:`REFUSED`.
+    """
+    under_way = asyncio.ensure_future(call)
+    try:
+        await asyncio.wait({under_way}, timeout=SUSPICION)
+        if not under_way.done() and (why := await _why_nobody(address, under_way)):
+            raise OSError(why)
+        return await under_way
+    finally:
+        under_way.cancel()
+        await asyncio.wait({under_way}, timeout=SUSPICION)
+
+
+async def _why_nobody(address: str, call: asyncio.Future[T]) -> str | None:
+    """Return why nobody can answer at an address; None where somebody may, and once the call is done."""
+    from distributed.comm.addressing import get_address_host_port  # heavy, and seldom needed
+
+    host, port = get_address_host_port(address, strict=True)
+    began = time.monotonic()
+    while not call.done():
+        try:
+            async with asyncio.timeout(REFUSED):
+                _, writer = await asyncio.open_connection(host, port)
+        except ConnectionRefusedError:
+            if time.monotonic() - began > REFUSED:
+                return f"nothing listens at {address} (connection refused)"
+            await asyncio.sleep(SUSPICION)
+        except socket.gaierror as error:
+            return f"the name {host!r} is not known ({error.strerror})"
+        except OSError:  # also a timeout: dask's own has the better message
+            return None
+        else:
+            writer.close()
+            return None
+    return None

@@ -31,7 +31,7 @@ from agentcluster.errors import (
     VersionMismatch,
 )
 from agentcluster.security import credentials_of_options
-from agentcluster.wire import TOPIC, check_protocol
+from agentcluster.wire import TOPIC, check_protocol, unless_refused
 
 #: Seconds within which a scheduler must answer the first call.
 CONNECT = 10.0
@@ -164,7 +164,7 @@ class Connection:
     async def _check(self) -> None:
         try:
             async with asyncio.timeout(CONNECT + 2):  # connecting has its own timeout, with a better message
-                answer = await self._scheduler.get_provision_mode()
+                answer = await unless_refused(self._scheduler.get_provision_mode(), self.address)
         except (OSError, TimeoutError) as error:
             raise NoScheduler(f"no scheduler answers at {self.address}: {str(error) or 'no answer in time'}") from error
         if not isinstance(answer, Mapping):  # dask's answer to a call that it does not know

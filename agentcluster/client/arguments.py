@@ -217,7 +217,7 @@ ELSEWHERE: Mapping[str, str] = {
     "threads_per_worker": 'config={{"nthreads": {0}}}',
     "nthreads": 'config={{"nthreads": {0}}}',
     "memory_limit": 'config={{"memory_limit": {0}}}',
-    "host": 'scheduler_options={{"host": {0}}}',
+    "host": 'hosts=… for machines, or scheduler_options={{"host": {0}}} for where the scheduler listens',
     "ip": 'scheduler_options={{"host": {0}}}',
     "scheduler_port": 'scheduler_options={{"port": {0}}}',
     "dashboard_address": 'scheduler_options={{"dashboard_address": {0}}}',

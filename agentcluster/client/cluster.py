@@ -77,7 +77,7 @@ from agentcluster.scheduler.plugin import dask_setup
 from agentcluster.security import LOOPBACK, has_credentials, is_private, resolve_credentials
 from agentcluster.shipping import shipped
 from agentcluster.units import parse_nbytes, parse_seconds
-from agentcluster.wire import NO_PLUGIN, PLUGIN, check_protocol, from_wire, to_wire
+from agentcluster.wire import NO_PLUGIN, PLUGIN, check_protocol, from_wire, to_wire, unless_refused
 
 logger = logging.getLogger(__name__)
 
@@ -275,10 +275,15 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
     # -- life ----------------------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
+        where, options = self._scheduler
         try:
-            await super()._start()
+            await (unless_refused(super()._start(), str(where)) if is_address(where) else super()._start())
         except RuntimeError as error:
-            raise scheduler_problem(error, *self._scheduler) from None
+            raise scheduler_problem(error, where, options) from None
+        except OSError as error:
+            if not is_address(where):
+                raise
+            raise SchedulerUnfit(str(where), f"{error}; is one running there, at this port?") from None
         if self.view.kept:
             return
         await self._register_plugin()
@@ -747,7 +752,9 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         >>> adaptive.stop()
         """
         if not isinstance(Adaptive, type) or not issubclass(Adaptive, distributed.deploy.adaptive.Adaptive):
-            raise ConfigError(f"adapt(Adaptive={Adaptive!r}): give a class of distributed.deploy.Adaptive's kind")
+            raise ConfigError(
+                f"adapt(Adaptive={Adaptive!r}): that is for a class; limits have names: adapt(minimum=1, maximum=10)"
+            )
         if not callable(kwargs.get("worker_key", callable)):
             raise ConfigError(f"adapt(worker_key={kwargs['worker_key']!r}): give a function of a worker's state")
         if Adaptive is AgentAdaptive and kwargs.get("worker_key") is not None:

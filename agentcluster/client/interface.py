@@ -155,19 +155,42 @@ def synced(method: Callable[Concatenate[Owner, P], Coroutine[Any, Any, T_co]]) -
         Returns the coroutine in the object's event loop and on asynchronous objects; otherwise waits for its result.
     """
 
+    return cast("Synced[P, T_co]", _callable(method))
+
+
+def begun(method: Callable[Concatenate[Owner, P], Coroutine[Any, Any, T_co]]) -> Begun[P, T_co]:
+    """Make a coroutine method as :func:`synced` does, which on asynchronous objects begins at once, awaited or not.
+
+    Parameters
+    ----------
+    method
+        A coroutine function of a :class:`MaybeAsync`, which dask's own class of the object begins at once as well.
+
+    Returns
+    -------
+    function
+        Returns a task in the object's event loop and on asynchronous objects; otherwise waits for its result.
+    """
+    return cast("Begun[P, T_co]", _callable(method, begin=True))
+
+
+def _callable(method: Callable[..., Coroutine[Any, Any, object]], begin: bool = False) -> Callable[..., object]:
+    """Return what users call; one frame of it stays in the traceback of an error."""
+
     @functools.wraps(method)
-    def call(self: Owner, /, *args: P.args, **kwargs: P.kwargs) -> object:
+    def call(self: Owner, /, *args: object, **kwargs: object) -> object:
         place = callers_line()
         try:
             self._check_open()
-            return self.sync(functools.partial(_shown, place, method, self, *args, **kwargs))
+            result = self.sync(functools.partial(_shown, place, method, self, *args, **kwargs))
         except AgentClusterError as error:
             raise in_short(error) from error.__cause__
+        return _under_way(result) if begin and inspect.iscoroutine(result) else result
 
     # Otherwise documentation would show an "async" method, whatever the cluster is.
     call.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
     del call.__wrapped__
-    return cast("Synced[P, T_co]", call)
+    return call
 
 
 async def _shown(
@@ -185,30 +208,9 @@ async def _shown(
 _begun: set[asyncio.Future[Any]] = set()
 
 
-def begun(method: Callable[Concatenate[Owner, P], Coroutine[Any, Any, T_co]]) -> Begun[P, T_co]:
-    """Make a coroutine method as :func:`synced` does, which on asynchronous objects begins at once, awaited or not.
-
-    Parameters
-    ----------
-    method
-        A coroutine function of a :class:`MaybeAsync`, which dask's own class of the object begins at once as well.
-
-    Returns
-    -------
-    function
-        Returns a task in the object's event loop and on asynchronous objects; otherwise waits for its result.
-    """
-    call_synced: Any = synced(method)
-
-    @functools.wraps(call_synced)
-    def call(self: Owner, /, *args: P.args, **kwargs: P.kwargs) -> object:
-        result: object = call_synced(self, *args, **kwargs)
-        if not inspect.iscoroutine(result):
-            return result
-        task = asyncio.ensure_future(result)
-        _begun.add(task)
-        task.add_done_callback(_begun.discard)
-        return task
-
-    del call.__wrapped__
-    return cast("Begun[P, T_co]", call)
+def _under_way(call: Coroutine[Any, Any, object]) -> asyncio.Future[object]:
+    """Begin a call now."""
+    task = asyncio.ensure_future(call)
+    _begun.add(task)
+    task.add_done_callback(_begun.discard)
+    return task

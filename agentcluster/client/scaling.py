@@ -16,7 +16,7 @@ from agentcluster.client.calls import ScaleAnswer
 from agentcluster.client.interface import (
     warn,
 )
-from agentcluster.errors import ConfigError
+from agentcluster.errors import ConfigError, at_border
 from agentcluster.reports import AdaptiveLog, NodeSnapshot, RolloutReport, ScaleReport
 from agentcluster.requests import ScaleTarget
 from agentcluster.wire import to_wire
@@ -227,6 +227,7 @@ class Request:
         resources = ", ".join(f"{name}={number}" for name, number in self._resources.items())
         return f"<Request for {resources}: {'held' if self._held else 'not held'}>"
 
+    @at_border
     def __enter__(self) -> Self:
         self._cluster.sync(self.__aenter__)
         return self

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import ssl
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable
 from typing import TypeVar
@@ -31,6 +32,7 @@ from agentcluster.launch.handshake import (
 )
 from agentcluster.launch.protocol import LogTail, Ready, Settings
 from agentcluster.security import is_loopback
+from agentcluster.wire import REFUSED
 
 logger = logging.getLogger(__name__)
 
@@ -126,10 +128,14 @@ class AttachedLauncher:
 async def _connection(
     host: str, port: int, context: ssl.SSLContext | None
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to an agent; one that does not listen yet is waited for."""
+    """Connect to an agent; one that does not listen yet is waited for, for a moment."""
+    began = time.monotonic()
     while True:
-        with contextlib.suppress(ConnectionRefusedError):
+        try:
             return await asyncio.open_connection(host, port, ssl=context)
+        except ConnectionRefusedError:
+            if time.monotonic() - began > REFUSED:
+                raise
         await asyncio.sleep(PAUSE)
 
 
