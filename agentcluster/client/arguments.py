@@ -11,17 +11,25 @@ from agentcluster import modes
 from agentcluster.client.calls import Plain
 from agentcluster.errors import ConfigError, NodeNotFound, suggest
 from agentcluster.launch.protocol import Launcher
-from agentcluster.model import Mode
+from agentcluster.model import Hardware, Mode
 from agentcluster.modes.checks import Check, OptionPath, check_env, check_known, check_labels, check_resources
 from agentcluster.modes.options import NANNY, RESERVED, known_keywords
 from agentcluster.reports import Nodes, NodeSnapshot
 from agentcluster.units import parse_seconds
+from agentcluster.wire import from_wire
 
 #: Keyword arguments of all workers on a host that none of dask's classes has.
 OF_HOSTS = frozenset({"worker_port", "nanny_port", "labels"})
 
 #: Nodes by name, pattern, label or a function of what is known of them; None for all.
 NodeSelection: TypeAlias = str | Sequence[str] | Callable[[NodeSnapshot], bool] | None
+
+
+#: A mode by its name, or with its options.
+AnyMode: TypeAlias = str | Mode
+
+#: Returns the mode of a node, or its workers as mode ``spec`` takes them, for its hardware.
+ModeFunction: TypeAlias = Callable[[Hardware], "AnyMode | Mapping[str, Any]"]
 
 
 def parse_mapping(key: str, value: Plain | None) -> dict[str, Any]:
@@ -353,11 +361,11 @@ def parse_workers(value: object, known: Mapping[str, Mapping[str, object]]) -> b
 
 def parse_rollouts(
     known: Nodes,
-    mode: str | Mode | Mapping[str, str | Mode],
+    mode: AnyMode | ModeFunction | Mapping[str, AnyMode],
     config: Plain | str | None,
     nodes: NodeSelection,
     options: Mapping[str, object],
-) -> list[tuple[str | Sequence[str] | None, Mode]]:
+) -> Sequence[tuple[str | Sequence[str] | None, Mode]]:
     """Return the rollouts that a call of ``reprovision`` asks for.
 
     Parameters
@@ -388,11 +396,38 @@ def parse_rollouts(
             raise ConfigError(f"mode={mode!r} must have a mode by the name of each node to change", key="mode")
         return [([name], _with_options(modes.parse(each, config), options)) for name, each in mode.items()]
     if callable(nodes):
-        names = [name for name, node in known.items() if nodes(node)]
-        if not names:
+        chosen = [name for name, node in known.items() if nodes(node)]
+        if not chosen:
             raise ConfigError(f"nodes={nodes!r} selects no node of {', '.join(known)}", key="nodes")
-        return [(names, _with_options(modes.parse(mode, config), options))]
-    return [(nodes, _with_options(modes.parse(mode, config), options))]
+        nodes = chosen
+    if not callable(mode):
+        return [(nodes, _with_options(modes.parse(mode, config), options))]
+    if config is not None or options:
+        raise ConfigError("options cannot be given with a function as mode: it returns them too", key="config")
+    return _of_function(mode, known, [nodes] if isinstance(nodes, str) else nodes)
+
+
+def _of_function(mode: ModeFunction, known: Nodes, names: Sequence[str] | None) -> list[tuple[Sequence[str], Mode]]:
+    """Return the rollouts that a function from hardware to a mode asks for, one for all nodes of the same mode."""
+    found: list[tuple[list[str], Mode]] = []
+    for name in known if names is None else names:
+        if name not in known:
+            raise NodeNotFound(name, known)
+        result: object = mode(from_wire(Hardware, known[name]["hardware"]))
+        if isinstance(result, Mapping):
+            result = Mode("spec", {"spec": result} if "cls" in result else result)
+        if not isinstance(result, str | Mode):
+            raise ConfigError(
+                f"mode={mode!r} returned {result!r} for node {name!r}; return a mode, or the workers as in mode spec",
+                key="mode",
+            )
+        own = modes.parse(result)
+        same = next((each for each, other in found if other == own), None)
+        if same is None:
+            found.append(([name], own))
+        else:
+            same.append(name)
+    return [(each, own) for each, own in found]
 
 
 def _are_texts(value: object) -> bool:

@@ -29,6 +29,8 @@ from tornado.ioloop import IOLoop
 
 from agentcluster.client.adaptive import AgentAdaptive
 from agentcluster.client.arguments import (
+    AnyMode,
+    ModeFunction,
     NodeSelection,
     first_modes,
     launcher_at,
@@ -477,7 +479,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
     async def reprovision(
         self,
         /,
-        mode: str | Mode | Mapping[str, str | Mode],
+        mode: AnyMode | ModeFunction | Mapping[str, AnyMode],
         config: Plain | str | None = None,
         *,
         nodes: NodeSelection = None,
@@ -498,13 +500,15 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
 
         Parameters
         ----------
-        mode : str, Mode or mapping
+        mode : str, Mode, mapping or callable
             The mode, or a mapping from node name to mode; that is one rollout after the other, and undo restores the
-            last.
+            last. Or a function that is called with each node's :class:`~agentcluster.model.Hardware`, and returns a
+            mode, or workers as mode ``spec`` takes them; nodes with equal ones change in one rollout.
         config : mapping or str, optional
             Options of the mode.
         nodes : str, list of str, or callable, optional
-            Names of nodes, patterns such as ``gpu-*``, labels such as ``rack=a``; or a function that is called with
+            Names of nodes, patterns such as ``gpu-*``, labels such as ``rack=a`` (names alone, where `mode` is a
+            function); or a function that is called with
             each value of :attr:`nodes` and returns whether to change that node. Default is all, and those that join
             later.
         remove_existing : bool

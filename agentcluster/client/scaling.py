@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Self
 
 from distributed.deploy.adaptive import Adaptive
 
+from agentcluster import modes
 from agentcluster.client.adaptive import AgentAdaptive
 from agentcluster.client.calls import ScaleAnswer
-from agentcluster.client.interface import (
-    warn,
-)
+from agentcluster.client.interface import warn
 from agentcluster.errors import ConfigError, at_border
+from agentcluster.model import Hardware
 from agentcluster.reports import AdaptiveLog, NodeSnapshot, RolloutReport, ScaleReport
 from agentcluster.requests import ScaleTarget
-from agentcluster.wire import to_wire
+from agentcluster.wire import from_wire, to_wire
 
 if TYPE_CHECKING:
     from agentcluster.client.cluster import AsyncCluster
@@ -151,7 +151,7 @@ class Scaling:
         Returns
         -------
         int
-            The number; 1 when there are no workers.
+            The number; 1 when there are no workers, nor modes that have some.
         """
         return min((spec["nthreads"] for spec in self._specs() if spec["nthreads"]), default=1)
 
@@ -174,7 +174,8 @@ class Scaling:
         return int(min(limits))
 
     def _specs(self) -> list[NodeSnapshot]:
-        return [spec for node in self._cluster.nodes.values() for spec in node["plan"].values()]
+        """Return the workers of all nodes; of a node without any, those that its mode would give it."""
+        return [spec for node in self._cluster.nodes.values() for spec in node["plan"].values() or _would_be(node)]
 
     # -- by demand -----------------------------------------------------------------------------------------------------
 
@@ -268,3 +269,11 @@ def resource_name(name: str) -> str:
         ``CPU``, ``GPU``, or the name as it is.
     """
     return name.upper() if name in ("cpu", "gpu") else name
+
+
+def _would_be(node: NodeSnapshot) -> list[NodeSnapshot]:
+    """Return the workers that a node's mode plans for it."""
+    mode = modes.parse(node["mode"], node["config"])
+    with contextlib.suppress(ConfigError):  # it cannot serve the mode
+        return list(to_wire(modes.plan(mode, from_wire(Hardware, node["hardware"]), node=node["name"])))
+    return []

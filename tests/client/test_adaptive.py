@@ -263,3 +263,16 @@ async def test_room_that_is_requested_before_tasks_come(cluster: AgentCluster, c
 async def test_wrong_requests(cluster: AgentCluster, wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="request"):
         cluster.request(**wrong)
+
+
+async def test_dasks_own_class_counts_by_the_workers_that_the_mode_would_have() -> None:
+    shape = {"nthreads": 2, "memory_limit": "100 MiB", "nworkers": 1}
+    async with AgentCluster(mode="uniform", config=shape, asynchronous=True) as cluster:
+        await cluster.scale(0)
+        for limits, expected in (
+            ({"minimum_cores": 3, "maximum_cores": 9}, (2, 4)),
+            ({"minimum_memory": "250 MiB", "maximum_memory": "600 MiB"}, (3, 6)),
+        ):
+            adaptive = cluster.adapt(Adaptive=Adaptive, interval="1 hour", **limits)
+            adaptive.stop()
+            assert (adaptive.minimum, adaptive.maximum) == expected

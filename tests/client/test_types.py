@@ -93,7 +93,7 @@ async def asynchronous() -> None:
 
 def either(asynchronous: bool) -> None:
     cluster = AgentCluster(asynchronous=asynchronous)
-    report = assert_type(cluster.scale(1), ScaleReport | Coroutine[Any, Any, ScaleReport])
+    report = assert_type(cluster.scale(1), ScaleReport | Awaitable[ScaleReport])
     print(report)
 """
 
@@ -103,7 +103,7 @@ from agentcluster import AgentCluster
 
 async def forgets_to_wait() -> None:
     cluster = AgentCluster(asynchronous=True)
-    cluster.scale(1)  # unused-coroutine
+    cluster.rollout.pause()  # unused-coroutine
 
 
 def calls_wrongly() -> None:

@@ -15,7 +15,9 @@ from agentcluster.client.arguments import (
     parse_rollouts,
     parse_worker_options,
 )
-from agentcluster.errors import ConfigError
+from agentcluster.errors import ConfigError, NodeNotFound
+from agentcluster.model import Hardware
+from agentcluster.modes import parse
 from agentcluster.reports import Nodes
 
 #: Keywords that no cluster of dask passes on: of a worker that is started by hand.
@@ -111,3 +113,27 @@ def test_options_of_a_mode_as_keywords() -> None:
 def test_a_selection_of_no_node(nodes: Any) -> None:
     with pytest.raises(ConfigError, match=r"nodes=.* selects no node; leave it out for all of a"):
         parse_rollouts(Nodes({"a": {}}), "uniform", None, nodes, {})
+
+
+def a_node(cpus: int) -> Any:
+    return {"hardware": {"hostname": "h", "cpus": cpus, "memory": 2**30}}
+
+
+def test_a_function_from_hardware_is_a_mode() -> None:
+    known = Nodes({"a": a_node(2), "b": a_node(8), "c": a_node(2)})
+
+    def mode(hardware: Hardware) -> Any:
+        if hardware.cpus > 4:
+            return {"cls": "distributed.Nanny", "opts": {"nthreads": hardware.cpus // 2}}
+        return Mode("uniform", {"nthreads": 1})
+
+    small, large = Mode("uniform", {"nthreads": 1}), {"cls": "distributed.Nanny", "opts": {"nthreads": 4}}
+    assert parse_rollouts(known, mode, None, None, {}) == [(["a", "c"], small), (["b"], parse("spec", {"spec": large}))]
+    assert parse_rollouts(known, mode, None, ["a"], {}) == [(["a"], small)]
+    assert parse_rollouts(known, lambda hardware: "none", None, "b", {}) == [(["b"], Mode("none"))]
+    with pytest.raises(ConfigError, match="returned 5 for node 'a'; return a mode, or the workers as in mode spec"):
+        parse_rollouts(known, lambda hardware: 5, None, None, {})  # type: ignore[arg-type, return-value]
+    with pytest.raises(ConfigError, match="options cannot be given with a function as mode"):
+        parse_rollouts(known, mode, None, None, {"nthreads": 2})
+    with pytest.raises(NodeNotFound, match="no node named 'z'"):
+        parse_rollouts(known, mode, None, "z", {})
