@@ -294,6 +294,9 @@ class Agent(Server):
         StartMethod.acquire(dashboard=bool(self._membership.options.get("dashboard")))
         await super().start_unsafe()
         self.hardware = await asyncio.to_thread(hardware.detect)
+        if self._membership.mode is not None and not self._membership.lasting:
+            # What is known to be wrong is said before a scheduler is looked for.
+            modes.plan(self._membership.mode, self.hardware, node=self.node_name)
         await self._listen()
         await self._join()
         return self

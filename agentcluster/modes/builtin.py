@@ -255,6 +255,8 @@ def plan_gpu(node: NodeHardware, options: Options) -> Workers:
         when a memory limit is more than the node has, or the node's memory is too little for the workers.
     """
     gpus = _devices(node, options)
+    if options.get("enable_cudf_spill") and not all(gpu.memory for gpu in gpus):
+        raise node.refuse("enable_cudf_spill: cuDF spilling is not supported on devices without dedicated memory")
     limit = node.limit_by_hand(options.get("memory_limit", "auto"))
     if limit is None:
         limit = node.default_limits([1 / len(gpus)] * len(gpus))[0]

@@ -151,7 +151,7 @@ async def test_a_mode_that_is_refused(scheduler: Scheduler) -> None:
     two = agent(scheduler, mode=Mode("uniform", {"nthreads": 10_000}))
     with pytest.raises(ModeRefused, match="nthreads=10000 is larger than the node"):
         await two
-    assert two.status is Status.closed
+    assert two.status in (Status.closed, Status.failed)
 
 
 async def test_an_agent_in_place_of_a_worker_is_there_when_its_workers_are(scheduler: Scheduler) -> None:

@@ -898,6 +898,12 @@ SIXTYFOUR = "68719476736 bytes (64.00 GiB)"
         ),
         (
             "auto-gpu",
+            {"enable_cudf_spill": True},
+            machine(gpus=(Gpu("0", "GPU-0000", "GB10", 0),)),
+            "enable_cudf_spill: cuDF spilling is not supported on devices without dedicated memory",
+        ),
+        (
+            "auto-gpu",
             {"devices": ["1", "GPU-0001"]},
             machine(ngpus=2),
             "devices=1,GPU-0001 names a GPU twice there; name each once",
