@@ -482,7 +482,10 @@ async def _why_nobody(address: str, call: asyncio.Future[T]) -> str | None:
     """Return why nobody can answer at an address; None where somebody may, and once the call is done."""
     from distributed.comm.addressing import get_address_host_port  # heavy, and seldom needed
 
-    host, port = get_address_host_port(address, strict=True)
+    try:
+        host, port = get_address_host_port(address, strict=True)
+    except ValueError:  # in this process
+        return None
     began = time.monotonic()
     while not call.done():
         try:

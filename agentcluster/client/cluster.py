@@ -9,6 +9,7 @@ and shows them.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import math
@@ -346,23 +347,33 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
             self.status = Status.created
         await self.hosts.cancel()
         await self.view.close()
-        if isinstance(self.scheduler, Scheduler) and self.scheduler.status in (Status.closed, Status.failed):
+        here = isinstance(self.scheduler, Scheduler)
+        if self.view.lost or (here and self.scheduler.status in (Status.closed, Status.failed)):
             # SpecCluster would try to reach it, for as long as a connection may take.
+            if not here:
+                await self.scheduler.close()
             self.shutdown_scheduler = False
         await super()._close()
         self.display.close()
         self.view.nodes = Nodes()
 
     def _check_open(self) -> None:
-        """Raise an error once the cluster is closed.
+        """Raise an error once the cluster is closed, or has lost its scheduler.
 
         Raises
         ------
-        ConfigError
-            When it is.
+        ConfigError, SchedulerUnfit
+            When it is, or has.
         """
         if self.status is Status.closed:
             raise ConfigError(f"cluster {self.name!r} is closed; make another AgentCluster")
+        if self.view.lost and self.status is Status.failed:
+            raise SchedulerUnfit(self.scheduler_address, "it has gone; close this cluster, and make another")
+
+    def hears_nothing(self) -> bool:
+        """Return whether the connection over which the scheduler tells of its workers has ended."""
+        task: asyncio.Task[None] | None = self._watch_worker_status_task
+        return task is not None and task.done()
 
     @overload
     def close(self: AgentCluster[Literal[False]], timeout: float | None = None) -> None: ...

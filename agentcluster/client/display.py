@@ -24,6 +24,7 @@ from agentcluster.client.processes import LaunchedProcess
 from agentcluster.config import Config
 from agentcluster.reports import Nodes, NodeSnapshot
 from agentcluster.security import LOOPBACK, is_loopback
+from agentcluster.wire import unless_refused
 
 if TYPE_CHECKING:
     from agentcluster.client.cluster import AsyncCluster
@@ -51,11 +52,14 @@ class NodeView:
         The nodes, those that this cluster launched first.
     problem : str or None
         Why the view may be out of date; None when it is current.
+    lost : bool
+        Whether the scheduler has gone: then the view is not updated any more.
     """
 
     def __init__(self, cluster: AsyncCluster, interval: float) -> None:
         self.nodes = Nodes()
         self.problem: str | None = None
+        self.lost = False
         self._cluster = cluster
         self._interval = interval
         self._changed = asyncio.Event()
@@ -93,11 +97,23 @@ class NodeView:
                     await asyncio.sleep(GATHER)
             self._changed.clear()
             try:
-                await self.refresh()
+                await unless_refused(self.refresh(), self._cluster.scheduler_address)
                 self.problem = None
             except OSError as error:
                 self.problem = f"cannot reach the scheduler: {error}"
                 logger.debug("Cannot ask the scheduler for its nodes: %s", error)
+                if self._cluster.hears_nothing():
+                    self._lose_scheduler()
+                    return
+
+    def _lose_scheduler(self) -> None:
+        """Show that the cluster has no scheduler any more: neither it nor its nodes are what they were."""
+        address = self._cluster.scheduler_address
+        why = f"the scheduler at {address} has gone"
+        logger.warning("Cluster %s: %s; close the cluster", self._cluster.name, why)
+        self.lost = True
+        self.nodes = Nodes({name: {**node, "state": "lost", "problem": why} for name, node in self.nodes.items()})
+        self._cluster.status = Status.failed
 
     async def refresh(self) -> None:
         """Ask the scheduler for its nodes; does nothing unless the cluster runs.

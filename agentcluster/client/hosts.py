@@ -157,7 +157,7 @@ class Hosts:
         """
         cluster = self._cluster
         closing = cluster.status is not Status.running
-        if not closing or not cluster.shutdown_scheduler:
+        if not cluster.view.lost and (not closing or not cluster.shutdown_scheduler):
             for name in names:
                 try:
                     await cluster.scheduler_comm.retire_node(name=name)

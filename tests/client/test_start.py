@@ -6,17 +6,20 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client
+from distributed import Client, Status
 
 from agentcluster import AgentCluster, Host
-from agentcluster.errors import ConfigError, LaunchError
+from agentcluster.errors import ConfigError, LaunchError, SchedulerUnfit
 from tests.support.inprocess import here
 from tests.support.plugin import SCHEDULER
+from tests.support.programs import Start, start_scheduler
+from tests.support.waiting import wait_until
 
 ONE = {"nworkers": 1, "nthreads": 1, "memory_limit": "300MiB"}
 
@@ -110,3 +113,21 @@ async def test_a_closed_cluster_says_so(asynchronous: bool) -> None:
         with pytest.raises(ConfigError, match=r"is closed; make another AgentCluster"):
             call()
     cluster.close()
+
+
+async def test_a_cluster_whose_scheduler_has_gone_says_so(start: Start, tmp_path: Path) -> None:
+    program, address = await start_scheduler(start, tmp_path)
+    cluster = await AgentCluster(here(), config=ONE, scheduler=address, asynchronous=True)
+    try:
+        program.kill()
+        await wait_until(lambda: cluster.status is Status.failed, 30)
+        node = cluster.nodes["local"]
+        assert (node["state"], node["problem"]) == ("lost", f"the scheduler at {address} has gone")
+        for call in (cluster.scale, cluster.refresh, cluster.rollout.status):
+            with pytest.raises(SchedulerUnfit, match="it has gone; close this cluster, and make another"):
+                await call()
+    finally:
+        began = time.monotonic()
+        await cluster.close()
+    assert time.monotonic() - began < 15  # and not as long as a connection may take
+    assert cluster.status is Status.closed
