@@ -156,12 +156,14 @@ def jupyterlab(
             command, env={**os.environ, **own, **(env or {})}, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
 
-    def found() -> Path | None:
+    def found() -> str | None:
+        """Return what the server says of itself, once it has written it whole."""
         assert server.poll() is None, (folder / "log").read_text()
-        return next(runtime.glob("jpserver-*.json"), None)
+        text = next((file.read_text() for file in runtime.glob("jpserver-*.json")), "")
+        return text if text.rstrip().endswith("}") else None
 
     try:
-        yield Lab(json.loads(wait_blocking(found, PATIENCE).read_text())["url"], token)
+        yield Lab(json.loads(wait_blocking(found, PATIENCE))["url"], token)
     finally:
         tree = psutil.Process(server.pid).children(recursive=True)
         server.terminate()
