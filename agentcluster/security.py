@@ -298,8 +298,8 @@ def _read(field: str, path: str) -> str:
         raise ConfigError(f"security: {field} {path!r} cannot be read: {error.strerror or error}", key=field) from error
 
 
-def connection_args(security: Security, address: str | None) -> Arguments:
-    """Return the connection arguments of an agent, checked against an address.
+def connection_args(security: Security, address: str | None, role: Literal["worker", "client"] = "worker") -> Arguments:
+    """Return the connection arguments of an agent, or of a client, checked against an address.
 
     Parameters
     ----------
@@ -307,6 +307,8 @@ def connection_args(security: Security, address: str | None) -> Arguments:
         Credentials of the agent.
     address
         Address to connect to or to listen at; None to check the credentials alone.
+    role
+        Role of the process: an agent has the credentials of workers.
 
     Raises
     ------
@@ -314,9 +316,9 @@ def connection_args(security: Security, address: str | None) -> Arguments:
         When the credentials cannot be loaded, or the address needs others.
     """
     try:
-        arguments: Arguments = security.get_connection_args("worker")
+        arguments: Arguments = security.get_connection_args(role)
     except OSError as error:
-        fields = ("tls_ca_file", "tls_worker_cert", "tls_worker_key")
+        fields = ("tls_ca_file", f"tls_{role}_cert", f"tls_{role}_key")
         files = ", ".join(str(value) for field in fields if _is_path(value := getattr(security, field, None)))
         raise ConfigError(
             f"TLS credentials {files or 'in memory'} cannot be loaded: {error}", key="security"
@@ -327,7 +329,7 @@ def connection_args(security: Security, address: str | None) -> Arguments:
     if scheme == "tls" and arguments.get("ssl_context") is None:
         raise ConfigError(
             f"{address} speaks TLS, which needs credentials: give --credentials DIR, or --tls-ca-file, --tls-cert and "
-            f"--tls-key (security=Security(tls_ca_file=…, tls_worker_cert=…, tls_worker_key=…))",
+            f"--tls-key (security=Security(tls_ca_file=…, tls_{role}_cert=…, tls_{role}_key=…))",
             key="security",
         )
     return arguments

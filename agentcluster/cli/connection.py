@@ -30,7 +30,7 @@ from agentcluster.errors import (
     SchedulerUnfit,
     VersionMismatch,
 )
-from agentcluster.security import credentials_of_options
+from agentcluster.security import connection_args, credentials_of_options
 from agentcluster.wire import TOPIC, check_protocol, unless_refused
 
 #: Seconds within which a scheduler must answer the first call.
@@ -210,12 +210,7 @@ async def connected(options: Mapping[str, str | None]) -> AsyncIterator[Connecti
     names = {"tls_ca_file": "tls_ca_file", "tls_cert": "tls_client_cert", "tls_key": "tls_client_key"}
     files = {name: options[option] for option, name in names.items() if options[option]}
     security = credentials_of_options(options.get("credentials"), files, "client")
-    try:
-        arguments = security.get_connection_args("client")
-    except OSError as error:
-        raise ConfigError(f"TLS credentials cannot be loaded: {error}") from error
-    if address.startswith("tls://") and arguments.get("ssl_context") is None:
-        raise ConfigError(f"{address} speaks TLS; give --credentials DIR, or --tls-ca-file, --tls-cert and --tls-key")
+    arguments = connection_args(security, address, "client")
     scheduler = rpc(address, timeout=CONNECT, connection_args=arguments)
     try:
         yield Connection(scheduler, address)

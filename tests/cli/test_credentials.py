@@ -167,7 +167,7 @@ async def test_standby_cluster_and_client(folder: Path, start: Start, forked: Fo
         assert nodes.output.count(" ready ") == 2
         wrong = await asyncio.to_thread(operate, "nodes", cluster.scheduler_address)
         assert wrong.exit_code == 2
-        assert "speaks TLS; give --credentials DIR" in wrong.output
+        assert "speaks TLS, which needs credentials: give --credentials DIR" in wrong.output
     other = folder.parent / "other"
     write(other, days=365)
     with pytest.raises(LaunchError, match=r"(?i)certificate"):
