@@ -276,3 +276,21 @@ async def test_dasks_own_class_counts_by_the_workers_that_the_mode_would_have() 
             adaptive = cluster.adapt(Adaptive=Adaptive, interval="1 hour", **limits)
             adaptive.stop()
             assert (adaptive.minimum, adaptive.maximum) == expected
+
+
+async def test_what_dask_makes_act_without_await_and_groups_of_workers() -> None:
+    """A call of scale() that is not awaited; a later adapt() with a smaller maximum; workers that go together."""
+    shape = {"nthreads": 1, "memory_limit": "100 MiB", "nworkers": 2}
+    async with AgentCluster(here(2), mode="uniform", config=shape, asynchronous=True) as cluster:
+        cluster.scale(1)
+        await wait_until(lambda: len(cluster.scheduler.workers) == 1)
+        cluster.adapt(minimum=3, interval="50ms")
+        await wait_until(lambda: len(cluster.scheduler.workers) == 3)
+        cluster.adapt(maximum=1, interval="50ms")
+        await wait_until(lambda: len(cluster.scheduler.workers) <= 1)
+        await cluster.scale(4)
+        cluster.adapt(minimum=1, worker_key=lambda worker: str(worker.name).rpartition("-")[0], interval="50ms")
+        await wait_until(lambda: len(cluster.scheduler.workers) == 2)
+        assert len({str(worker.name).rpartition("-")[0] for worker in cluster.scheduler.workers.values()}) == 1
+        assert cluster._adaptive is not None
+        cluster._adaptive.stop()
