@@ -9,9 +9,10 @@ moment.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeGuard
@@ -19,6 +20,7 @@ from typing import Any, TypeGuard
 from dask.typing import Key
 from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.protocol.pickle import dumps
 from distributed.scheduler import TaskState
 
 from agentcluster import modes
@@ -34,6 +36,8 @@ SAMPLE = 100
 
 #: Greatest number of nodes that are named with one reason; the others are counted.
 NAMED = 3
+
+logger = logging.getLogger(__name__)
 
 Resources = frozenset[tuple[str, float]]
 
@@ -102,14 +106,30 @@ def _bound(ts: TaskState) -> bool:
     return bool((ts.worker_restrictions or ts.host_restrictions) and not ts.loose_restrictions)
 
 
+#: Seconds for which tasks must have had no worker before users are warned; most wait for a change that is under way.
+GRACE = 5.0
+
+
 class DemandWatch(SchedulerPlugin):
-    """Wake calls that wait for tasks without a worker."""
+    """Wake calls that wait for tasks without a worker, and warn clients of tasks that nobody is going to run.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler.
+    changes
+        Returns whether nodes change just now.
+    """
 
     name = "agentcluster-watch"
 
-    def __init__(self) -> None:
+    def __init__(self, scheduler: Scheduler, changes: Callable[[], bool]) -> None:
+        self._scheduler = scheduler
+        self._changes = changes
         self._arrived = asyncio.Event()
         self._waiting = 0
+        self._look: asyncio.TimerHandle | None = None
+        self._warned: set[Resources] = set()
 
     def transition(self, key: Key, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
         """Note a task without a worker; dask calls this for each step of each task.
@@ -121,6 +141,32 @@ class DemandWatch(SchedulerPlugin):
         """
         if self._waiting and finish in ("no-worker", "queued"):
             self._arrived.set()
+        if finish == "no-worker" and self._look is None:
+            self._look = asyncio.get_running_loop().call_later(GRACE, self._warn)
+
+    def _warn(self) -> None:
+        """Warn, once for each set of resources, of tasks that need some which no worker has."""
+        self._look = None
+        offered = {name for ws in self._scheduler.workers.values() for name in ws.resources}
+        self._warned = {each for each in self._warned if not {name for name, _ in each} <= offered}
+        requests = [each for each in Demand(self._scheduler, 1.0).requests if set(each.resources) - offered]
+        if not requests:
+            return
+        if self._changes() or self._waiting:  # adaptive scaling explains itself
+            self._look = asyncio.get_running_loop().call_later(GRACE, self._warn)
+            return
+        for request in requests:
+            resources = frozenset(request.resources.items())
+            if resources not in self._warned:
+                self._warned.add(resources)
+                lacking = ", ".join(sorted(set(request.resources) - offered))
+                text = (
+                    f"{describe(request)}, and no worker has {lacking}: a mode with such workers gives it, as auto-gpu "
+                    f"does GPU, or the option resources of any mode"
+                )
+                logger.warning("%s", text)
+                # The topic and the form of dask's own warn(), which clients show.
+                self._scheduler.log_event("warn", {"message": dumps(text), "category": dumps(UserWarning)})
 
     async def wait(self, timeout: float) -> bool:
         """Wait for a task that no worker can take now.

@@ -90,7 +90,7 @@ class Controller:
         self.errors: dict[str, AgentClusterError] = {}
         self.running: RolloutRun | None = None
         self.totals = RolloutTotals()
-        self.demand = DemandWatch()
+        self.demand = DemandWatch(scheduler, lambda: self.running is not None)
         self._names = names
         self._autoscaler = Autoscaler()
         self._turn = asyncio.Lock()

@@ -5,7 +5,9 @@ The resources are said in three ways: in dask's configuration on a host, as opti
 
 from __future__ import annotations
 
+import asyncio
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -18,7 +20,9 @@ from distributed import Client, get_worker
 
 from agentcluster import AgentCluster, Mode
 from agentcluster.launch.local import LocalLauncher
+from agentcluster.scheduler import autoscaling
 from tests.support.forked import ForkedLauncher
+from tests.support.inprocess import here
 from tests.support.plugin import SCHEDULER
 from tests.support.waiting import wait_until
 from tests.support.zygote import Zygote
@@ -142,3 +146,29 @@ async def test_resources_by_environment_variable() -> None:
     async with AgentCluster(hosts=[LocalLauncher("box", env=env)], mode=mode, **options) as cluster:
         (worker,) = cluster.scheduler.workers.values()
         assert worker.resources == {"CPU": 4, "gpu": 3, "mem": 5}
+
+
+async def test_tasks_that_nobody_is_going_to_run_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a warning where the client is, once; tasks that wait for a change, or for adaptive scaling, are no news."""
+    monkeypatch.setattr(autoscaling, "GRACE", 0.2)
+    one = {"nworkers": 1, "nthreads": 1, "memory_limit": "300MiB"}
+    async with (
+        AgentCluster(here(), config=one, asynchronous=True) as cluster,
+        Client(cluster, asynchronous=True) as client,
+    ):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            waiting = client.map(int, range(3), resources={"TPU": 1})
+            await wait_until(lambda: seen)
+            waiting += client.map(int, range(3, 6), resources={"TPU": 1})
+            await asyncio.sleep(0.6)
+        assert [str(each.message) for each in seen] == [
+            "3 'int' tasks need TPU=1, and no worker has TPU: a mode with such workers gives it, as auto-gpu does GPU, or "
+            "the option resources of any mode"
+        ]
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            await cluster.reprovision("auto-cpu", {**one, "resources": {"TPU": 1}})
+            assert await client.gather(waiting) == list(range(6))
+            await asyncio.sleep(0.5)
+        assert not seen
