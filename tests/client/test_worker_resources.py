@@ -163,8 +163,8 @@ async def test_tasks_that_nobody_is_going_to_run_are_told(monkeypatch: pytest.Mo
             waiting += client.map(int, range(3, 6), resources={"TPU": 1})
             await asyncio.sleep(0.6)
         assert [str(each.message) for each in seen] == [
-            "3 'int' tasks need TPU=1, and no worker has TPU: a mode with such workers gives it, as auto-gpu does GPU, or "
-            "the option resources of any mode"
+            "3 'int' tasks need TPU=1, and no worker has TPU: a mode with such workers gives it, as auto-gpu does GPU, "
+            "or the option resources of any mode"
         ]
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
