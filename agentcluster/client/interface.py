@@ -194,7 +194,7 @@ def _callable(method: Callable[..., Coroutine[Any, Any, object]], begin: bool = 
 
 
 async def _shown(
-    place: Place, method: Callable[P, Coroutine[Any, Any, T_co]], *args: P.args, **kwargs: P.kwargs
+    place: Place, method: Callable[P, Coroutine[Any, Any, T_co]], /, *args: P.args, **kwargs: P.kwargs
 ) -> T_co:
     """Run a call of the user's, with his line for warnings, and errors without the frames behind them."""
     with at_line(place):

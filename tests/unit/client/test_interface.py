@@ -55,7 +55,7 @@ class Doubler(MaybeAsync[bool]):
 
 
 def test_a_synchronous_object_waits() -> None:
-    assert Doubler(False).double(2, plus=1, asynchronous=3, func=4) == 12
+    assert Doubler(False).double(2, plus=1, asynchronous=3, func=2, method=1, place=1) == 12
     with pytest.raises(ValueError, match="-1"):
         Doubler(False).double(-1)
 
