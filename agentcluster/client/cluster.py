@@ -9,7 +9,6 @@ and shows them.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import logging
 import math
@@ -369,11 +368,6 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
             raise ConfigError(f"cluster {self.name!r} is closed; make another AgentCluster")
         if self.view.lost and self.status is Status.failed:
             raise SchedulerUnfit(self.scheduler_address, "it has gone; close this cluster, and make another")
-
-    def hears_nothing(self) -> bool:
-        """Return whether the connection over which the scheduler tells of its workers has ended."""
-        task: asyncio.Task[None] | None = self._watch_worker_status_task
-        return task is not None and task.done()
 
     @overload
     def close(self: AgentCluster[Literal[False]], timeout: float | None = None) -> None: ...

@@ -102,7 +102,8 @@ class NodeView:
             except OSError as error:
                 self.problem = f"cannot reach the scheduler: {error}"
                 logger.debug("Cannot ask the scheduler for its nodes: %s", error)
-                if self._cluster.hears_nothing():
+                news = self._cluster._watch_worker_status_task
+                if news is not None and news.done():
                     self._lose_scheduler()
                     return
 

@@ -164,6 +164,7 @@ def page() -> str:
     return "\n".join(parts)
 
 
+@pytest.mark.notebook
 @pytest.mark.timeout(120)
 def test_the_page_shows_what_is_printed() -> None:
     shown = page()

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from distributed import Client, Scheduler, SpecCluster, Status
 
 from agentcluster import Agent
@@ -16,6 +17,8 @@ from tests.support.giving_up import GivingUp
 from tests.support.managed import HOST, SCHEDULER, SHAPE, Work, clean, names, reprovision, there, workers
 from tests.support.programs import Program, Start, gone, start_scheduler
 from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.deploy
 
 SPEC = ("-m", "distributed.cli.dask_spec")
 

@@ -36,7 +36,10 @@ UNITS = ("dask-agent.service", "dask-agent-standby.service")
 #: Seconds from systemd's STOPPING to the end of the process; the data is moved in between.
 END = 30.0
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="systemd is Linux's")
+pytestmark = [
+    pytest.mark.deploy,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="systemd is Linux's"),
+]
 
 
 class NotifySocket:

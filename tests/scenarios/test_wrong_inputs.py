@@ -108,7 +108,7 @@ KINDS: dict[str, dict[str, Right]] = {
         "others": anything,
     },
     "reprovision": {
-        "mode": nothing,
+        "mode": callable,
         "config": lambda value: value is None or value == {} or isinstance(value, str),
         "nodes": lambda value: value is None or callable(value),
         "remove_existing": FLAG,
