@@ -20,18 +20,16 @@
 Each stores its facts as attributes, has a message of one sentence, and can be pickled (also with the keyword arguments
 of its constructor), because most of them travel from the scheduler to a client.
 
-Users are shown the sentence and their own line: the calls that they make are :func:`at_border`, which drops the frames
-behind them, and IPython asks the error itself. ``agentcluster.debug: true`` in dask's configuration shows all.
+Users are shown the sentence and their own line: the calls that they make drop the frames behind them, see
+:func:`in_short`, and IPython asks the error itself. ``agentcluster.debug: true`` in dask's configuration shows all.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
 import linecache
 import traceback
-from collections.abc import Callable, Iterable, Mapping
-from types import FrameType
+from collections.abc import Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 __all__ = [
@@ -382,7 +380,10 @@ class VersionMismatch(ConfigError):
 # -- how they are shown ------------------------------------------------------------------------------------------------
 
 #: Packages whose frames, and whose errors as causes, say nothing to a user.
-_MACHINERY = ("agentcluster", "distributed", "dask", "tornado", "asyncio", "concurrent", "asyncssh", "IPython")
+MACHINERY = frozenset(
+    ("agentcluster", "distributed", "dask", "tornado", "asyncio", "concurrent", "asyncssh", "IPython")
+    + ("functools", "contextlib")
+)
 
 
 def debugging() -> bool:
@@ -412,44 +413,14 @@ def in_short(error: AgentClusterError) -> AgentClusterError:
     return error.with_traceback(None)
 
 
-def at_border(function: Callable[P, T]) -> Callable[P, T]:
-    """Make a function that users call raise errors of this package :func:`in_short`.
-
-    Parameters
-    ----------
-    function
-        The function.
-    """
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return function(*args, **kwargs)
-        except AgentClusterError as error:
-            raise in_short(error) from error.__cause__
-
-    return call
-
-
 def _is_users(error: BaseException | None) -> bool:
     """Return whether an error is of a class that the user, or a library of his, has defined."""
     return error is not None and type(error).__module__.partition(".")[0] not in (
-        *_MACHINERY,
+        *MACHINERY,
         "builtins",
         "socket",
         "ssl",
     )
-
-
-def is_machinery(frame: FrameType) -> bool:
-    """Return whether a frame is one of this package, of dask, or of what they run in.
-
-    Parameters
-    ----------
-    frame
-        The frame.
-    """
-    return _package(str(frame.f_globals.get("__name__", ""))) in (*_MACHINERY, "functools", "contextlib")
 
 
 def _package(module: str) -> str:
@@ -458,7 +429,11 @@ def _package(module: str) -> str:
 
 def _users_line(error: BaseException) -> list[str]:
     """Return the place of the innermost frame that is the user's, and its line."""
-    frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if not is_machinery(frame)]
+    frames = [
+        (frame, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if _package(str(frame.f_globals.get("__name__", ""))) not in MACHINERY
+    ]
     if not frames:
         return []
     frame, number = frames[-1]

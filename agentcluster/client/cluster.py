@@ -9,6 +9,7 @@ and shows them.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import math
@@ -28,10 +29,19 @@ from distributed.utils import Log, Logs
 from tornado.ioloop import IOLoop
 
 from agentcluster.client.adaptive import AgentAdaptive
-from agentcluster.client.arguments import (
+from agentcluster.client.calls import Plain, SchedulerCalls
+from agentcluster.client.display import Display, NodeView
+from agentcluster.client.hosts import Hosts
+from agentcluster.client.interface import (
     AnyMode,
+    AsyncT,
+    MaybeAsync,
     ModeFunction,
     NodeSelection,
+    at_border,
+    at_line,
+    begun,
+    callers_line,
     first_modes,
     launcher_at,
     of_all_hosts,
@@ -45,16 +55,6 @@ from agentcluster.client.arguments import (
     parse_worker_options,
     parse_workers,
     refuse_keywords,
-)
-from agentcluster.client.calls import Plain, SchedulerCalls
-from agentcluster.client.display import Display, NodeView
-from agentcluster.client.hosts import Hosts
-from agentcluster.client.interface import (
-    AsyncT,
-    MaybeAsync,
-    at_line,
-    begun,
-    callers_line,
     synced,
 )
 from agentcluster.client.processes import (
@@ -69,7 +69,7 @@ from agentcluster.client.processes import (
 from agentcluster.client.rollouts import RolloutControl, parse_status, watch
 from agentcluster.client.scaling import Request, Scaling, resource_name
 from agentcluster.config import Config, warn_untested
-from agentcluster.errors import ConfigError, SchedulerUnfit, at_border
+from agentcluster.errors import AgentClusterError, ConfigError, SchedulerUnfit, in_short
 from agentcluster.launch import Host, launchers_for
 from agentcluster.launch.protocol import Launcher
 from agentcluster.model import Mode, RolloutStatus
@@ -714,7 +714,6 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
     def adapt(
         self, Adaptive: type[AdaptiveT], minimum: float = 0, maximum: float = ..., **options: Any
     ) -> AdaptiveT: ...
-    @at_border
     def adapt(
         self,
         Adaptive: type[distributed.deploy.adaptive.Adaptive] = AgentAdaptive,
@@ -777,9 +776,12 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
             "minimum_memory": minimum_memory,
             "maximum_memory": maximum_memory,
         }
-        if issubclass(Adaptive, AgentAdaptive):
-            return Cluster.adapt(self, Adaptive, **limits, **kwargs)
-        return super().adapt(Adaptive, **limits, **kwargs)
+        # SpecCluster's own turns limits of cores and memory into numbers of workers, which ours does itself.
+        adapt = functools.partial(Cluster.adapt, self) if issubclass(Adaptive, AgentAdaptive) else super().adapt
+        try:
+            return adapt(Adaptive, **limits, **kwargs)
+        except AgentClusterError as error:
+            raise in_short(error) from error.__cause__
 
     @at_border
     def request(self, *, timeout: str | float = "5 minutes", **resources: int) -> Request:

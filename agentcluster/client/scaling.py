@@ -14,8 +14,8 @@ from distributed.deploy.adaptive import Adaptive
 from agentcluster import modes
 from agentcluster.client.adaptive import AgentAdaptive
 from agentcluster.client.calls import ScaleAnswer
-from agentcluster.client.interface import warn
-from agentcluster.errors import ConfigError, at_border
+from agentcluster.client.interface import at_border, warn
+from agentcluster.errors import ConfigError
 from agentcluster.model import Hardware
 from agentcluster.reports import AdaptiveLog, NodeSnapshot, RolloutReport, ScaleReport
 from agentcluster.requests import ScaleTarget

@@ -18,7 +18,7 @@ from agentcluster.errors import ConfigError, ModeRefused, suggest
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.modes import builtin, spec
 from agentcluster.modes.builtin import NodeHardware, Workers, warn_of_overcommit
-from agentcluster.modes.checks import (
+from agentcluster.modes.options import (
     CheckedOptions,
     OptionPath,
     Options,
@@ -26,8 +26,8 @@ from agentcluster.modes.checks import (
     check_sendable,
     parse_json,
     shown,
+    worker_keywords,
 )
-from agentcluster.modes.options import worker_keywords
 from agentcluster.wire import from_wire, to_wire
 
 __all__ = ["GROUP", "Workers", "named", "names", "parse", "plan", "try_plan", "worker_keywords"]

@@ -15,7 +15,10 @@ from distributed.deploy.utils import nprocesses_nthreads
 
 from agentcluster.errors import ModeRefused
 from agentcluster.model import Gpu, Hardware, WorkerSpec
-from agentcluster.modes.checks import (
+from agentcluster.modes.options import (
+    COMMON,
+    CUDA_WORKER,
+    NANNY,
     Check,
     CheckedOptions,
     OptionPath,
@@ -23,16 +26,11 @@ from agentcluster.modes.checks import (
     check_devices,
     check_flag,
     check_mapping,
+    check_options,
     check_positive,
     check_worker_count,
     memory_amount,
     shown,
-)
-from agentcluster.modes.options import (
-    COMMON,
-    CUDA_WORKER,
-    NANNY,
-    check_options,
 )
 
 #: Workers of a node, in the order of their names.

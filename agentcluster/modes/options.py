@@ -1,27 +1,50 @@
-"""Options of a mode as a whole, and the keywords that worker classes accept; :mod:`.checks` has the single values."""
+"""Options of modes: checks of their values, messages about them, and the keywords that worker classes accept.
+
+A check takes the path of an option and its value, and returns the value as plain data, or raises :class:`ConfigError`
+that names the option, the value and what is allowed. Checking a checked value returns the same, so that a mode can be
+parsed in each process that receives it. No check knows a node; :mod:`agentcluster.modes.builtin` decides what a value
+means on one.
+"""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import importlib.util
 import inspect
+import json
+import math
+import numbers
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
+
+from distributed.utils import parse_ports
 
 from agentcluster.errors import ConfigError
-from agentcluster.modes.checks import (
-    Check,
-    CheckedOptions,
-    OptionPath,
-    Options,
-    check_env,
-    check_known,
-    check_memory_limit,
-    check_positive,
-    check_resources,
-    check_sendable,
-)
+from agentcluster.units import parse_nbytes, parse_seconds
+from agentcluster.wire import plain
+
+#: Options by name. Their values are of many types: each mode, and each worker class, has its own.
+Options = Mapping[str, Any]
+
+#: Options that are set, as plain data.
+CheckedOptions = dict[str, Any]
+
+#: Length at which a value's repr is cut in a message.
+SHOWN = 200
+
+#: Most workers that one node may be asked for: each is a process, and more is a typing error.
+MOST_WORKERS = 10_000
+
+#: Greatest number of threads of a worker, or of anything else that is counted.
+MOST = 1_000_000
+
+#: Least bytes of a worker's memory limit: less is a typing error, such as 4 for "4 GiB".
+LEAST_MEMORY = 2**20
 
 _JOINS = "workers join the scheduler that their agent joined"
 
@@ -35,6 +58,577 @@ RESERVED: Mapping[str, str] = {
     "nanny": "the agent ties each worker to its nanny",
     "security": "workers use their agent's credentials; set them with AgentCluster(security=…) or dask-agent --tls-*",
 }
+
+
+# -- paths and messages ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OptionPath:
+    """Path of an option, as the user typed it, for messages.
+
+    Attributes
+    ----------
+    mode
+        Name of the mode.
+    keys
+        Names of the option and of those that it is in, outermost first; () for the mode itself.
+    of
+        Word before the name of the mode; "" where the options are those of an argument, whose name stands for a mode's.
+    """
+
+    mode: str
+    keys: tuple[str, ...] = ()
+    of: str = "mode "
+
+    @property
+    def key(self) -> str | None:
+        """Names with dots between them; None for the mode itself."""
+        return ".".join(self.keys) or None
+
+    def __str__(self) -> str:
+        owner = f"{self.of}{self.mode!r}" if self.of else self.mode
+        return f"{owner}, option {self.key!r}" if self.keys else owner
+
+    def at(self, key: str) -> OptionPath:
+        """Return the path of an option within this one.
+
+        Parameters
+        ----------
+        key
+            Name of the option.
+        """
+        return replace(self, keys=(*self.keys, key))
+
+    def error(self, problem: str) -> ConfigError:
+        """Return an error about this option.
+
+        Parameters
+        ----------
+        problem
+            The message after the option's path.
+        """
+        return ConfigError(f"{self}: {problem}", key=self.key)
+
+    def not_allowed(self, value: object, allowed: str) -> ConfigError:
+        """Return an error about a value.
+
+        Parameters
+        ----------
+        value
+            The value.
+        allowed
+            Description of the values that are allowed.
+        """
+        return self.error(f"{shown(value)} is not allowed; give {allowed}")
+
+    def unknown(self, key: str, known: Collection[str], keywords: Collection[str] = (), cls: str = "") -> ConfigError:
+        """Return an error about the name of an option, with the closest name that is allowed.
+
+        Parameters
+        ----------
+        key
+            The name.
+        known
+            Names that are allowed.
+        keywords, cls
+            Further names, and the class whose keywords they are.
+        """
+        close = difflib.get_close_matches(key, sorted({*known, *keywords}), n=1)
+        listed = ", ".join(sorted(known)) or "none"
+        more = f" and any keyword of {cls}" if cls else ""
+        hint = f"did you mean {close[0]!r}? Allowed" if close else "allowed"
+        return ConfigError(f"{self}: unknown option {key!r}; {hint}: {listed}{more}", key=self.at(key).key)
+
+
+def shown(value: object) -> str:
+    """Return a value's repr, cut where it is too long for a message.
+
+    Parameters
+    ----------
+    value
+        The value.
+    """
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+
+
+# -- checks of single values -------------------------------------------------------------------------------------------
+
+#: Returns the checked value of an option, or raises :class:`ConfigError`.
+Check = Callable[[OptionPath, object], object]
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Return whether a value is a whole number, and no bool.
+
+    Parameters
+    ----------
+    value
+        The value.
+    """
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether a value is a number that a float can hold, and no bool.
+
+    Parameters
+    ----------
+    value
+        The value.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def check_positive(path: OptionPath, value: object) -> int:
+    """Check a whole number of at least 1.
+
+    Parameters
+    ----------
+    path, value
+        The option.
+
+    Raises
+    ------
+    ConfigError
+        For another value.
+    """
+    if not is_whole(value) or value < 1:
+        raise path.not_allowed(value, "a whole number of at least 1")
+    if value > MOST:
+        raise path.not_allowed(value, f"at most {MOST}")
+    return int(value)
+
+
+def check_flag(path: OptionPath, value: object) -> bool:
+    """Check a bool; 0 and "no" are none.
+
+    Parameters
+    ----------
+    path, value
+        The option.
+
+    Raises
+    ------
+    ConfigError
+        For another value.
+    """
+    if not isinstance(value, bool):
+        raise path.not_allowed(value, "True or False")
+    return value
+
+
+def check_worker_count(path: OptionPath, value: object) -> int | str:
+    """Check a number of workers as ``dask worker --nworkers`` takes it.
+
+    Parameters
+    ----------
+    path, value
+        The option.
+
+    Returns
+    -------
+    int or str
+        ``"auto"``, or a number; one below 0 counts down from the number of cores.
+
+    Raises
+    ------
+    ConfigError
+        For another value.
+    """
+    if isinstance(value, str) and value == "auto":
+        return value
+    if not is_whole(value) or value == 0:
+        raise path.not_allowed(value, "a whole number of at least 1, 'auto', or a negative one (cores + 1 + nworkers)")
+    return _bounded(path, int(value))
+
+
+def check_repetitions(path: OptionPath, value: object) -> int:
+    """Check the number of times that a worker is repeated on a node.
+
+    Parameters
+    ----------
+    path, value
+        The option.
+
+    Raises
+    ------
+    ConfigError
+        For another value than a whole number from 1 to :data:`MOST_WORKERS`.
+    """
+    return _bounded(path, check_positive(path, value))
+
+
+def _bounded(path: OptionPath, nworkers: int) -> int:
+    if nworkers > MOST_WORKERS:
+        raise path.not_allowed(nworkers, f"at most {MOST_WORKERS} workers a node")
+    return nworkers
+
+
+def memory_amount(value: object) -> float | int | None:
+    """Read a memory limit as :func:`distributed.worker_memory.parse_memory_limit` does, without the node's memory.
+
+    Parameters
+    ----------
+    value
+        The limit.
+
+    Returns
+    -------
+    float, int or None
+        A float is a fraction of the node's memory, an int bytes (0: no limit), None the default share.
+
+    Raises
+    ------
+    ValueError
+        When `value` is none of them.
+    """
+    if value is None:
+        return 0
+    if isinstance(value, str):
+        if value == "auto":
+            return None
+        try:
+            value = float(value)
+        except ValueError:
+            return parse_nbytes("memory_limit", value)
+    if not is_number(value) or value < 0:
+        raise ValueError(value)
+    # As in dask, 1 is all of the node's memory and not one byte.
+    return float(value) if 0 < value <= 1 else int(value)
+
+
+def check_memory_limit(path: OptionPath, value: object) -> int | float | str:
+    """Check a memory limit; it stays as the user wrote it, since a fraction means other bytes on every node.
+
+    Parameters
+    ----------
+    path, value
+        The option.
+
+    Raises
+    ------
+    ConfigError
+        For a value that :func:`memory_amount` cannot read.
+    """
+    try:
+        amount = memory_amount(value)
+    except ValueError:
+        allowed = "bytes, text such as '4GiB', a fraction of the node's memory up to 1.0, 'auto', or 0 for no limit"
+        raise path.not_allowed(value, allowed) from None
+    if is_whole(amount) and 0 < amount < LEAST_MEMORY:
+        raise path.not_allowed(value, f"at least {LEAST_MEMORY} bytes, such as '{amount} GiB', or 0 for no limit")
+    if is_whole(value) and value == 1:
+        raise path.not_allowed(value, "1.0 for all of the node's memory, or text such as '1 GiB'")
+    if value is None:
+        return 0
+    if isinstance(value, str):
+        return value
+    assert is_number(value)
+    return int(value) if is_whole(value) else float(value)
+
+
+def check_resources(path: OptionPath, value: object) -> dict[str, float]:
+    """Check abstract resources.
+
+    Parameters
+    ----------
+    path, value
+        The option: amounts by name, or text as the command line takes it, such as ``"GPU=2 MEM=10e9"``.
+
+    Raises
+    ------
+    ConfigError
+        For another value.
+    """
+    allowed = "amounts by name, such as {'GPU': 2}, or text such as 'GPU=2 MEM=10e9'"
+    amounts = value
+    if isinstance(value, str):
+        pairs = [pair.partition("=") for pair in value.replace(",", " ").split()]
+        try:
+            amounts = {name: float(amount) for name, _, amount in pairs}
+        except ValueError:
+            raise path.not_allowed(value, allowed) from None
+    if not isinstance(amounts, Mapping):
+        raise path.not_allowed(value, allowed)
+    for name, amount in amounts.items():
+        if not isinstance(name, str) or not name or not is_number(amount) or amount < 0:
+            raise path.not_allowed({name: amount}, allowed)
+    return {name: float(amount) for name, amount in amounts.items()}
+
+
+def check_env(path: OptionPath, value: object) -> dict[str, str]:
+    """Check environment variables.
+
+    Parameters
+    ----------
+    path, value
+        The option: text or numbers by name.
+
+    Raises
+    ------
+    ConfigError
+        For another value.
+    """
+    allowed = "text or numbers by variable name, such as {'OMP_NUM_THREADS': 1}"
+    if not isinstance(value, Mapping):
+        raise path.error(f"a value of type {type(value).__name__} is not allowed; give {allowed}")  # no secret is shown
+    for name, text in value.items():
+        if not isinstance(name, str) or not name or "=" in name or "\0" in name:
+            raise path.not_allowed(name, allowed)
+        if not (isinstance(text, str) and "\0" not in text) and not is_number(text):
+            raise path.at(name).error(
+                f"a value of type {type(text).__name__} is not allowed; give a number, or text without NUL"
+            )
+    return {name: str(text) for name, text in value.items()}
+
+
+def check_labels(path: OptionPath, value: object) -> dict[str, str]:
+    """Check labels of a host.
+
+    Parameters
+    ----------
+    path, value
+        The option: text by name.
+
+    Raises
+    ------
+    ConfigError
+        For another value.
+    """
+    if not isinstance(value, Mapping) or not all(isinstance(each, str) for each in (*value, *value.values())):
+        raise path.not_allowed(value, "text by name, such as {'rack': 'a'}")
+    return dict(value)
+
+
+def check_devices(path: OptionPath, value: object) -> list[str]:
+    """Check a choice of GPUs.
+
+    Parameters
+    ----------
+    path, value
+        The option: a list, or comma-separated text, of indices or UUIDs as ``CUDA_VISIBLE_DEVICES`` takes them.
+
+    Raises
+    ------
+    ConfigError
+        For another value, or for a GPU that is named twice.
+    """
+    allowed = "a list of different GPUs, or comma-separated text, by index or UUID, such as [0, 1] or '0,1'"
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not items:
+        raise path.not_allowed(value, allowed)
+    if not all(isinstance(item, str) or (is_whole(item) and item >= 0) for item in items):
+        raise path.not_allowed(value, allowed)
+    ids = [str(item).strip() for item in items]
+    if "" in ids or len(set(ids)) < len(ids):
+        raise path.not_allowed(value, allowed)
+    return ids
+
+
+def check_sendable(path: OptionPath, value: object) -> object:
+    """Return any value as plain data; what is not plain is pickled.
+
+    Parameters
+    ----------
+    path, value
+        The option.
+
+    Raises
+    ------
+    ConfigError
+        When the value cannot be pickled.
+    """
+    try:
+        found: object = plain(value)
+    except Exception as error:  # cloudpickle lets pass whatever the object's own __reduce__ raises
+        raise path.error(f"{shown(value)} cannot be sent to the nodes: {error}") from error
+    return found
+
+
+def check_mapping(path: OptionPath, value: object, allowed: str) -> CheckedOptions:
+    """Check that a value is a mapping; its keys become text, as on the wire.
+
+    Parameters
+    ----------
+    path, value
+        The option.
+    allowed
+        Description of the mappings that are allowed.
+
+    Raises
+    ------
+    ConfigError
+        For another value, or for two keys with the same text.
+    """
+    if not isinstance(value, Mapping):
+        raise path.not_allowed(value, allowed)
+    texts = {str(key): item for key, item in value.items()}
+    if len(texts) < len(value):
+        raise path.not_allowed(value, "keys that differ as text")
+    return texts
+
+
+def parse_json(path: OptionPath, text: str) -> object:
+    """Parse JSON text.
+
+    Parameters
+    ----------
+    path
+        The option that has the text.
+    text
+        The text.
+
+    Raises
+    ------
+    ConfigError
+        When it is not JSON; with line and column.
+    """
+    try:
+        found: object = json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise path.error(f"the text is not JSON, {where}: {error.msg}; got {shown(text)}") from None
+    except RecursionError:
+        raise path.error("the text is JSON nested too deeply") from None
+    return found
+
+
+# -- checks of keywords of dask's workers ------------------------------------------------------------------------------
+
+
+def check_text(path: OptionPath, value: object) -> str:
+    """Check text, such as the name of a folder or of an interface.
+
+    Parameters
+    ----------
+    path, value
+        The option.
+
+    Raises
+    ------
+    ConfigError
+        For another value.
+    """
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise path.not_allowed(value, "text without NUL")
+    return value
+
+
+def check_path(path: OptionPath, value: object) -> str:
+    """Check the path of a file or a folder; it stays text.
+
+    Parameters
+    ----------
+    path, value
+        The option.
+
+    Raises
+    ------
+    ConfigError
+        For another value.
+    """
+    return check_text(path, str(value) if isinstance(value, os.PathLike) else value)
+
+
+def check_duration(path: OptionPath, value: object) -> object:
+    """Check a time; it stays as the user wrote it.
+
+    Parameters
+    ----------
+    path, value
+        The option.
+
+    Raises
+    ------
+    ConfigError
+        For another value.
+    """
+    parse_seconds(str(path), value, zero=True)
+    return plain(value)
+
+
+def check_ports(path: OptionPath, value: object) -> object:
+    """Check a port, or a range of them.
+
+    Parameters
+    ----------
+    path, value
+        The option: a number, text such as ``"9000:9010"``, or a list of numbers.
+
+    Raises
+    ------
+    ConfigError
+        For another value, and for a port above 65535.
+    """
+    try:
+        ports = parse_ports(value) if isinstance(value, int | str | Collection) and not isinstance(value, bool) else ()
+    except (ValueError, TypeError):
+        ports = ()
+    if not ports or not all(port is None or (is_whole(port) and 0 <= port < 65536) for port in ports):
+        raise path.not_allowed(value, "a port from 0 to 65535, or a range, such as 9000:9010")
+    return plain(value)
+
+
+def check_texts(path: OptionPath, value: object) -> object:
+    """Check text, or a list of texts.
+
+    Parameters
+    ----------
+    path, value
+        The option.
+
+    Raises
+    ------
+    ConfigError
+        For another value.
+    """
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) and "\0" not in item for item in items):
+        raise path.not_allowed(value, "text, or a list of texts")
+    return plain(value)
+
+
+#: Keywords of dask's workers, nannies and schedulers with a value of one type -> their check; None is "not set".
+KEYWORDS: Mapping[str, Check] = {
+    **dict.fromkeys(
+        ("host", "interface", "protocol", "contact_address", "listen_address", "scheduler_sni"), check_text
+    ),
+    **dict.fromkeys(("http_prefix", "dashboard_prefix"), check_text),
+    "local_directory": check_path,
+    **dict.fromkeys(("lifetime", "lifetime_stagger", "death_timeout", "heartbeat_interval"), check_duration),
+    **dict.fromkeys(("dashboard", "lifetime_restart"), check_flag),
+    **dict.fromkeys(("port", "worker_port", "nanny_port"), check_ports),
+    **dict.fromkeys(("preload", "preload_argv", "preload_nanny", "preload_nanny_argv"), check_texts),
+}
+
+
+def check_known(path: OptionPath, value: object) -> object:
+    """Check the value of a keyword of dask's workers, nannies or schedulers that is one of :data:`KEYWORDS`.
+
+    Parameters
+    ----------
+    path, value
+        The option; its last name is the keyword.
+
+    Returns
+    -------
+    object
+        The value; of another keyword as it is.
+
+    Raises
+    ------
+    ConfigError
+        For a value of another type than the keyword has.
+    """
+    check = KEYWORDS.get(path.keys[-1])
+    return value if check is None or value is None else check(path, value)
 
 
 # -- checks of all options ---------------------------------------------------------------------------------------------

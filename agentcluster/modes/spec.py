@@ -12,24 +12,22 @@ from collections.abc import Mapping, Sequence
 from agentcluster.errors import ConfigError, ModeRefused
 from agentcluster.model import WorkerSpec
 from agentcluster.modes.builtin import NodeHardware, Workers
-from agentcluster.modes.checks import (
-    CheckedOptions,
-    OptionPath,
-    Options,
-    check_mapping,
-    check_repetitions,
-    check_sendable,
-    parse_json,
-)
 from agentcluster.modes.options import (
     COMMON,
     NANNY,
     RESERVED,
     WORKER,
+    CheckedOptions,
+    OptionPath,
+    Options,
     canonical,
+    check_mapping,
     check_options,
+    check_repetitions,
+    check_sendable,
     import_path,
     known_keywords,
+    parse_json,
     reserved,
 )
 from agentcluster.wire import PICKLED

@@ -43,7 +43,7 @@ PURE = ("scheduler.planning", "modes", "model", "requests")
 IMPURE_IMPORTS = {"asyncio", "subprocess", "socket", "time", "threading", "distributed"}
 
 #: These call pure functions of distributed, or read the signatures of its classes.
-PURE_PART_OF_DISTRIBUTED = ("modes.checks", "modes.options", "modes.builtin")
+PURE_PART_OF_DISTRIBUTED = ("modes.options", "modes.builtin")
 
 
 @functools.cache

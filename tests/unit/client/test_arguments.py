@@ -9,7 +9,7 @@ import pytest
 from distributed import LocalCluster, Nanny, SpecCluster, SSHCluster
 
 from agentcluster import AgentCluster, Mode
-from agentcluster.client.arguments import (
+from agentcluster.client.interface import (
     first_modes,
     parse_mapping,
     parse_rollouts,
