@@ -381,8 +381,8 @@ class VersionMismatch(ConfigError):
 
 #: Packages whose frames, and whose errors as causes, say nothing to a user.
 MACHINERY = frozenset(
-    ("agentcluster", "distributed", "dask", "tornado", "asyncio", "concurrent", "asyncssh", "IPython")
-    + ("functools", "contextlib")
+    {"agentcluster", "distributed", "dask", "tornado", "asyncio", "concurrent", "asyncssh", "IPython"}
+    | {"functools", "contextlib"}
 )
 
 
@@ -415,12 +415,7 @@ def in_short(error: AgentClusterError) -> AgentClusterError:
 
 def _is_users(error: BaseException | None) -> bool:
     """Return whether an error is of a class that the user, or a library of his, has defined."""
-    return error is not None and type(error).__module__.partition(".")[0] not in (
-        *MACHINERY,
-        "builtins",
-        "socket",
-        "ssl",
-    )
+    return error is not None and _package(type(error).__module__) not in MACHINERY | {"builtins", "socket", "ssl"}
 
 
 def _package(module: str) -> str:

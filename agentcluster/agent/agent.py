@@ -158,6 +158,8 @@ class Agent(Server):
         The scheduler that the node belongs to.
     hardware : Hardware
         The hardware of the host.
+    first_mode : str or None
+        Name of the mode of the first workers, once they are there; None for a `lasting` agent.
     """
 
     def __init__(
@@ -204,6 +206,7 @@ class Agent(Server):
         # The host.
         self.node_name = str(self._membership.name if self._membership.name is not None else socket.gethostname())
         self.hardware = Hardware(self.node_name, 0, 0)
+        self.first_mode: str | None = None
         # The cluster that the node belongs to.
         self._registration: Registration | None = None
         self._joined = asyncio.Event()
@@ -261,8 +264,12 @@ class Agent(Server):
 
     async def _first_workers(self) -> None:
         """Wait for them, as whoever starts a worker by dask's protocol expects; close when none come."""
+
+        async def provisioned() -> None:
+            self.first_mode = await self.provisioned()
+
         try:
-            await _wait_for_first(self.provisioned(), self.finished())
+            await _wait_for_first(provisioned(), self.finished())
         except Exception as error:
             if isinstance(error, OSError) and not isinstance(error, TimeoutError):
                 return  # the scheduler has gone, and the agent ends after it

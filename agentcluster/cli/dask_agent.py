@@ -408,8 +408,7 @@ async def _live(agent: Agent | Standby, notify: Notifier) -> None:
         click.echo(f"Standing by at {agent.address}", err=True)
         notify(f"Listens at {agent.address} for a cluster to adopt it", state="READY")
     else:
-        mode = await agent.provisioned()
-        notify(f"Node {agent.node_name} of {agent.scheduler_address}, began with {mode}", state="READY")
+        notify(f"Node {agent.node_name} of {agent.scheduler_address}, began with {agent.first_mode}", state="READY")
     await agent.finished()
 
 

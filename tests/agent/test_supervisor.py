@@ -498,7 +498,7 @@ async def test_a_worker_that_waits_for_its_restart_can_be_stopped(supervise: Fac
 
 
 async def test_a_restart_on_demand_while_one_waits(supervise: Factory, scheduler: Scheduler) -> None:
-    supervisor = supervise(backoff=1.0)
+    supervisor = supervise(backoff=2.0)
     await supervisor.start({"n-0": worker()}, START)
     (ws,) = scheduler.workers.values()
     kill(supervisor, "n-0")
@@ -513,7 +513,7 @@ async def test_a_restart_on_demand_while_one_waits(supervise: Factory, scheduler
     removed = asyncio.Event()
     scheduler.add_plugin(Removal(removed), name="removal")
     with pytest.raises(TimeoutError):  # until after the waiting restart had its turn, which must leave this one alone
-        async with asyncio.timeout(1.5):
+        async with asyncio.timeout(2.5):
             await removed.wait()
     assert supervisor.runs("n-0", restarts=2)
     assert supervisor.state("n-0") == state
