@@ -476,6 +476,8 @@ async def unless_refused(call: Awaitable[T], address: str) -> T:
     finally:
         under_way.cancel()
         await asyncio.wait({under_way}, timeout=SUSPICION)
+        if under_way.done() and not under_way.cancelled():
+            under_way.exception()  # retrieved, where it was in vain
 
 
 async def _why_nobody(address: str, call: asyncio.Future[T]) -> str | None:

@@ -96,14 +96,18 @@ class NodeView:
                     await self._changed.wait()
                     await asyncio.sleep(GATHER)
             self._changed.clear()
+            news = self._cluster._watch_worker_status_task
+            silent = news is not None and news.done()
             try:
-                await unless_refused(self.refresh(), self._cluster.scheduler_address)
+                if silent:
+                    await unless_refused(self.refresh(), self._cluster.scheduler_address)
+                else:
+                    await self.refresh()
                 self.problem = None
             except OSError as error:
                 self.problem = f"cannot reach the scheduler: {error}"
                 logger.debug("Cannot ask the scheduler for its nodes: %s", error)
-                news = self._cluster._watch_worker_status_task
-                if news is not None and news.done():
+                if silent:
                     self._lose_scheduler()
                     return
 
