@@ -30,7 +30,7 @@ import difflib
 import linecache
 import traceback
 from collections.abc import Iterable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 __all__ = [
     "AgentClusterError",
@@ -49,10 +49,6 @@ __all__ = [
     "WorkerStartTimeout",
     "suggest",
 ]
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
 
 #: Number of names above which a message with a close one does not list them all.
 MANY = 16
@@ -87,6 +83,32 @@ def suggest(wrong: str, allowed: Iterable[str]) -> str:
         return f"did you mean {close[0]!r}?"
     listed = ", ".join(names) if names else "none"
     return f"did you mean {close[0]!r}? Allowed: {listed}" if close else f"allowed: {listed}"
+
+
+def by_reason(why: Iterable[tuple[str, str]], most: int | None = None) -> list[str]:
+    """Return each reason once, after the names of the nodes that have it.
+
+    Parameters
+    ----------
+    why
+        Name of a node, and its reason.
+    most
+        Greatest number of nodes that are named with one reason; the others are counted.
+
+    Examples
+    --------
+    >>> by_reason([("a", "it is lost"), ("b", "no GPU"), ("c", "it is lost")])
+    ['a, c: it is lost', 'b: no GPU']
+    """
+    nodes: dict[str, list[str]] = {}
+    for node, reason in why:
+        nodes.setdefault(reason, []).append(node)
+    return [f"{_listed(names, most)}: {reason}" for reason, names in nodes.items()]
+
+
+def _listed(names: list[str], most: int | None) -> str:
+    more = "" if most is None or len(names) <= most else f" and {len(names) - most} more"
+    return f"{', '.join(names[:most])}{more}"
 
 
 def one_line(error: BaseException) -> str:
@@ -205,10 +227,7 @@ class PreflightError(AgentClusterError, ValueError):
     """
 
     def __init__(self, mode: str, refusals: Mapping[str, str]) -> None:
-        nodes: dict[str, list[str]] = {}
-        for node, reason in refusals.items():
-            nodes.setdefault(reason, []).append(node)
-        reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in nodes.items())
+        reasons = "; ".join(by_reason(refusals.items()))
         what = "stop the workers" if mode == "none" else f"reprovision to {mode!r}"
         super().__init__(f"cannot {what}, nothing was changed: {reasons}")
         self.mode = mode

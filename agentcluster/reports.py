@@ -13,6 +13,7 @@ from typing import Any, Self, overload
 
 from dask.utils import format_bytes, format_time
 
+from agentcluster.errors import by_reason
 from agentcluster.model import NodeReport
 from agentcluster.tables import Markup, Tone, amounts, bar, count, grid, html_table, page, paragraph, text_table, toned
 from agentcluster.wire import from_wire
@@ -293,15 +294,14 @@ class RolloutReport:
         list of str
             One line each, with the nodes: why old workers went first, and tasks that no worker can run now.
         """
-        notes: dict[str, list[str]] = {}
+        notes = []
         for node in self.nodes.values():
             if node.because:
-                why = f"old workers {'go' if self.dry_run else 'went'} first: {node.because}"
-                notes.setdefault(why, []).append(node.node)
+                notes.append((node.node, f"old workers {'go' if self.dry_run else 'went'} first: {node.because}"))
             if node.bound:
-                why = f"these tasks have no worker left that can run them: {', '.join(node.bound)}"
-                notes.setdefault(why, []).append(node.node)
-        return [f"{', '.join(nodes)}: {note}" for note, nodes in notes.items()]
+                tasks = ", ".join(node.bound)
+                notes.append((node.node, f"these tasks have no worker left that can run them: {tasks}"))
+        return by_reason(notes)
 
     def summary(self) -> str:
         """Return the change in one line.

@@ -41,9 +41,6 @@ from agentcluster.wire import unpickled
 
 logger = logging.getLogger(__name__)
 
-#: Beginning of the problem of a worker whose time was up.
-LATE = "had not joined"
-
 #: Seconds between two looks at whether a worker's process is ready; dask's own 0.05 are a tenth of a swap.
 POLL = 0.01
 
@@ -175,13 +172,12 @@ class Supervisor:
             raise ConfigError("this node's agent ends, and starts no more workers")
         batch: dict[str, _Worker] = {}
         try:
-            failures = await self._start_all(specs, batch, timeout)
+            failures, late = await self._start_all(specs, batch, timeout)
         except BaseException:
             await self._discard(batch.values())
             raise
         if failures:
             await self._discard(batch.values())
-            late = all(each.startswith(LATE) for each in failures.values())
             raise (WorkerStartTimeout if late else WorkerStartError)("", failures)
         for worker in batch.values():
             worker.ready = True
@@ -331,8 +327,8 @@ class Supervisor:
 
     async def _start_all(
         self, specs: Mapping[str, WorkerSpec], batch: dict[str, _Worker], timeout: float
-    ) -> dict[str, str]:
-        """Build and start workers and add them to `batch`; return the problems of those that did not start."""
+    ) -> tuple[dict[str, str], bool]:
+        """Build and start workers and add them to `batch`; return problems of some, and whether all were only late."""
         failures: dict[str, str] = {}
         starts: dict[str, asyncio.Future[object]] = {}
         late: set[asyncio.Future[object]] = set()
@@ -353,13 +349,13 @@ class Supervisor:
                 start.cancel()
             await asyncio.gather(*late, return_exceptions=True)
         if failures:
-            return failures
+            return failures, False
         for name, start in starts.items():
             if start in late:
-                failures[name] = f"{LATE} {self.scheduler} after {timeout:g} s"
+                failures[name] = f"had not joined {self.scheduler} after {timeout:g} s"
             elif error := start.exception():
                 failures[name] = describe_error(error)
-        return failures
+        return failures, len(late) == len(failures)
 
     async def _watch(self, worker: _Worker) -> None:
         await worker.server.finished()

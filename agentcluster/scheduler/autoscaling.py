@@ -24,6 +24,7 @@ from distributed.protocol.pickle import dumps
 from distributed.scheduler import TaskState
 
 from agentcluster import modes
+from agentcluster.errors import by_reason
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.requests import AdaptiveRequest
 from agentcluster.scheduler.planning.binpacking import Packing, pack, select_hosts
@@ -314,7 +315,7 @@ class Autoscaler:
         why = [(node.name, self._reason(request, node, asked.modes or [node.plan.mode])) for node in nodes]
         why += [(name, "a standby host that would not have it either") for name in asked.reserve]
         example = f" ({request.example})" if request.example else ""
-        return f"{describe(request)}{example}, which no node has: {_by_reason(why) or 'there is none'}"
+        return f"{describe(request)}{example}, which no node has: {'; '.join(by_reason(why, NAMED)) or 'there is none'}"
 
     def _reason(self, request: ResourceRequest, node: Node, allowed: Sequence[Mode]) -> str:
         """Return the reason why a node cannot satisfy a request, if possible with a remedy."""
@@ -351,17 +352,6 @@ def _with_host_resources(node: Node, specs: Sequence[WorkerSpec]) -> tuple[Worke
 def _key(request: ResourceRequest) -> str:
     """Return the resources of a request as a key of the answer."""
     return str(sorted(request.resources.items()))
-
-
-def _by_reason(why: Iterable[tuple[str, str]]) -> str:
-    """Join the reasons of nodes; nodes with the same reason are named together."""
-    groups: dict[str, list[str]] = {}
-    for node, reason in why:
-        groups.setdefault(reason, []).append(node)
-    return "; ".join(
-        f"{', '.join(nodes[:NAMED])}{f' and {len(nodes) - NAMED} more' if len(nodes) > NAMED else ''}: {reason}"
-        for reason, nodes in groups.items()
-    )
 
 
 def describe(request: ResourceRequest) -> str:

@@ -467,8 +467,8 @@ class Swap:
         for name in self._leaving_nodes():
             present = self._record.present(self.changes[name].remove)
             if own := [progress[worker] for worker in present if worker in progress]:
-                facts = vars(NodeProgress.of(own))
-                self.context.events.node_step(name, str(facts.pop("step")), facts)
+                node = NodeProgress.of(own)
+                self.context.events.node_step(name, node.step, vars(node))
 
     def _leaving_nodes(self) -> list[str]:
         """Return the nodes that have workers that leave."""
