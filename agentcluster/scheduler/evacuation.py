@@ -23,6 +23,7 @@ from distributed.stealing import WorkStealing
 
 from agentcluster.model import NodeProgress
 from agentcluster.requests import Drain
+from agentcluster.scheduler.departures import STIMULUS
 from agentcluster.scheduler.planning.placement import choose_recipients
 from agentcluster.scheduler.preflight import holders, sole_replicas, workers_named
 
@@ -156,7 +157,7 @@ class _Leaving:
         self.names = frozenset(names)
         self.report = report
         self.keys, self.nbytes = sole_replicas(scheduler, names)
-        self.stimulus_id = f"agentcluster-evacuate-{time()}"
+        self.stimulus_id = f"{STIMULUS}{time()}"
         self.began = monotonic()
         self.drained: float | None = None
         self.rerun: dict[str, int] = {}

@@ -25,6 +25,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import WorkerState, WorkerStatusPlugin
 
 from agentcluster.model import WorkerSpec
+from agentcluster.scheduler.departures import Departures
 from agentcluster.scheduler.evacuation import SCATTER_CALLS, ScatterCalls
 from agentcluster.scheduler.planning.nodes import Node, Registry
 from agentcluster.wire import to_wire
@@ -60,7 +61,7 @@ def install(scheduler: Scheduler, registry: Registry, timeout: float) -> Externa
     """Replace the methods of a scheduler that answer cluster managers or receive data.
 
     ``retire_workers``, ``workers_to_close`` and ``adaptive_target`` then count in the managers' units, and ``scatter``
-    is tracked while it is under way. The handlers of the same names, which answer remote calls, are replaced with them.
+    is tracked while it is under way. Workers that a change has removed are answered until they end. The handlers of the same names, which answer remote calls, are replaced with them.
 
     Parameters
     ----------
@@ -79,11 +80,15 @@ def install(scheduler: Scheduler, registry: Registry, timeout: float) -> Externa
     scatters = ScatterCalls(scheduler.scatter)
     scheduler.add_plugin(counts, name="agentcluster-counts")
     scheduler.extensions[SCATTER_CALLS] = scatters
+    departures = Departures(scheduler)
+    scheduler.add_plugin(departures)
+    scheduler.stream_handlers["request-refresh-who-has"] = departures.refresh_who_has
     replaced: dict[str, Callable[..., Any]] = {
         "retire_workers": names.retire_workers,
         "workers_to_close": counts.workers_to_close,
         "adaptive_target": counts.adaptive_target,
         "scatter": scatters.scatter,
+        "heartbeat_worker": departures.heartbeat_worker,
     }
     for name, method in replaced.items():
         setattr(scheduler, name, method)

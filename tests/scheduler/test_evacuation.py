@@ -7,15 +7,17 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import ANY
 
 import dask
 import pytest
 import pytest_asyncio
 from distributed import Client, Event, Scheduler, Status, Worker, wait
 
-from agentcluster.model import NodeProgress
-from agentcluster.scheduler import evacuation
+from agentcluster.model import Mode, NodeProgress
+from agentcluster.scheduler import evacuation, managers
 from agentcluster.scheduler.evacuation import Evacuation, evacuate
+from agentcluster.scheduler.planning.nodes import Registry
 from agentcluster.scheduler.preflight import actors, stored_bytes, stranded
 from tests.support.waiting import wait_until
 
@@ -132,6 +134,26 @@ async def test_many_keys_of_several_workers_all_arrive(world: World) -> None:
     assert result.keys == {"a": 30, "b": 30}
     assert all(world.holders(key) == {"c"} for key in keys)
     assert await world.client.gather(world.kept) == list(range(60))
+
+
+async def test_what_a_removed_worker_still_says_is_no_fault(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    managers.install(world.scheduler, Registry(Mode("none")), LONG)
+    worker = world.workers["a"]
+    assert await evacuate(world.scheduler, ["a"], LONG) == Evacuation(keys={"a": 0}, nbytes={"a": 0}, drain=ANY)
+    key = await world.put("b", 1)
+    # It asks for a key that exists and for one that does not, and is alive in its own eyes.
+    worker.batched_send({"op": "request-refresh-who-has", "keys": [key, "gone"], "stimulus_id": "test"})
+    worker.log_event("test", "read")
+    await worker.heartbeat()
+    await wait_until(lambda: bool(world.scheduler.get_events("test")))  # the scheduler has read what was sent before
+    assert worker.status is Status.closing_gracefully
+    assert [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+    # One that is unknown for another reason ends, as in dask.
+    with caplog.at_level("WARNING"):
+        await world.scheduler.remove_worker(world.workers["b"].address, stimulus_id="test", close=False)
+        await world.workers["b"].heartbeat()
+    assert world.workers["b"].status is Status.closed
+    assert "unregistered worker" in caplog.text
 
 
 async def test_an_evacuated_worker_gets_no_more_tasks(world: World) -> None:
