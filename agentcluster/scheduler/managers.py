@@ -61,7 +61,8 @@ def install(scheduler: Scheduler, registry: Registry, timeout: float) -> Externa
     """Replace the methods of a scheduler that answer cluster managers or receive data.
 
     ``retire_workers``, ``workers_to_close`` and ``adaptive_target`` then count in the managers' units, and ``scatter``
-    is tracked while it is under way. Workers that a change has removed are answered until they end. The handlers of the same names, which answer remote calls, are replaced with them.
+    is tracked while it is under way. Workers that a change has removed are answered until they end. The handlers of the
+    same names, which answer remote calls, are replaced with them.
 
     Parameters
     ----------
