@@ -247,8 +247,10 @@ class NodeReport:
         Number of those that cannot be computed again.
     rerun
         Number of tasks that ran on old workers at the end of the drain timeout, and were run again elsewhere.
+    followed
+        Number of unfinished tasks that were bound to old workers, and are bound to the workers that came for them.
     bound
-        Tasks that no worker can run afterwards: key and restriction.
+        Tasks that no worker can run since then: key and restriction; in a dry run, those that none could run.
     start, drain, retire, stop
         Seconds that each step took.
     """
@@ -268,6 +270,7 @@ class NodeReport:
     given_up_nbytes: int = 0
     lost: int = 0
     rerun: int = 0
+    followed: int = 0
     bound: tuple[str, ...] = ()
     start: float = 0.0
     drain: float = 0.0

@@ -298,6 +298,9 @@ class RolloutReport:
         for node in self.nodes.values():
             if node.because:
                 notes.append((node.node, f"old workers {'go' if self.dry_run else 'went'} first: {node.because}"))
+            if node.followed:
+                bound = "will be bound" if self.dry_run else "were bound"
+                notes.append((node.node, f"{count(node.followed, 'task')} {bound} to the successors of old workers"))
             if node.bound:
                 tasks = ", ".join(node.bound)
                 notes.append((node.node, f"these tasks have no worker left that can run them: {tasks}"))
@@ -411,7 +414,19 @@ def _sum(first: NodeReport, then: NodeReport) -> NodeReport:
     )
 
 
-_SUMMED = ("keys", "nbytes", "given_up", "given_up_nbytes", "lost", "rerun", "start", "drain", "retire", "stop")
+_SUMMED = (
+    "keys",
+    "nbytes",
+    "given_up",
+    "given_up_nbytes",
+    "lost",
+    "rerun",
+    "followed",
+    "start",
+    "drain",
+    "retire",
+    "stop",
+)
 
 
 @dataclass(frozen=True, repr=False)

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 import dask
 from distributed import Scheduler
@@ -114,7 +115,7 @@ async def _adapt(cluster: AgentCluster) -> None:
 
 def main() -> int:
     """Print the numbers; return 1 when one is above its limit."""
-    with dask.config.set(QUIET):
+    with dask.config.set(QUIET), patch("distributed.scheduler.heartbeat_interval", return_value=3600):
         found = asyncio.run(measure())
     for way, files in found.items():
         print(f"{way}: {len(files)} files (at most {LIMITS[way]})")

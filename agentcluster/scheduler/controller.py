@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -35,6 +35,7 @@ from agentcluster.model import Mode, NodePlan, WorkerSpec
 from agentcluster.requests import AdaptiveRequest, RolloutPolicy, ScaleTarget
 from agentcluster.scheduler import preflight
 from agentcluster.scheduler.autoscaling import Autoscaler, DemandWatch, label
+from agentcluster.scheduler.departures import BINDINGS, Bindings
 from agentcluster.scheduler.managers import ExternalNames
 from agentcluster.scheduler.metrics import RolloutTotals
 from agentcluster.scheduler.planning.binpacking import Packing
@@ -92,6 +93,7 @@ class Controller:
         self.totals = RolloutTotals()
         self.demand = DemandWatch(scheduler, lambda: self.running is not None)
         self._names = names
+        self._bindings: Bindings = scheduler.extensions[BINDINGS]
         self._autoscaler = Autoscaler()
         self._turn = asyncio.Lock()
         # A lock goes with its last holder: names of nodes that left are not kept.
@@ -402,11 +404,11 @@ class Controller:
         self.running = rollout
         if label != "adapt":
             self._last = _Undo(rollout.before, self.registry.default, dict(self.registry.wanted))
-        bound = preflight.bound_tasks(self.scheduler, changes)
+        before = preflight.stranded_tasks(self.scheduler, changes)
         try:
             report = await rollout.run()
         except SwapError as error:
-            _add_bound(error.report or {}, bound)
+            self._add_bound(error.report or {}, changes, before)
             raise
         finally:
             self.running = None
@@ -414,8 +416,16 @@ class Controller:
             await self.events.notify()
         for name in changes:
             self.errors.pop(name, None)
-        _add_bound(report, bound)
+        self._add_bound(report, changes, before)
         return report
+
+    def _add_bound(self, report: Mapping[str, Any], changes: Mapping[str, NodeChange], before: Container[str]) -> None:
+        """Add the tasks that no worker can run since a change to its report."""
+        after = preflight.stranded_tasks(self.scheduler, changes)
+        bound = preflight.listed({key: task for key, task in after.items() if key not in before})
+        for name, node in report.get("nodes", {}).items():
+            if bound and changes[name].remove:
+                node["bound"] = bound
 
     def _rollout(self, label: str, changes: Mapping[str, NodeChange], policy: RolloutPolicy) -> RolloutRun:
         """Return a rollout that has not begun."""
@@ -427,7 +437,7 @@ class Controller:
             stop=self.config.stop_timeout,
         )
         events = RolloutEvents(self.scheduler, label, changes, self.events)
-        return RolloutRun(RolloutContext(self.scheduler, self._names, events, limits), changes, policy)
+        return RolloutRun(RolloutContext(self.scheduler, self._names, self._bindings, events, limits), changes, policy)
 
     async def _check(self, changes: Mapping[str, NodeChange], policy: RolloutPolicy) -> dict[str, NodeChange]:
         """Choose each node's strategy; raise all reasons why the changes are not possible as one error."""
@@ -460,14 +470,6 @@ class Controller:
             node.to("refused")
         node.problem = str(error)
         logger.warning("Node %s has no workers: %s", node.name, error)
-
-
-def _add_bound(report: Mapping[str, Any], bound: Mapping[str, list[str]]) -> None:
-    """Add the tasks that no worker can run afterwards to a report."""
-    nodes: dict[str, Answer] = report.get("nodes", {})
-    for name, node in nodes.items():
-        if name in bound:
-            node["bound"] = bound[name]
 
 
 def _named(change: NodeChange, dry_run: bool) -> NodeChange:

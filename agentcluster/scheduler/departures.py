@@ -1,26 +1,534 @@
-"""Workers that a change removed: answer what they still say until their processes end.
+"""Workers that leave: the tasks that are bound to them, the calls on their way to them, and what they still say.
 
-A worker is out of the scheduler some milliseconds before its process ends. What it says in between, a heartbeat or a
-question for the whereabouts of keys, dask takes for a fault, and logs a warning or a traceback.
+- :class:`Bindings`. ``client.submit(…, workers=[address])`` binds a task to a worker, and dask leaves it without a
+  worker for ever when that one has gone. Here it is bound to the worker's successors on the same node instead, and
+  ``workers=["node"]`` means the workers of a node. A worker that drains still takes the tasks that may run nowhere
+  else: tasks of a training wait for each other.
+- :class:`CallsInFlight`. A worker is not removed while data is sent to it, or ``client.run`` runs on it.
+- :class:`LateMessages`. A worker is out of the scheduler some milliseconds before its process ends; what it says in
+  between, dask takes for a fault.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any
+import asyncio
+import itertools
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
 from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.metrics import monotonic, time
+from distributed.scheduler import TaskState, WorkerState
+
+from agentcluster.errors import ConfigError
+from agentcluster.scheduler.planning.change import Lineage
+from agentcluster.scheduler.planning.nodes import Registry
+
+AnswerT = TypeVar("AnswerT")
+
+#: Keys of ``Scheduler.extensions`` under which the :class:`Bindings` and the :class:`CallsInFlight` are.
+BINDINGS, CALLS = "agentcluster-bindings", "agentcluster-calls"
 
 #: Start of the stimulus of a worker that a change removes.
 STIMULUS = "agentcluster-evacuate-"
+
+#: States of a task that no worker has, and of one that has not ended.
+UNPLACED = ("waiting", "queued", "no-worker")
+UNFINISHED = (*UNPLACED, "processing")
 
 #: Seconds for which a removed worker is answered; its agent ends its process much sooner.
 LATE = 60.0
 
 
-class Departures(SchedulerPlugin):
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Workers that a user bound a task to.
+
+    Attributes
+    ----------
+    workers
+        Addresses of workers.
+    nodes
+        Names of nodes: any of their workers.
+    hosts
+        Other texts, which dask takes for hosts.
+    """
+
+    workers: frozenset[str]
+    nodes: frozenset[str]
+    hosts: frozenset[str]
+
+
+class Bindings(SchedulerPlugin):
+    """Tasks that are bound to workers of nodes.
+
+    What the user asked for is kept beside the task; the restrictions that dask reads are computed from it whenever a
+    worker comes, leaves, or stops taking tasks. Tasks are found by the workers and nodes that they are bound to, so
+    that a change costs only as much as it has bound tasks.
+
+    Parameters
+    ----------
+    scheduler, registry
+        The scheduler and its nodes.
+
+    Attributes
+    ----------
+    tasks
+        Bound task -> what its user bound it to.
+    draining
+        Workers that take only the tasks that may run nowhere else.
+    closed
+        Workers that take no tasks, and leave.
+    """
+
+    name = BINDINGS
+
+    def __init__(self, scheduler: Scheduler, registry: Registry) -> None:
+        self.scheduler = scheduler
+        self.registry = registry
+        self.draining: set[WorkerState] = set()
+        self.closed: set[WorkerState] = set()
+        self._lineage = Lineage()
+        self.tasks: WeakKeyDictionary[TaskState, Binding] = WeakKeyDictionary()
+        self._bound_to: defaultdict[str, WeakSet[TaskState]] = defaultdict(WeakSet)
+        self._named: defaultdict[str, WeakSet[TaskState]] = defaultdict(WeakSet)
+        self._leaving: dict[str, list[str]] = {}
+        self._came: dict[str, tuple[str, ...]] = {}
+        self._valid_workers: Callable[[TaskState], set[WorkerState] | None] = scheduler.valid_workers
+
+    # -- doors ---------------------------------------------------------------------------------------------------------
+
+    def drain(self, workers: Iterable[WorkerState]) -> None:
+        """Let workers take only the tasks that may run nowhere else.
+
+        Parameters
+        ----------
+        workers
+            The workers; the scheduler does not count them as running.
+        """
+        self.draining.update(workers)
+
+    def cordon(self, workers: Collection[WorkerState]) -> None:
+        """Bind the tasks of workers that leave, and those that come for them, to their successors.
+
+        Parameters
+        ----------
+        workers
+            The workers.
+        """
+        self.draining.difference_update(workers)
+        self.closed.update(workers)
+        self._follow(ws.address for ws in workers)
+
+    def uncordon(self, workers: Collection[WorkerState]) -> None:
+        """Let workers that stay take all tasks again; those that were bound to them are again.
+
+        Parameters
+        ----------
+        workers
+            The workers.
+        """
+        self.draining.difference_update(workers)
+        self.closed.difference_update(workers)
+        self._follow(ws.address for ws in workers)
+
+    def valid_workers(self, ts: TaskState) -> set[WorkerState] | None:
+        """Return the workers that a task may run on, like ``Scheduler.valid_workers``.
+
+        Parameters
+        ----------
+        ts
+            The task.
+
+        Returns
+        -------
+        set of WorkerState or None
+            Workers that drain are among them where no other worker is valid; None when all running workers are.
+        """
+        valid = self._valid_workers(ts)
+        if valid is None or valid or not self.draining or ts.loose_restrictions:
+            return valid
+        added = self.draining - self.scheduler.running
+        self.scheduler.running |= added
+        try:
+            return self._valid_workers(ts)
+        finally:
+            self.scheduler.running -= added
+
+    # -- workers that come and leave -----------------------------------------------------------------------------------
+
+    def leave(self, node: str, names: Sequence[str]) -> None:
+        """Note that workers of a node leave.
+
+        Parameters
+        ----------
+        node
+            Name of the node.
+        names
+            Names of the workers, in the order of their slots.
+        """
+        by_name = self._by_name()
+        leaving = [(name, by_name[name].address) for name in names if name in by_name]
+        for name, address in leaving:
+            self._lineage.leave(address, name, node)
+        self._leaving[node] = [address for _, address in leaving]
+
+    def arrive(self, node: str, names: Sequence[str]) -> None:
+        """Note that workers of a node are there, in place of those that left last.
+
+        Parameters
+        ----------
+        node
+            Name of the node.
+        names
+            Names of the workers, in the order of their slots.
+        """
+        by_name = self._by_name()
+        there = [by_name[name].address for name in names if name in by_name]
+        self._came[node] = tuple(names)
+        self._lineage.succeed(self._leaving.pop(node, []), there)
+        self._follow([node, *self._lineage.of_node(node)])
+
+    def remove_worker(self, scheduler: Scheduler, worker: str, **facts: Any) -> None:
+        """Bind the tasks of a worker that is gone to its successors, if there are any.
+
+        Parameters
+        ----------
+        scheduler, worker, **facts
+            As dask passes them.
+        """
+        self.draining = {ws for ws in self.draining if ws.address != worker}
+        self.closed = {ws for ws in self.closed if ws.address != worker}
+        if self._lineage.departed(worker) is None and (found := self._owner(worker)):
+            self._lineage.leave(worker, *found)  # it crashed; its nanny may restart it
+        self._follow([worker])
+
+    def joined(self, name: str) -> None:
+        """Bind the tasks of a worker that its nanny has restarted, under another address, to it.
+
+        Parameters
+        ----------
+        name
+            Name of the worker.
+        """
+        if before := self._lineage.named(name):
+            self._follow([before])
+
+    def _owner(self, address: str) -> tuple[str, str] | None:
+        """Return the names of a worker and of its node, as its agent reported them."""
+        for node in self.registry.nodes.values():
+            for state in node.workers.values():
+                if state.address == address:
+                    return state.name, node.name
+        return None
+
+    def _by_name(self) -> dict[str, WorkerState]:
+        return {str(ws.name): ws for ws in self.scheduler.workers.values()}
+
+    def _of_node(self, node: str) -> list[str]:
+        """Return the addresses of the workers that a node has."""
+        if node not in self.registry.nodes:
+            return []
+        names = {*self.registry.nodes[node].plan.workers, *self._came.get(node, ())}
+        return [ws.address for name, ws in self._by_name().items() if name in names]
+
+    def _is_open(self, address: str) -> bool:
+        ws = self.scheduler.workers.get(address)
+        return ws is not None and ws not in self.closed
+
+    # -- tasks ---------------------------------------------------------------------------------------------------------
+
+    def update_graph(
+        self, scheduler: Scheduler, *, tasks: Iterable[Any], annotations: Mapping[str, Any], **facts: Any
+    ) -> None:
+        """Note the workers that new tasks are bound to, and bind them to the successors of those that are gone.
+
+        Parameters
+        ----------
+        scheduler, tasks, annotations, **facts
+            As dask passes them, before it chooses workers for the tasks.
+        """
+        if "workers" not in annotations and "restrictions" not in annotations:
+            return
+        for key in tasks:
+            ts = scheduler.tasks[key]
+            if ts.worker_restrictions or ts.host_restrictions:
+                self._bind(ts)
+
+    def _bind(self, ts: TaskState) -> None:
+        """Keep what a user bound a task to, and compute what dask is to read."""
+        workers = set(ts.worker_restrictions or ())
+        nodes, hosts = set(), set()
+        for host in ts.host_restrictions or ():
+            if address := self._lineage.named(host):
+                workers.add(address)
+            elif host in self.registry.nodes:
+                nodes.add(host)
+            else:
+                hosts.add(host)
+        binding = self.tasks[ts] = Binding(frozenset(workers), frozenset(nodes), frozenset(hosts))
+        if _Joins.name not in self.scheduler.plugins:
+            self.scheduler.add_plugin(_Joins(self))
+        for place in itertools.chain(workers, nodes):
+            self._bound_to[place].add(ts)
+        self._named[ts.prefix.name].add(ts)
+        self._restrict(ts, binding)
+
+    def _restrict(self, ts: TaskState, binding: Binding) -> bool:
+        """Write the restrictions of a task; return whether they are others than before."""
+        if ts.annotations and "shuffle_original_restrictions" in ts.annotations:
+            return False  # dask binds it for a shuffle, which begins again where a worker of it leaves
+        found: set[str] = set()
+        for address in binding.workers:
+            found |= self.resolve(address) or {address}
+        for node in binding.nodes:
+            found |= set(self._of_node(node))
+        # Without a worker of the node it waits for one.
+        hosts = binding.hosts if found or not binding.nodes else binding.hosts | binding.nodes
+        before = ts.worker_restrictions, ts.host_restrictions
+        ts.worker_restrictions, ts.host_restrictions = found or None, set(hosts) or None
+        for address in found - binding.workers:
+            self._bound_to[address].add(ts)
+        return before != (ts.worker_restrictions, ts.host_restrictions)
+
+    def resolve(self, address: str) -> frozenset[str]:
+        """Return the workers that a task bound to an address may run on.
+
+        Parameters
+        ----------
+        address
+            Address of a worker that is there or has gone.
+
+        Returns
+        -------
+        frozenset of str
+            Addresses; empty when the worker has gone and nothing came in its place.
+        """
+        departed = self._lineage.departed(address)
+        if departed is not None and not departed.successors:
+            again = self.scheduler.aliases.get(departed.name)
+            if again is not None and self._is_open(again):
+                return frozenset({again})
+        return self._lineage.resolve(address, self._is_open, self._of_node)
+
+    def present(self, worker: Any) -> list[Any]:
+        """Return what a user means by a worker: itself, its successors if it has gone, or the workers of a node.
+
+        Parameters
+        ----------
+        worker
+            Address or name of a worker, or name of a node.
+
+        Returns
+        -------
+        list
+            Addresses; the argument itself where nothing is known of it.
+        """
+        if worker in self.scheduler.workers or worker in self.scheduler.aliases or not isinstance(worker, str):
+            return [worker]
+        return sorted(self.resolve(self._lineage.named(worker) or worker)) or self._of_node(worker) or [worker]
+
+    def departed(self, address: str) -> str | None:
+        """Describe a worker that has gone; return None when there was none at this address.
+
+        Parameters
+        ----------
+        address
+            Address of a worker.
+        """
+        if (departed := self._lineage.departed(address)) is None:
+            return None
+        there = ", ".join(sorted(self.resolve(address))) or "nothing"
+        return f"{departed.name} of node {departed.node}, in whose place there is {there}"
+
+    def bound_to(self, places: Iterable[str]) -> set[TaskState]:
+        """Return the tasks that are bound to workers or to nodes.
+
+        Parameters
+        ----------
+        places
+            Addresses of workers, of those that have gone too, and names of nodes.
+        """
+        return {ts for place in places if place in self._bound_to for ts in self._bound_to[place]}
+
+    def of_nodes(self, nodes: Iterable[str]) -> set[TaskState]:
+        """Return the tasks that are bound to nodes, to their workers, or to those that left them.
+
+        Parameters
+        ----------
+        nodes
+            Names of nodes.
+        """
+        names = list(nodes)
+        return self.bound_to(
+            [*names, *itertools.chain.from_iterable((*self._of_node(n), *self._lineage.of_node(n)) for n in names)]
+        )
+
+    def following(self, address: str) -> int:
+        """Count the unfinished tasks that are bound to the successors of a worker, and not to it.
+
+        Parameters
+        ----------
+        address
+            Address of the worker.
+        """
+        bound = (ts for ts in self.bound_to([address]) if ts.state in UNFINISHED)
+        return sum(1 for ts in bound if ts.worker_restrictions and address not in ts.worker_restrictions)
+
+    def awaited(self, workers: Iterable[str]) -> int:
+        """Count the tasks bound to workers that are not begun, though others of their gang are.
+
+        A gang is the tasks of one name that are bound to one worker each, and not all to the same: those of a
+        distributed training wait for each other.
+
+        Parameters
+        ----------
+        workers
+            Addresses of workers.
+        """
+        return sum(1 for ts in self.bound_to(workers) if ts.state in UNPLACED and self._has_begun(ts))
+
+    def _has_begun(self, ts: TaskState) -> bool:
+        """Return whether another task of a task's gang runs on another worker."""
+        mine = ts.worker_restrictions or set()
+        if len(mine) != 1 or ts.loose_restrictions:
+            return False
+        gang = (each for each in self._named[ts.prefix.name] if each.state == "processing")
+        return any(each.worker_restrictions not in (None, mine) and len(each.worker_restrictions) == 1 for each in gang)
+
+    def _follow(self, places: Iterable[str]) -> None:
+        """Bind the tasks that are bound to workers or nodes anew, and start those that wait for a worker."""
+        ready: dict[Any, Any] = {}
+        for ts in self.bound_to(places):
+            if self._restrict(ts, self.tasks[ts]) and ts.state == "no-worker":
+                ready[ts.key] = "processing"
+        if ready:
+            self.scheduler.transitions(ready, f"{BINDINGS}-follow")
+
+
+class _Joins(SchedulerPlugin):
+    """Tell of workers that join; in the scheduler once a task is bound, since nobody else asks."""
+
+    name = f"{BINDINGS}-joins"
+
+    def __init__(self, bindings: Bindings) -> None:
+        self._bindings = bindings
+
+    def add_worker(self, scheduler: Scheduler, worker: str) -> None:
+        self._bindings.joined(str(scheduler.workers[worker].name))
+
+
+# -- calls -------------------------------------------------------------------------------------------------------------
+
+
+class CallsInFlight:
+    """Calls on workers that are under way: ``scatter``, whose data is on no worker until it has arrived, and ``run``.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler, whose own methods are called.
+    bindings
+        Know the workers that have gone, and those that take no calls any more.
+    """
+
+    def __init__(self, scheduler: Scheduler, bindings: Bindings) -> None:
+        self.scheduler = scheduler
+        self._bindings = bindings
+        self._calls: dict[asyncio.Future[None], frozenset[str] | None] = {}
+        self._scatter: Callable[..., Awaitable[list[Any]]] = scheduler.scatter
+        self._broadcast: Callable[..., Awaitable[dict[str, Any]]] = scheduler.broadcast
+
+    async def scatter(self, data: Any, workers: Iterable[Any] | None, *args: Any, **kwargs: Any) -> list[Any]:
+        """Call ``Scheduler.scatter``; of workers that have gone the successors get the data.
+
+        Parameters
+        ----------
+        data, workers, *args, **kwargs
+            Arguments of ``Scheduler.scatter``.
+
+        Returns
+        -------
+        list
+            Keys of the data.
+        """
+        if workers is not None:
+            workers = list(itertools.chain.from_iterable(map(self._bindings.present, workers)))
+        return await self._tracked(self._scatter(data, workers, *args, **kwargs), None)
+
+    async def broadcast(
+        self, *, msg: Mapping[str, Any], workers: Collection[str] | None = None, **how: Any
+    ) -> dict[str, Any]:
+        """Call ``Scheduler.broadcast``, without the workers that are about to leave unless they are named.
+
+        Parameters
+        ----------
+        msg, workers, **how
+            Arguments of ``Scheduler.broadcast``.
+
+        Returns
+        -------
+        dict
+            Address of a worker -> its answer.
+
+        Raises
+        ------
+        ConfigError
+            When a worker that is named has gone.
+        """
+        closed = {ws.address for ws in self._bindings.closed}
+        if workers is None and not how.get("hosts") and closed:
+            workers = [address for address in self.scheduler.workers if address not in closed]
+        for address in workers or ():
+            if address not in self.scheduler.workers and (found := self._bindings.departed(address)):
+                raise ConfigError(f"worker {address} ({found}) has gone; name the workers that are there now")
+        asked = frozenset(self.scheduler.workers if workers is None else workers)
+        return await self._tracked(self._broadcast(msg=msg, workers=workers, **how), asked)
+
+    async def _tracked(self, call: Awaitable[AnswerT], workers: frozenset[str] | None) -> AnswerT:
+        """Await a call; `workers` are those that answer it, None for data that is sent to any."""
+        under_way = asyncio.get_running_loop().create_future()
+        self._calls[under_way] = workers
+        try:
+            return await call
+        finally:
+            del self._calls[under_way]
+            under_way.set_result(None)
+
+    def on(self, workers: Iterable[str]) -> int:
+        """Count the calls that workers answer.
+
+        Parameters
+        ----------
+        workers
+            Addresses of workers.
+        """
+        there = set(workers)
+        return sum(1 for asked in self._calls.values() if asked is not None and not there.isdisjoint(asked))
+
+    async def scattered(self, timeout: float) -> None:
+        """Wait until the data that is being sent now has arrived.
+
+        Parameters
+        ----------
+        timeout
+            Greatest number of seconds to wait.
+        """
+        if scatters := [call for call, asked in self._calls.items() if asked is None]:
+            await asyncio.wait(scatters, timeout=timeout)
+
+
+# -- last words --------------------------------------------------------------------------------------------------------
+
+
+class LateMessages(SchedulerPlugin):
     """Keep the addresses of workers that changes removed, and answer their last messages.
 
     Parameters
@@ -29,7 +537,7 @@ class Departures(SchedulerPlugin):
         The scheduler.
     """
 
-    name = "agentcluster-departures"
+    name = "agentcluster-late-messages"
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler

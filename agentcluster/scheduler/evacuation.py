@@ -3,8 +3,8 @@
 The only module that changes the scheduler's own state of workers. ``Scheduler.retire_workers`` polls once in 0.25 s or
 more when a worker holds 100 keys, has no deadline, does not wait for running tasks, and counts a worker as empty though
 a task has just ended there. :func:`evacuate` uses the same means (``acquire-replicas``, work stealing): a leaving
-worker is cordoned, gives away the tasks that it has not begun, gets time for those that it runs, and is removed in the
-same step of the event loop that finds no sole replica of a key on it.
+worker is cordoned, gives away the tasks that it has not begun and others may run, gets time for the rest, takes none
+any more, and is removed in the same step of the event loop that finds no sole replica of a key on it.
 """
 
 from __future__ import annotations
@@ -12,23 +12,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from distributed import Scheduler, Status
+from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.metrics import monotonic, time
 from distributed.scheduler import TaskState, WorkerState
 from distributed.stealing import WorkStealing
 
 from agentcluster.model import NodeProgress
 from agentcluster.requests import Drain
-from agentcluster.scheduler.departures import STIMULUS
+from agentcluster.scheduler.departures import BINDINGS, CALLS, STIMULUS, Bindings, CallsInFlight
 from agentcluster.scheduler.planning.placement import choose_recipients
 from agentcluster.scheduler.preflight import holders, sole_replicas, workers_named
-
-#: Key of ``Scheduler.extensions`` under which the :class:`ScatterCalls` are.
-SCATTER_CALLS = "agentcluster-scatter-calls"
 
 #: Seconds between two looks at what has moved. Each costs only what has moved since.
 INTERVAL = 0.005
@@ -45,7 +42,7 @@ RETRY = 1.0
 #: Seconds for which all possible recipients may be missing or paused: one that was killed is started again.
 GRACE = 3.0
 
-#: Seconds between two looks at each task that may still run.
+#: Seconds between two looks at the tasks that leaving workers have not begun.
 LOOK = 0.25
 
 #: Seconds after which the workers' heartbeats have reported what they execute.
@@ -66,6 +63,8 @@ class Evacuation:
         Worker name -> number of those that cannot be computed again.
     rerun
         Worker name -> tasks that still ran there at the deadline, and run again elsewhere.
+    followed
+        Worker name -> unfinished tasks that were bound to it, and are bound to its successors.
     drain
         Seconds until the last task there had ended, or until the deadline for tasks.
     problem
@@ -78,6 +77,7 @@ class Evacuation:
     given_up_nbytes: dict[str, int] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
     rerun: dict[str, int] = field(default_factory=dict)
+    followed: dict[str, int] = field(default_factory=dict)
     drain: float = 0.0
     problem: str | None = None
 
@@ -124,11 +124,12 @@ async def evacuate(
         # A worker that crashes in between comes back under another address: the end is when no name is left.
         while problem is None and leaving.present():
             leaving.cordon()
-            scatters: ScatterCalls | None = scheduler.extensions.get(SCATTER_CALLS)
-            if drain != "now" and scatters is not None:
-                await scatters.finished(timeout)
+            if drain != "now":
+                await leaving.calls.scattered(timeout)
             if leaving.drained is None:
                 problem = await leaving.drain(drain_timeout if drain == "tasks" else 0.0)
+            if problem is None:
+                leaving.close()
             if problem is None and drain != "now":
                 problem = await leaving.empty(timeout)
             if problem is None:
@@ -144,6 +145,7 @@ async def evacuate(
         given_up_nbytes=leaving.given_up_nbytes,
         lost=leaving.lost,
         rerun=leaving.rerun,
+        followed=leaving.followed,
         drain=leaving.drained or 0.0,
         problem=problem,
     )
@@ -161,14 +163,16 @@ class _Leaving:
         self.began = monotonic()
         self.drained: float | None = None
         self.rerun: dict[str, int] = {}
+        self.followed: dict[str, int] = {}
         self.given_up: Counter[str] = Counter()
         self.given_up_nbytes: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
+        self.bindings: Bindings = scheduler.extensions[BINDINGS]
+        self.calls: CallsInFlight = scheduler.extensions[CALLS]
         self._before: dict[WorkerState, Status] = {}
+        self._closed: set[WorkerState] = set()
         self._pending: list[TaskState] = []
-        self._looked = 0.0
         self._handed_over = 0.0
-        self._running = 0
         # A worker that joined just now may not have reported yet that it runs.
         self._recipients_seen = self.began if len(scheduler.workers) > len(self.present()) else float("-inf")
 
@@ -183,20 +187,37 @@ class _Leaving:
         return frozenset(workers_named(self.scheduler, self.names))
 
     def cordon(self) -> None:
-        """Stop sending tasks to the workers, and give the tasks that they have not begun to others."""
+        """Send the workers only tasks that may run nowhere else, and give the others that they have not begun away.
+
+        The workers themselves do not know yet: they begin the tasks that they have and get.
+        """
         for ws in self.present():
-            if ws not in self._before:
-                self._before[ws] = ws.status
-                # On both sides at once, as Scheduler.retire_workers does, so that nothing is sent there in between.
+            self._before.setdefault(ws, ws.status)
+            if ws.status is Status.running:  # again, where it was paused meanwhile
                 self.scheduler.handle_worker_status_change(Status.closing_gracefully, ws, self.stimulus_id)
-                self._set_status(ws, Status.closing_gracefully)
+        self.bindings.drain(ws for ws in self.present() if ws.status is Status.closing_gracefully)
+        self.hand_over_tasks()
+
+    def close(self) -> None:
+        """Let the workers begin no task any more; what is bound to them is bound to their successors."""
+        for ws in self.present() - self._closed:
+            self._closed.add(ws)
+            self._before.setdefault(ws, ws.status)
+            # On both sides at once, as Scheduler.retire_workers does, so that nothing is sent there in between.
+            self.scheduler.handle_worker_status_change(Status.closing_gracefully, ws, self.stimulus_id)
+            self._set_status(ws, Status.closing_gracefully)
+        self.bindings.cordon(self.present())
         self.hand_over_tasks()
 
     def uncordon(self) -> None:
         """Restore the status of the workers that did not leave."""
         for ws in self.present():
-            if ws.status is Status.closing_gracefully:
-                self._set_status(ws, self._before.get(ws, Status.running))
+            before = self._before.get(ws, Status.running)
+            if ws.status is Status.closing_gracefully and ws in self._closed:
+                self._set_status(ws, before)
+            elif ws.status is Status.closing_gracefully:
+                self.scheduler.handle_worker_status_change(before, ws, self.stimulus_id)
+        self.bindings.uncordon(self.present())
 
     async def reinstated(self) -> None:
         """Wait until the scheduler knows the status again: only running workers can take data back."""
@@ -227,9 +248,9 @@ class _Leaving:
         str or None
             The reason; None when the tasks have ended or the time is over.
         """
-        while (now := monotonic()) < self.began + wait and self.running_tasks(now):
+        while (now := monotonic()) < self.began + wait and self.running_tasks():
             if now - self._handed_over > LOOK:
-                self.hand_over_tasks()
+                self.cordon()
             if (problem := self.obstacle(now)) is not None:
                 return problem
             self.report(self.progress(self.began + wait - now))
@@ -321,8 +342,10 @@ class _Leaving:
             if not free:
                 free.append(force or (leaving == self.present() and not self.sole()))
             if free[0]:
-                if ws.processing:
-                    self.rerun[str(ws.name)] = self.rerun.get(str(ws.name), 0) + len(ws.processing)
+                if followed := self.bindings.following(ws.address):
+                    self.followed[str(ws.name)] = followed
+                if begun := self.begun(ws):
+                    self.rerun[str(ws.name)] = self.rerun.get(str(ws.name), 0) + begun
                 await self.scheduler.remove_worker(ws.address, expected=True, close=False, stimulus_id=self.stimulus_id)
 
         await asyncio.gather(*map(remove, leaving))
@@ -423,33 +446,51 @@ class _Leaving:
         fit = [ws for ws in others if valid is None or ws in valid]
         return fit or (others if ts.loose_restrictions else [])
 
-    def running_tasks(self, now: float) -> int:
-        """Count the tasks that run on leaving workers, as far as the scheduler knows.
-
-        A task that no other worker could run cannot be stolen; the worker's heartbeat says whether it was begun.
-
-        Parameters
-        ----------
-        now
-            Time of the monotonic clock, in seconds.
+    def running_tasks(self) -> int:
+        """Count what the leaving workers are still needed for.
 
         Returns
         -------
         int
-            The number; after the first :data:`HEARD` seconds it is counted again once in :data:`LOOK` seconds.
+            Tasks that they run or will, calls that they answer, tasks that are bound to them and that others wait for,
+            and workers that take part in a shuffle. Tasks that a paused worker has not begun do not count: it will not.
         """
         present = self.present()
-        if now - self.began < HEARD:
-            return sum(len(ws.processing) for ws in present)
-        if now - self._looked > LOOK:
-            self._looked = now
-            self._running = sum(
-                1
-                for ws in present
-                for ts in ws.processing
-                if ts in ws.executing or ts in ws.long_running or self.takers(ts)
-            )
-        return self._running
+        addresses = [ws.address for ws in present]
+        found = sum(self.begun(ws) if ws.status is Status.paused else len(ws.processing) for ws in present)
+        found += self.calls.on(addresses) + self.bindings.awaited(addresses)
+        return found + len(self.shuffling(present))
+
+    def shuffling(self, workers: Collection[WorkerState]) -> list[WorkerState]:
+        """Return the workers that take part in a shuffle; it begins again when one of them leaves.
+
+        Parameters
+        ----------
+        workers
+            Workers.
+        """
+        shuffles: SchedulerPlugin | None = self.scheduler.extensions.get("shuffle")
+        if shuffles is None:
+            return []
+        free = shuffles.valid_workers_downscaling(self.scheduler, list(workers))
+        return [ws for ws in workers if ws not in free]
+
+    def begun(self, ws: WorkerState) -> int:
+        """Count the tasks that a worker has begun, as far as the scheduler knows.
+
+        Parameters
+        ----------
+        ws
+            The worker.
+
+        Returns
+        -------
+        int
+            The number that its heartbeat gave; before it can have given one, at least one for each thread.
+        """
+        known = len(ws.processing & (ws.executing.keys() | ws.long_running))
+        young = monotonic() - self.began < HEARD
+        return max(known, min(len(ws.processing), ws.nthreads)) if young else known
 
     # -- words ---------------------------------------------------------------------------------------------------------
 
@@ -499,51 +540,3 @@ class _Leaving:
             if some:
                 parts.append(f"worker {ws.name} keeps {', '.join(some[:3])}{more}")
         return "; ".join(sorted(parts)) or f"{', '.join(sorted(self.names))} could not leave"
-
-
-class ScatterCalls:
-    """Track scatter calls in flight, so that a worker is not removed while data is being sent to it.
-
-    Until the data has arrived, it is on no worker as far as the scheduler knows.
-
-    Parameters
-    ----------
-    scatter
-        The scheduler's own method.
-    """
-
-    def __init__(self, scatter: Callable[..., Awaitable[list[Any]]]) -> None:
-        self.calls: set[asyncio.Future[None]] = set()
-        self._scatter = scatter
-
-    async def scatter(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """Call ``Scheduler.scatter``.
-
-        Parameters
-        ----------
-        *args, **kwargs
-            Arguments of ``Scheduler.scatter``.
-
-        Returns
-        -------
-        list
-            Keys of the data.
-        """
-        call = asyncio.get_running_loop().create_future()
-        self.calls.add(call)
-        try:
-            return await self._scatter(*args, **kwargs)
-        finally:
-            self.calls.discard(call)
-            call.set_result(None)
-
-    async def finished(self, timeout: float) -> None:
-        """Wait until the calls that are in flight now have ended.
-
-        Parameters
-        ----------
-        timeout
-            Greatest number of seconds to wait.
-        """
-        if self.calls:
-            await asyncio.wait(set(self.calls), timeout=timeout)

@@ -25,8 +25,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import WorkerState, WorkerStatusPlugin
 
 from agentcluster.model import WorkerSpec
-from agentcluster.scheduler.departures import Departures
-from agentcluster.scheduler.evacuation import SCATTER_CALLS, ScatterCalls
+from agentcluster.scheduler.departures import BINDINGS, CALLS, Bindings, CallsInFlight, LateMessages
 from agentcluster.scheduler.planning.nodes import Node, Registry
 from agentcluster.wire import to_wire
 
@@ -78,22 +77,23 @@ def install(scheduler: Scheduler, registry: Registry, timeout: float) -> Externa
     """
     names = ExternalNames(scheduler, registry, timeout)
     counts = WorkerCounts(scheduler, registry)
-    scatters = ScatterCalls(scheduler.scatter)
+    late = LateMessages(scheduler)
+    bindings = scheduler.extensions[BINDINGS] = Bindings(scheduler, registry)
+    calls = scheduler.extensions[CALLS] = CallsInFlight(scheduler, bindings)
     scheduler.add_plugin(counts, name="agentcluster-counts")
-    scheduler.extensions[SCATTER_CALLS] = scatters
-    departures = Departures(scheduler)
-    scheduler.add_plugin(departures)
-    scheduler.stream_handlers["request-refresh-who-has"] = departures.refresh_who_has
+    scheduler.add_plugin(late)
+    scheduler.add_plugin(bindings)
+    scheduler.stream_handlers["request-refresh-who-has"] = late.refresh_who_has
     replaced: dict[str, Callable[..., Any]] = {
         "retire_workers": names.retire_workers,
         "workers_to_close": counts.workers_to_close,
         "adaptive_target": counts.adaptive_target,
-        "scatter": scatters.scatter,
-        "heartbeat_worker": departures.heartbeat_worker,
+        "scatter": calls.scatter,
+        "broadcast": calls.broadcast,
     }
-    for name, method in replaced.items():
+    for name, method in {**replaced, "valid_workers": bindings.valid_workers}.items():
         setattr(scheduler, name, method)
-        scheduler.handlers[name] = method
+    scheduler.handlers.update(replaced, heartbeat_worker=late.heartbeat_worker)
     return names
 
 

@@ -6,7 +6,7 @@ Reads the scheduler and asks the agents; changes nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from distributed.scheduler import TaskState, WorkerState
 
 from agentcluster.model import WorkerSpec
 from agentcluster.requests import Drain, RolloutPolicy
+from agentcluster.scheduler.departures import BINDINGS, UNFINISHED, Bindings
 from agentcluster.scheduler.planning.change import NodeChange
 from agentcluster.scheduler.planning.nodes import Node
 from agentcluster.wire import to_wire
@@ -190,7 +191,32 @@ async def ask_agent(scheduler: Scheduler, node: Node, named: Mapping[str, Worker
     return next(iter(answer.values()), "")
 
 
-def bound_tasks(scheduler: Scheduler, changes: Mapping[str, NodeChange]) -> dict[str, list[str]]:
+def stranded_tasks(scheduler: Scheduler, changes: Mapping[str, NodeChange]) -> dict[str, str]:
+    """Find tasks that no worker there is could run, among those that changes may concern.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler.
+    changes
+        Node name -> its change.
+
+    Returns
+    -------
+    dict
+        Key of a task -> its description, with its restriction.
+    """
+    if not any(change.remove for change in changes.values()):
+        return {}
+    bindings = _bindings(scheduler)
+    tasks = [*scheduler.unrunnable, *(bindings.of_nodes(changes) if bindings.tasks else ())]
+    if _resources_leave(scheduler, changes):
+        tasks += scheduler.tasks.values()
+    offers = [ws.resources for ws in scheduler.workers.values()]
+    return _without_worker(tasks, offers, set(scheduler.workers))
+
+
+def bound_tasks(scheduler: Scheduler, changes: Mapping[str, NodeChange]) -> dict[str, str]:
     """Find tasks that no worker could run after the changes.
 
     Parameters
@@ -203,32 +229,63 @@ def bound_tasks(scheduler: Scheduler, changes: Mapping[str, NodeChange]) -> dict
     Returns
     -------
     dict
-        Name of each node that loses workers -> descriptions of the tasks; {} when there are none.
+        Key of a task -> its description, with its restriction. Tasks that are bound to a worker whose node has workers
+        afterwards are not among them.
     """
     going = {worker for each in changes.values() for worker in each.old}
-    leaving = {ws for ws in scheduler.workers.values() if str(ws.name) in going}
-    if not leaving:
-        return {}
-    offers = [dict(ws.resources) for ws in scheduler.workers.values() if ws not in leaving]
-    offers += [dict(spec.resources) for each in changes.values() for spec in each.add]
-    addresses = {ws.address for ws in scheduler.workers.values() if ws not in leaving}
-    found = []
-    for ts in scheduler.tasks.values():
-        if ts.state not in ("processing", "no-worker", "queued", "waiting") or ts.loose_restrictions:
+    staying = [ws for ws in scheduler.workers.values() if str(ws.name) not in going]
+    emptied = {worker for each in changes.values() if not each.keep and not each.add for worker in each.old}
+    tasks = list(_bindings(scheduler).bound_to(ws.address for ws in workers_named(scheduler, emptied)))
+    offers = [ws.resources for ws in staying] + [spec.resources for each in changes.values() for spec in each.add]
+    if _resources_leave(scheduler, changes):
+        tasks += scheduler.tasks.values()
+    succeeded = {ws.address for ws in workers_named(scheduler, going - emptied)}
+    return _without_worker(tasks, offers, succeeded.union(ws.address for ws in staying))
+
+
+def _without_worker(
+    tasks: Iterable[TaskState], offers: Sequence[Mapping[str, float]], addresses: Collection[str]
+) -> dict[str, str]:
+    """Describe the unfinished tasks that none of the workers with these resources and addresses could run."""
+    found = {}
+    for ts in tasks:
+        if ts.state not in UNFINISHED or ts.loose_restrictions:
             continue
-        asks = ts.resource_restrictions
+        asks, bound = ts.resource_restrictions, ts.worker_restrictions
         if asks and not any(all(offer.get(k, 0) >= v for k, v in asks.items()) for offer in offers):
-            found.append(f"{ts.key} (resources {dict(asks)})")
-        elif ts.worker_restrictions and not set(ts.worker_restrictions) & addresses:
-            found.append(f"{ts.key} (workers {', '.join(sorted(ts.worker_restrictions))})")
-    if not found:
-        return {}
-    listed = sorted(found)[:NAMED] + ([f"and {len(found) - NAMED} more"] if len(found) > NAMED else [])
-    return {name: listed for name, each in changes.items() if each.remove}
+            found[str(ts.key)] = f"{ts.key} (resources {dict(asks)})"
+        elif bound and not ts.host_restrictions and bound.isdisjoint(addresses):
+            found[str(ts.key)] = f"{ts.key} (workers {', '.join(sorted(bound))})"
+    return found
+
+
+def _resources_leave(scheduler: Scheduler, changes: Mapping[str, NodeChange]) -> bool:
+    """Return whether leaving workers offer resources that no worker offers afterwards, or did and have left."""
+    old = [change.node.offers(spec) for change in changes.values() for spec in change.remove.values()]
+    new = [change.node.offers(spec) for change in changes.values() for spec in change.add]
+    going = {worker for each in changes.values() for worker in each.old}
+    new += [dict(ws.resources) for ws in scheduler.workers.values() if str(ws.name) not in going]
+    return any(not any(all(offer.get(k, 0) >= v for k, v in offers.items()) for offer in new) for offers in old)
+
+
+def _bindings(scheduler: Scheduler) -> Bindings:
+    bindings: Bindings = scheduler.extensions[BINDINGS]
+    return bindings
+
+
+def listed(tasks: Mapping[str, str]) -> list[str]:
+    """Return descriptions of tasks for a report: at most :data:`NAMED`, and the number of the others.
+
+    Parameters
+    ----------
+    tasks
+        Key of a task -> its description.
+    """
+    return sorted(tasks.values())[:NAMED] + ([f"and {len(tasks) - NAMED} more"] if len(tasks) > NAMED else [])
 
 
 def describe(scheduler: Scheduler, report: dict[str, Any], changes: Mapping[str, NodeChange], drain: Drain) -> None:
-    """Add the data to move, or to give up, and the tasks without a worker to the report of a dry run.
+    """Add the data to move, or to give up, and the tasks bound to workers that leave to the report of a dry run.
 
     Parameters
     ----------
@@ -245,7 +302,13 @@ def describe(scheduler: Scheduler, report: dict[str, Any], changes: Mapping[str,
     columns = ("given_up", "given_up_nbytes") if drain == "now" else ("keys", "nbytes")
     for name, each in changes.items():
         held = (sum(numbers.values()) for numbers in sole_replicas(scheduler, each.old))
-        report["nodes"][name] |= {**dict(zip(columns, held, strict=True)), "bound": bound.get(name, [])}
+        leaving = [ws.address for ws in workers_named(scheduler, each.old)]
+        tasks = [ts for ts in _bindings(scheduler).bound_to(leaving) if ts.state in UNFINISHED]
+        report["nodes"][name] |= {
+            **dict(zip(columns, held, strict=True)),
+            "followed": sum(1 for ts in tasks if str(ts.key) not in bound),
+            "bound": listed(bound) if each.remove else [],
+        }
 
 
 # -- what workers hold -------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from distributed.core import PooledRPCCall
 from agentcluster.errors import AgentClusterError, WorkerStartError, WorkerStartTimeout
 from agentcluster.model import NodeProgress, NodeReport, WorkerSpec, WorkerState
 from agentcluster.requests import Drain
+from agentcluster.scheduler.departures import Bindings
 from agentcluster.scheduler.evacuation import Evacuation, evacuate
 from agentcluster.scheduler.managers import ExternalNames
 from agentcluster.scheduler.planning.change import NodeChange
@@ -96,6 +97,8 @@ class RolloutContext:
         The scheduler, in this process.
     names
         Keeps the external names of nodes that change.
+    bindings
+        Know the tasks that are bound to workers.
     events
         Records the steps of nodes.
     limits
@@ -104,6 +107,7 @@ class RolloutContext:
 
     scheduler: Scheduler
     names: ExternalNames
+    bindings: Bindings
     events: RolloutEvents
     limits: Limits
 
@@ -386,6 +390,7 @@ class Swap:
                 self._record.seconds["start", node] = time.perf_counter() - began
             case RetireOld(workers):
                 await self._pass_names_to("new")
+                self._succeed("new")
                 event = await self._retire_old(workers)
                 drain = self._record.evacuation.drain
                 for name in self._leaving_nodes():
@@ -393,6 +398,7 @@ class Swap:
                     self._record.seconds["drain", name] = drain
             case RetireNew(workers):
                 await self._pass_names_to("old")
+                self._succeed("old")
                 event, _ = await self._evacuate(workers, "data")
             case Stop(node, workers):
                 self.context.events.node_step(node, "stop", {"workers": workers})
@@ -432,6 +438,7 @@ class Swap:
             # It may only be late: what it still starts is in no plan.
             await self._stop(node, workers)
             return StartFailed(node, f"the agent on {node} failed: {error or type(error).__name__}")
+        self.context.bindings.arrive(node, self._record.present(workers))
         return Started(node)
 
     async def _retire_old(self, workers: tuple[str, ...]) -> Event:
@@ -500,6 +507,15 @@ class Swap:
 
         await asyncio.gather(*map(one, self.changes.values()))
 
+    def _succeed(self, staying: Literal["new", "old"]) -> None:
+        """Bind the tasks of workers that are about to leave to those that stay, once they have left."""
+        for name, change in self.changes.items():
+            new, old = map(self._record.present, (change.names, change.old))
+            stay, leave = (new, old) if staying == "new" else (old, new)
+            self.context.bindings.leave(name, leave)
+            if change.strategy == "surge":
+                self.context.bindings.arrive(name, stay)
+
     async def _keep_names(self, change: NodeChange, staying: Iterable[str], leaving: Collection[str] = ()) -> None:
         self._record.rename(await self.context.names.keep(change.node, staying, leaving))
 
@@ -558,6 +574,7 @@ class Swap:
             given_up_nbytes=_total(record.evacuation.given_up_nbytes, left),
             lost=_total(record.evacuation.lost, left),
             rerun=_total(record.evacuation.rerun, left),
+            followed=_total(record.evacuation.followed, left),
             start=record.taken("start", name),
             drain=record.taken("drain", name),
             retire=record.taken("retire", name),

@@ -10,7 +10,7 @@ from distributed import Scheduler
 
 from agentcluster.model import Gpu, Hardware, HostMetrics, Mode, WorkerSpec
 from agentcluster.requests import NodeRegistration, RolloutPolicy
-from agentcluster.scheduler import preflight
+from agentcluster.scheduler import managers, preflight
 from agentcluster.scheduler.planning.change import NodeChange
 from agentcluster.scheduler.planning.nodes import Registry
 from agentcluster.scheduler.preflight import WORKER_MEMORY, with_strategy
@@ -146,5 +146,6 @@ async def test_an_agent_that_is_not_there_is_a_reason(scheduler: Scheduler) -> N
 
 async def test_without_workers_nothing_is_bound_or_cannot_be_moved(scheduler: Scheduler) -> None:
     wishes = {"n": change([CPU])}
+    managers.install(scheduler, Registry(), 5)
     assert preflight.bound_tasks(scheduler, wishes) == {}
     assert preflight.immovable(scheduler, wishes, RolloutPolicy()) == {}
