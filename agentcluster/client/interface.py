@@ -554,6 +554,13 @@ def first_modes(
     ConfigError, NodeNotFound
         For a mode that cannot be used, or the name of no node.
     """
+    for each in mode.values() if isinstance(mode, Mapping) else [mode]:
+        if callable(each):
+            raise ConfigError(
+                f"mode={each!r}: a function cannot give the first mode, as the hardware is not known before the agents "
+                f"run; write AgentCluster(…, mode='none'), and then cluster.reprovision(function)",
+                key="mode",
+            )
     if not isinstance(mode, Mapping):
         return _shaped(modes.parse(mode, config), shape), {}
     if not mode:

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from distributed import Client, Status
 
-from agentcluster import AgentCluster, Host
+from agentcluster import AgentCluster, Host, Mode
 from agentcluster.errors import ConfigError, LaunchError, SchedulerUnfit
+from agentcluster.model import Hardware
 from tests.support.inprocess import here
 from tests.support.plugin import SCHEDULER
 from tests.support.programs import Start, start_scheduler
@@ -94,6 +95,22 @@ def test_wrong_options_of_a_scheduler(options: Any, says: str) -> None:
 async def test_an_interface_that_is_not_there() -> None:
     with pytest.raises(LaunchError, match=r"scheduler on this machine did not start: 'nope0' is not a valid network"):
         await AgentCluster(here(), scheduler_options={"interface": "nope0"}, asynchronous=True)
+
+
+def by_cores(hardware: Hardware) -> Mode:
+    """Return a mode by the hardware of a node: one thread of each core, at most two."""
+    return Mode("uniform", {"nworkers": 1, "nthreads": min(2, hardware.cpus), "memory_limit": "300MiB"})
+
+
+async def test_a_function_as_first_mode_is_refused_with_what_acts() -> None:
+    for mode in (by_cores, {"local": by_cores}):
+        with pytest.raises(ConfigError, match=r"write AgentCluster\(…, mode='none'\), and then cluster\.reprovision"):
+            AgentCluster(here(), mode=mode)  # type: ignore[arg-type]
+    async with AgentCluster(here(2), mode="none", scheduler_options=SCHEDULER, asynchronous=True) as cluster:
+        report = await cluster.reprovision(by_cores)
+        threads = [min(2, node["hardware"]["cpus"]) for node in cluster.nodes.values()]
+        assert [worker.nthreads for worker in cluster.scheduler.workers.values()] == threads
+        assert set(report.nodes) == {"local", "local.2"}
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
