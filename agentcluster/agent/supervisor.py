@@ -30,19 +30,30 @@ from agentcluster.agent.nanny import (
     WorkerServer,
     build_cuda_nanny,
     describe_error,
+    own_error,
     rename,
     supervised,
     user_start_method,
 )
 from agentcluster.agent.options import PORT_OPTIONS, WorkerArguments, WorkerOptions
-from agentcluster.errors import ConfigError, WorkerStartError, WorkerStartTimeout, suggest
+from agentcluster.errors import (
+    AgentClusterError,
+    ConfigError,
+    Failure,
+    WorkerStartError,
+    WorkerStartTimeout,
+    suggest,
+)
 from agentcluster.model import WorkerSpec, WorkerState
-from agentcluster.wire import unpickled
+from agentcluster.wire import pickled, unpickled
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at whether a worker's process is ready; dask's own 0.05 are a tenth of a swap.
 POLL = 0.01
+
+#: Greatest number of bytes of an exception of a worker's own code that is passed on.
+MOST_OF_AN_ERROR = 100_000
 
 #: Seconds that the workers of a start that failed get to end.
 DISCARD_TIMEOUT = 10.0
@@ -240,7 +251,9 @@ class Supervisor:
 
     # -- building ------------------------------------------------------------------------------------------------------
 
-    def _build(self, specs: Mapping[str, WorkerSpec], failures: dict[str, str]) -> Iterator[tuple[str, WorkerServer]]:
+    def _build(
+        self, specs: Mapping[str, WorkerSpec], failures: dict[str, Failure]
+    ) -> Iterator[tuple[str, WorkerServer]]:
         """Yield each worker's server, not started; note in `failures` the problem of those that cannot be built."""
         gpus = {name: spec for name, spec in specs.items() if spec.cls == CUDA_WORKER}
         ports = self._assign_ports(specs, gpus)
@@ -249,13 +262,13 @@ class Supervisor:
                 try:
                     server = self._build_server(name, spec, ports[name])
                 except Exception as error:  # a user's class may raise anything from its constructor
-                    failures[name] = describe_error(error)
+                    failures[name] = failure(error)
                 else:
                     yield name, server
         try:
             nannies = {name: self._build_cuda_nanny(name, spec) for name, spec in gpus.items()}
         except Exception as error:  # as above: CUDAWorker passes on what NVML and RMM raise
-            failures.update(dict.fromkeys(gpus, describe_error(error)))
+            failures.update(dict.fromkeys(gpus, failure(error)))
         else:
             yield from nannies.items()
 
@@ -327,9 +340,9 @@ class Supervisor:
 
     async def _start_all(
         self, specs: Mapping[str, WorkerSpec], batch: dict[str, _Worker], timeout: float
-    ) -> tuple[dict[str, str], bool]:
+    ) -> tuple[dict[str, Failure], bool]:
         """Build and start workers and add them to `batch`; return problems of some, and whether all were only late."""
-        failures: dict[str, str] = {}
+        failures: dict[str, Failure] = {}
         starts: dict[str, asyncio.Future[object]] = {}
         late: set[asyncio.Future[object]] = set()
         try:
@@ -354,7 +367,7 @@ class Supervisor:
             if start in late:
                 failures[name] = f"had not joined {self.scheduler} after {timeout:g} s"
             elif error := start.exception():
-                failures[name] = describe_error(error)
+                failures[name] = failure(error)
         return failures, len(late) == len(failures)
 
     async def _watch(self, worker: _Worker) -> None:
@@ -393,6 +406,24 @@ class Supervisor:
 
 async def _ready(server: WorkerServer) -> object:
     return await server
+
+
+def failure(error: BaseException) -> Failure:
+    """Return why a worker did not start, with the exception of its own code where that can be passed on.
+
+    Parameters
+    ----------
+    error
+        The error of the start.
+    """
+    why, own = describe_error(error), own_error(error)
+    if isinstance(own, AgentClusterError | TimeoutError):
+        return why
+    try:
+        raised = pickled(own)
+    except Exception:  # whatever an exception of a user's has in it
+        return why
+    return {"why": why, "raised": raised} if len(str(raised)) <= MOST_OF_AN_ERROR else why
 
 
 def _takes_timeout(close: Callable[..., object]) -> bool:

@@ -20,7 +20,7 @@ from agentcluster.errors import AgentClusterError, ConfigError, NodeNotFound, on
 from agentcluster.launch.protocol import Launcher
 from agentcluster.model import Hardware, Mode
 from agentcluster.reports import NodeSnapshot
-from agentcluster.wire import from_wire, to_wire
+from agentcluster.wire import from_wire, to_wire, with_cause
 
 if TYPE_CHECKING:
     from agentcluster.client.cluster import AsyncCluster
@@ -128,8 +128,10 @@ class Hosts:
         try:
             await node
             await self._cluster.scheduler_comm.await_nodes(names=[node.name], timeout=self._start_timeout)
-        except BaseException:
+        except BaseException as error:
             await asyncio.shield(node.close())
+            if isinstance(error, AgentClusterError):
+                raise with_cause(error) from error.__cause__
             raise
 
     def _raise(self, failed: Mapping[str, BaseException]) -> None:

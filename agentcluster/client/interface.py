@@ -51,7 +51,7 @@ from agentcluster.modes.options import (
 )
 from agentcluster.reports import Nodes, NodeSnapshot
 from agentcluster.units import parse_seconds
-from agentcluster.wire import from_wire
+from agentcluster.wire import from_wire, with_cause
 
 # -- the user's line ---------------------------------------------------------------------------------------------------
 
@@ -228,7 +228,7 @@ async def _shown(
         try:
             return await method(*args, **kwargs)
         except AgentClusterError as error:
-            raise in_short(error) from error.__cause__
+            raise in_short(with_cause(error)) from error.__cause__
 
 
 #: Calls that have begun and are not done; asyncio itself would forget those that nobody awaits.

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client, Status
+from distributed import Client, Status, Worker
+from distributed.diagnostics.plugin import WorkerPlugin
 
 from agentcluster import AgentCluster, Host, Mode
-from agentcluster.errors import ConfigError, LaunchError, SchedulerUnfit
+from agentcluster.errors import ConfigError, LaunchError, SchedulerUnfit, SwapError, WorkerStartError
 from agentcluster.model import Hardware
 from tests.support.inprocess import here
 from tests.support.plugin import SCHEDULER
@@ -95,6 +96,50 @@ def test_wrong_options_of_a_scheduler(options: Any, says: str) -> None:
 async def test_an_interface_that_is_not_there() -> None:
     with pytest.raises(LaunchError, match=r"scheduler on this machine did not start: 'nope0' is not a valid network"):
         await AgentCluster(here(), scheduler_options={"interface": "nope0"}, asynchronous=True)
+
+
+class PluginError(Exception):
+    """Error of a plugin of the user's."""
+
+
+class BrokenPlugin(WorkerPlugin):
+    """A plugin whose setup fails, with an error of its own or a builtin one."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def setup(self, worker: Worker) -> None:
+        raise self.error
+
+
+class BrokenWorker(Worker):
+    """A worker whose start fails."""
+
+    async def start_unsafe(self) -> Any:
+        raise PluginError("the worker is broken")
+
+
+@pytest.mark.parametrize(
+    ("error", "asynchronous"), [(ImportError("no module like this"), False), (PluginError("no such luck"), True)]
+)
+async def test_the_exception_of_a_plugin_is_the_cause(error: Exception, asynchronous: bool) -> None:
+    """A local worker can import the plugin of this module; what the plugin raises reaches the user."""
+    options = {"config": ONE, "worker_options": {"plugins": {BrokenPlugin(error)}}, "scheduler_options": SCHEDULER}
+    with pytest.raises(WorkerStartError, match=f"local-0: {type(error).__name__}: {error}") as caught:
+        await start(asynchronous, **options)
+    cause = caught.value.__cause__
+    assert type(cause) is type(error)
+    assert cause.args == error.args
+    assert cause.__traceback__ is None
+
+
+async def test_the_exception_of_a_worker_class_is_the_cause() -> None:
+    options: dict[str, Any] = {"config": ONE, "scheduler_options": SCHEDULER, "asynchronous": True}
+    async with AgentCluster(here(), **options) as cluster:
+        with pytest.raises(SwapError, match=r"PluginError: the worker is broken.*still run") as caught:
+            await cluster.reprovision("spec", {"spec": {"cls": BrokenWorker}})
+        assert isinstance(caught.value.__cause__, PluginError)
+        assert len(cluster.scheduler.workers) == 1
 
 
 def by_cores(hardware: Hardware) -> Mode:

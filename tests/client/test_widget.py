@@ -84,7 +84,9 @@ def test_a_change(sync_cluster: AgentCluster) -> None:
         screen.press("Reprovision", "Reprovision")
         assert screen.named("Reprovision", "Reprovision").disabled
         screen.says("Reprovision", "reprovisioning box-* to uniform", timeout=1)
-        acted = "uniform {&quot;nthreads&quot;: 1, &quot;nworkers&quot;: 1, &quot;memory_limit&quot;: &quot;300MiB&quot;}"
+        acted = (
+            "uniform {&quot;nthreads&quot;: 1, &quot;nworkers&quot;: 1, &quot;memory_limit&quot;: &quot;300MiB&quot;}"
+        )
         screen.says("Reprovision", "uniform: 2 nodes", "changed", "moved", acted, "on box-*")
         wait_blocking(lambda: screen.table.value.count("uniform") == 2)
         screen.press("Reprovision", "Undo")
