@@ -9,11 +9,12 @@ on an ``AgentCluster()``, and a coroutine on an ``AgentCluster(asynchronous=True
 from __future__ import annotations
 
 import asyncio
+import builtins
 import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import FrameType
 from typing import (
@@ -35,7 +36,16 @@ from distributed.comm.addressing import get_address_host_port
 
 from agentcluster import modes
 from agentcluster.client.calls import Plain
-from agentcluster.errors import MACHINERY, AgentClusterError, ConfigError, NodeNotFound, in_short, suggest
+from agentcluster.errors import (
+    MACHINERY,
+    AgentClusterError,
+    ConfigError,
+    NodeNotFound,
+    by_reason,
+    in_short,
+    printable,
+    suggest,
+)
 from agentcluster.launch.protocol import Launcher
 from agentcluster.model import Hardware, Mode
 from agentcluster.modes.options import (
@@ -99,21 +109,60 @@ def at_line(place: Place) -> Iterator[None]:
         _place.reset(token)
 
 
-def warn(message: str) -> None:
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn of what happened in a call, with the line of the user's program that made it.
 
     Parameters
     ----------
     message
         The sentence.
+    category
+        Class of the warning.
 
     Warns
     -----
-    UserWarning
-        With the message.
+    Warning
+        Of the category, with the message.
     """
     place = _place.get() or callers_line()
-    warnings.warn_explicit(message, UserWarning, place.file, place.line, place.module, place.registry)
+    warnings.warn_explicit(message, category, place.file, place.line, place.module, place.registry)
+
+
+def warn_of_workers(nodes: Mapping[str, NodeSnapshot], names: Container[str] | None = None) -> None:
+    """Pass on the warnings that the classes of workers gave on their hosts, each once with all nodes.
+
+    Parameters
+    ----------
+    nodes
+        Node name -> the node.
+    names
+        Names of the workers; default is all.
+    """
+    given = [
+        (name, each)
+        for name, node in nodes.items()
+        for worker, state in node["workers"].items()
+        if names is None or worker in names
+        for each in state["warnings"]
+    ]
+    for category in dict.fromkeys(each.partition(": ")[0] for _, each in given):
+        found: object = getattr(builtins, category, UserWarning)
+        kind = found if isinstance(found, type) and issubclass(found, Warning) else UserWarning
+        own = dict.fromkeys((name, each.partition(": ")[2]) for name, each in given if each.startswith(f"{category}: "))
+        for message in by_reason(own):
+            warn(printable(message), kind)
+
+
+def warn_of_options(given: Iterable[Mode]) -> None:
+    """Warn of options of modes that have no future, as dask's own clusters do where they are given.
+
+    Parameters
+    ----------
+    given
+        The modes.
+    """
+    for message in filter(None, map(modes.outdated, given)):
+        warn(message, FutureWarning)
 
 
 # -- calls -------------------------------------------------------------------------------------------------------------

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client, Status, Worker
+from distributed import Client, Nanny, Status, Worker
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from agentcluster import AgentCluster, Host, Mode
@@ -140,6 +142,39 @@ async def test_the_exception_of_a_worker_class_is_the_cause() -> None:
             await cluster.reprovision("spec", {"spec": {"cls": BrokenWorker}})
         assert isinstance(caught.value.__cause__, PluginError)
         assert len(cluster.scheduler.workers) == 1
+
+
+class Outdated(Nanny):
+    """A class that warns when it is made."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        warnings.warn("this class has no future", FutureWarning, stacklevel=1)
+        warnings.warn("nor a\n present", UserWarning, stacklevel=1)
+        warnings.warn("this is for its author", DeprecationWarning, stacklevel=1)
+        super().__init__(*args, **options)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_warnings_of_a_worker_class_point_at_the_users_line(asynchronous: bool) -> None:
+    """Each once with its nodes, of its own category; what is for authors is not passed on."""
+    spec = {"spec": {"cls": Outdated, "opts": {"nthreads": 1, "memory_limit": "300MiB"}}, "nworkers": 2}
+    options: dict[str, Any] = {"mode": "spec", "config": spec, "scheduler_options": SCHEDULER}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        cluster: Any = AgentCluster(here(2), asynchronous=asynchronous, **options)
+        line = inspect.currentframe().f_lineno - 1  # type: ignore[union-attr]
+        if asynchronous:
+            await cluster
+            await cluster.close()
+        else:
+            cluster.close()
+    expected = [
+        (FutureWarning, "local, local.2: this class has no future"),
+        (UserWarning, "local, local.2: nor a present"),
+    ]
+    told = [each for each in seen if each.category in (FutureWarning, UserWarning)]
+    assert [(each.category, str(each.message)) for each in told] == expected
+    assert {(each.filename, each.lineno) for each in told} == {(__file__, line)}
 
 
 def by_cores(hardware: Hardware) -> Mode:
