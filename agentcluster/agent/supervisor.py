@@ -309,8 +309,9 @@ class Supervisor:
         arguments.pop("listen_address", None)  # given in parts too
         allowed = modes.worker_keywords(cls)
         if allowed is not None:
-            # Host options are for dask's workers; another class gets those of them that it knows.
-            arguments = {k: v for k, v in arguments.items() if k in allowed or k not in self.host_options}
+            # These are for dask's workers; another class gets those of them that it knows.
+            ours = {"security", *self.host_options}
+            arguments = {key: value for key, value in arguments.items() if key in allowed or key not in ours}
         if issubclass(cls, Nanny):
             cls = supervised(cls)  # type: ignore[arg-type]  # mypy takes a class for unhashable
             _resolve_worker_class(arguments)

@@ -55,6 +55,7 @@ from agentcluster.client.interface import (
     parse_worker_options,
     parse_workers,
     refuse_keywords,
+    refuse_spec,
     synced,
     warn_of_options,
     warn_of_workers,
@@ -219,6 +220,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         warn_untested()
         settings = Config.load()
         launchers = launchers_for(hosts, connect_options=connect_options, remote_python=remote_python)
+        refuse_spec(scheduler)
         joined = is_address(scheduler)
         if joined:
             parse_address("scheduler", str(scheduler))

@@ -493,6 +493,27 @@ def of_all_hosts(**options: object) -> dict[str, Any]:
     return {key: None if isinstance(value, list | tuple) else value for key, value in options.items()}
 
 
+def refuse_spec(scheduler: object) -> None:
+    """Refuse a scheduler as ``SpecCluster`` takes it, by its class.
+
+    Parameters
+    ----------
+    scheduler
+        Argument of the cluster.
+
+    Raises
+    ------
+    ConfigError
+        For a mapping; it names what to write instead.
+    """
+    if isinstance(scheduler, Mapping):
+        raise ConfigError(
+            "scheduler={'cls': …} is for dask's SpecCluster; write scheduler_options={…} for its options, or start one "
+            "of another class by itself, and join it with scheduler='tcp://…'",
+            key="scheduler",
+        )
+
+
 def launcher_at(scheduler: object, launchers: Iterable[Launcher]) -> object:
     """Return the launcher of the host that the scheduler is to be on, where it is one of the cluster's own.
 

@@ -65,7 +65,7 @@ def taken() -> Iterator[int]:
 
 async def start(asynchronous: bool, **options: Any) -> None:
     if asynchronous:
-        await AgentCluster(here(), asynchronous=True, **options)
+        await AgentCluster(**{"hosts": here(), **options}, asynchronous=True)
     else:
         AgentCluster(**options)
 
@@ -142,6 +142,12 @@ async def test_the_exception_of_a_worker_class_is_the_cause() -> None:
             await cluster.reprovision("spec", {"spec": {"cls": BrokenWorker}})
         assert isinstance(caught.value.__cause__, PluginError)
         assert len(cluster.scheduler.workers) == 1
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_a_start_that_takes_too_long_is_a_timeout(asynchronous: bool) -> None:
+    with pytest.raises(TimeoutError, match=r"had not joined after 0\.01 s; start_timeout= gives more time"):
+        await start(asynchronous, hosts=here(), config=ONE, start_timeout="10ms", scheduler_options=SCHEDULER)
 
 
 class Outdated(Nanny):
