@@ -30,7 +30,7 @@ import difflib
 import linecache
 import traceback
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 __all__ = [
     "AgentClusterError",
@@ -307,6 +307,10 @@ class LaunchTimeout(LaunchError, TimeoutError):
     """An agent was not ready within the launch timeout."""
 
 
+#: Reason why a worker did not start: a text, or a mapping of the text (``why``) and a pickled exception (``raised``).
+Failure: TypeAlias = str | Mapping[str, Any]
+
+
 class WorkerStartError(AgentClusterError, RuntimeError):
     """An agent could not start one or more workers.
 
@@ -315,14 +319,29 @@ class WorkerStartError(AgentClusterError, RuntimeError):
     node
         Name of the node.
     failures
-        Worker name -> its last output.
+        Worker name -> the reason, see :data:`Failure`.
+
+    Attributes
+    ----------
+    raised
+        Worker name -> the exception of the worker's own code, pickled; :func:`agentcluster.wire.with_cause` makes one
+        the cause of this error.
     """
 
-    def __init__(self, node: str, failures: Mapping[str, str]) -> None:
-        each = "; ".join(f"{name}: {why}" for name, why in failures.items())
+    def __init__(self, node: str, failures: Mapping[str, Failure]) -> None:
+        whys = {name: each if isinstance(each, str) else str(each["why"]) for name, each in failures.items()}
+        each = "; ".join(f"{name}: {why}" for name, why in whys.items())
         super().__init__(f"workers on node {node!r} did not start: {each}")
         self.node = node
-        self.failures = dict(failures)
+        self.failures = whys
+        self.raised = {name: each["raised"] for name, each in failures.items() if not isinstance(each, str)}
+
+    def answer(self) -> dict[str, Failure]:
+        """Return the failures as plain data, with the exceptions."""
+        return {
+            name: {"why": why, "raised": self.raised[name]} if name in self.raised else why
+            for name, why in self.failures.items()
+        }
 
 
 class WorkerStartTimeout(WorkerStartError, TimeoutError):
@@ -340,6 +359,11 @@ class SwapError(AgentClusterError, RuntimeError):
         State of the workers now.
     report
         Report on each node, as the answer of ``reprovision_nodes``; None when nothing was begun.
+
+    Attributes
+    ----------
+    raised
+        As for :class:`WorkerStartError`, where workers did not start.
     """
 
     def __init__(self, reason: str, state: str, report: Mapping[str, Any] | None = None) -> None:
@@ -347,6 +371,7 @@ class SwapError(AgentClusterError, RuntimeError):
         self.reason = reason
         self.state = state
         self.report = report
+        self.raised: Mapping[str, Any] = {}
 
 
 class RolloutBusy(AgentClusterError, RuntimeError):
@@ -415,6 +440,8 @@ def debugging() -> bool:
 def in_short(error: AgentClusterError) -> AgentClusterError:
     """Drop the frames behind an error that is about to be raised to a user, and causes that are no code of his.
 
+    What a worker's own code has raised stays.
+
     Parameters
     ----------
     error
@@ -427,7 +454,7 @@ def in_short(error: AgentClusterError) -> AgentClusterError:
     """
     if debugging():
         return error
-    if not _is_users(error.__cause__):
+    if not _is_users(error.__cause__) and not getattr(error, "raised", None):
         error.__cause__ = None
     return error.with_traceback(None)
 

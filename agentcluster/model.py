@@ -187,6 +187,8 @@ class WorkerState:
         Number of starts after a crash.
     problem
         Last message of a failed worker.
+    warnings
+        Warnings that its class gave when it was made, each after its category: ``FutureWarning: …``.
     """
 
     name: str
@@ -195,6 +197,7 @@ class WorkerState:
     pid: int | None = None
     restarts: int = 0
     problem: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ NO_PLUGIN = (
 )
 
 T = TypeVar("T")
+ErrorT = TypeVar("ErrorT", bound=AgentClusterError)
 
 #: Plain data: None, a bool, a number, text, or a list or a mapping by text of plain data.
 Plain: TypeAlias = Any
@@ -73,7 +74,7 @@ def pickled(value: object) -> dict[str, str]:
 
 
 def unpickled(value: object) -> Plain:
-    """Restore the values that :func:`pickled` wrapped; called only by an agent, on data of its own scheduler.
+    """Restore the values that :func:`pickled` wrapped; called only on data of one's own scheduler.
 
     Parameters
     ----------
@@ -92,6 +93,29 @@ def unpickled(value: object) -> Plain:
     if isinstance(value, list | tuple):
         return [unpickled(v) for v in value]
     return value
+
+
+def with_cause(error: ErrorT) -> ErrorT:
+    """Make the exception that a worker's own code raised the cause of an error; called where a user gets the error.
+
+    Parameters
+    ----------
+    error
+        An error that the scheduler answered with.
+
+    Returns
+    -------
+    AgentClusterError
+        The same error; as it was where no worker raised anything, or nothing that can be imported here.
+    """
+    raised: Mapping[str, object] = getattr(error, "raised", {})
+    for each in raised.values():
+        with contextlib.suppress(Exception):  # whatever unpickling it raises
+            cause = unpickled(each)
+            if isinstance(cause, BaseException):
+                error.__cause__ = cause.with_traceback(None)  # frames of a worker's process, with dask's alone
+                break
+    return error
 
 
 def plain(value: object) -> Plain:

@@ -463,13 +463,14 @@ class Agent(Server):
         Returns
         -------
         dict
-            ``{"states": [WorkerState as plain data, …]}``, or ``{"failures": {worker name: problem}, "late": …}``: a
-            scheduler does not deserialize errors that its peers raise; ``late`` is whether the time was up.
+            ``{"states": [WorkerState as plain data, …]}``, or ``{"failures": {worker name: its
+            :data:`~agentcluster.errors.Failure`}, "late": …}``: a scheduler does not deserialize errors that its peers
+            raise; ``late`` is whether the time was up.
         """
         try:
             return {"states": to_wire(await (await self._supervisor()).start(_parse_specs(specs), timeout))}
         except WorkerStartError as error:
-            return {"failures": error.failures, "late": isinstance(error, WorkerStartTimeout)}
+            return {"failures": error.answer(), "late": isinstance(error, WorkerStartTimeout)}
 
     async def stop_workers(self, names: Sequence[str], timeout: float) -> None:
         """Stop workers; returns when their processes have ended.

@@ -395,6 +395,19 @@ def _set_name(name: str | int, dask_worker: Worker) -> None:
     dask_worker.name = name
 
 
+def own_error(error: BaseException) -> BaseException:
+    """Return the error behind those of dask's servers, "Nanny failed to start." and the like.
+
+    Parameters
+    ----------
+    error
+        The error.
+    """
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def describe_error(error: BaseException) -> str:
     """Describe an error in one line, with the root of its causes.
 
@@ -403,9 +416,7 @@ def describe_error(error: BaseException) -> str:
     error
         The error.
     """
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__  # "Nanny failed to start."
-    root = error
+    root = error = own_error(error)
     while root.__cause__ is not None:
         root = root.__cause__
     return _one_line(error) if root is error else f"{_one_line(error)} ({_one_line(root)})"

@@ -25,12 +25,12 @@ from agentcluster.agent.nanny import RestartPolicy
 from agentcluster.agent.options import WorkerOptions
 from agentcluster.agent.supervisor import Supervisor
 from agentcluster.config import Config
-from agentcluster.errors import PreflightError, SchedulerUnfit
+from agentcluster.errors import AgentClusterError, PreflightError, SchedulerUnfit
 from agentcluster.model import Hardware, Mode, WorkerState, like_dask
 from agentcluster.requests import NodeRegistration
 from agentcluster.security import connection_args
 from agentcluster.shipping import shipped
-from agentcluster.wire import NO_PLUGIN, PLUGIN, RETIRED, check_protocol, spoken, to_wire
+from agentcluster.wire import NO_PLUGIN, PLUGIN, RETIRED, check_protocol, spoken, to_wire, with_cause
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,10 @@ class Registration:
             When the time is up.
         """
         async with self._call_scheduler() as scheduler:
-            return str((await scheduler.await_nodes(names=[self.name], timeout=timeout))[self.name]["mode"])
+            try:
+                return str((await scheduler.await_nodes(names=[self.name], timeout=timeout))[self.name]["mode"])
+            except AgentClusterError as error:
+                raise with_cause(error) from error.__cause__
 
     async def retire(self) -> None:
         """Move the workers' data to other nodes and stop the workers; log the reason where that is not possible.

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,19 +31,33 @@ from agentcluster.agent.nanny import (
     WorkerServer,
     build_cuda_nanny,
     describe_error,
+    own_error,
     rename,
     supervised,
     user_start_method,
 )
 from agentcluster.agent.options import PORT_OPTIONS, WorkerArguments, WorkerOptions
-from agentcluster.errors import ConfigError, WorkerStartError, WorkerStartTimeout, suggest
+from agentcluster.errors import (
+    AgentClusterError,
+    ConfigError,
+    Failure,
+    WorkerStartError,
+    WorkerStartTimeout,
+    suggest,
+)
 from agentcluster.model import WorkerSpec, WorkerState
-from agentcluster.wire import unpickled
+from agentcluster.wire import pickled, unpickled
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at whether a worker's process is ready; dask's own 0.05 are a tenth of a swap.
 POLL = 0.01
+
+#: Greatest number of warnings of a worker's class that are passed on with each heartbeat, and of characters of one.
+MOST_WARNINGS, LONGEST_WARNING = 8, 1000
+
+#: Greatest number of bytes of an exception of a worker's own code that is passed on.
+MOST_OF_AN_ERROR = 100_000
 
 #: Seconds that the workers of a start that failed get to end.
 DISCARD_TIMEOUT = 10.0
@@ -60,6 +75,7 @@ class _Worker:
     name: str
     spec: WorkerSpec
     server: WorkerServer
+    warnings: tuple[str, ...] = ()
     stopping: bool = False
     ready: bool = False
     ended: asyncio.Task[None] | None = None
@@ -70,7 +86,8 @@ class _Worker:
         # A worker without a nanny has its address, or an error in its place, before it is a worker.
         address = None if server.status is Status.init else getattr(server, "worker_address", None)
         crashes = len(server.crashes) if isinstance(server, SupervisedNanny) else 0
-        return WorkerState(self.name, self._state(), address, getattr(server, "pid", None), crashes, self.problem)
+        pid = getattr(server, "pid", None)
+        return WorkerState(self.name, self._state(), address, pid, crashes, self.problem, self.warnings)
 
     def _state(self) -> State:
         if self.stopping:
@@ -240,24 +257,27 @@ class Supervisor:
 
     # -- building ------------------------------------------------------------------------------------------------------
 
-    def _build(self, specs: Mapping[str, WorkerSpec], failures: dict[str, str]) -> Iterator[tuple[str, WorkerServer]]:
-        """Yield each worker's server, not started; note in `failures` the problem of those that cannot be built."""
+    def _build(self, specs: Mapping[str, WorkerSpec], failures: dict[str, Failure]) -> Iterator[_Worker]:
+        """Yield each worker, not started; note in `failures` the problem of those that cannot be built."""
         gpus = {name: spec for name, spec in specs.items() if spec.cls == CUDA_WORKER}
         ports = self._assign_ports(specs, gpus)
         for name, spec in specs.items():
             if name not in gpus:
                 try:
-                    server = self._build_server(name, spec, ports[name])
+                    with _noted() as noted:
+                        server = self._build_server(name, spec, ports[name])
                 except Exception as error:  # a user's class may raise anything from its constructor
-                    failures[name] = describe_error(error)
+                    failures[name] = failure(error)
                 else:
-                    yield name, server
+                    yield _Worker(name, spec, server, tuple(noted))
         try:
-            nannies = {name: self._build_cuda_nanny(name, spec) for name, spec in gpus.items()}
+            with _noted() as noted:
+                nannies = {name: self._build_cuda_nanny(name, spec) for name, spec in gpus.items()}
         except Exception as error:  # as above: CUDAWorker passes on what NVML and RMM raise
-            failures.update(dict.fromkeys(gpus, describe_error(error)))
+            failures.update(dict.fromkeys(gpus, failure(error)))
         else:
-            yield from nannies.items()
+            for name, nanny in nannies.items():
+                yield _Worker(name, gpus[name], nanny, tuple(noted))
 
     def _assign_ports(
         self, specs: Mapping[str, WorkerSpec], gpus: Mapping[str, WorkerSpec]
@@ -289,8 +309,9 @@ class Supervisor:
         arguments.pop("listen_address", None)  # given in parts too
         allowed = modes.worker_keywords(cls)
         if allowed is not None:
-            # Host options are for dask's workers; another class gets those of them that it knows.
-            arguments = {k: v for k, v in arguments.items() if k in allowed or k not in self.host_options}
+            # These are for dask's workers; another class gets those of them that it knows.
+            ours = {"security", *self.host_options}
+            arguments = {key: value for key, value in arguments.items() if key in allowed or key not in ours}
         if issubclass(cls, Nanny):
             cls = supervised(cls)  # type: ignore[arg-type]  # mypy takes a class for unhashable
             _resolve_worker_class(arguments)
@@ -327,18 +348,19 @@ class Supervisor:
 
     async def _start_all(
         self, specs: Mapping[str, WorkerSpec], batch: dict[str, _Worker], timeout: float
-    ) -> tuple[dict[str, str], bool]:
+    ) -> tuple[dict[str, Failure], bool]:
         """Build and start workers and add them to `batch`; return problems of some, and whether all were only late."""
-        failures: dict[str, str] = {}
+        failures: dict[str, Failure] = {}
         starts: dict[str, asyncio.Future[object]] = {}
         late: set[asyncio.Future[object]] = set()
         try:
-            for name, server in self._build(specs, failures):
+            for worker in self._build(specs, failures):
+                name = worker.name
                 if self._closed:
                     failures[name] = "its agent ended meanwhile"
                     break
-                batch[name] = self._workers[name] = _Worker(name, specs[name], server)
-                starts[name] = asyncio.ensure_future(_ready(server))
+                batch[name] = self._workers[name] = worker
+                starts[name] = asyncio.ensure_future(_ready(worker.server))
                 late.add(starts[name])
                 await asyncio.sleep(0)  # its process is made while the next is built
             if not failures and starts:
@@ -354,7 +376,7 @@ class Supervisor:
             if start in late:
                 failures[name] = f"had not joined {self.scheduler} after {timeout:g} s"
             elif error := start.exception():
-                failures[name] = describe_error(error)
+                failures[name] = failure(error)
         return failures, len(late) == len(failures)
 
     async def _watch(self, worker: _Worker) -> None:
@@ -393,6 +415,38 @@ class Supervisor:
 
 async def _ready(server: WorkerServer) -> object:
     return await server
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[list[str]]:
+    """Note the warnings to users that a class gives in the block; they go to the log, and to the user himself."""
+    noted: list[str] = []
+    with warnings.catch_warnings(record=True) as seen:
+        for category in (UserWarning, FutureWarning):
+            warnings.simplefilter("always", category)
+        yield noted
+    texts = dict.fromkeys(f"{each.category.__name__}: {' '.join(str(each.message).split())}" for each in seen)
+    noted += [text[:LONGEST_WARNING] for text in texts][:MOST_WARNINGS]
+    for text in noted:
+        logger.warning("%s", text)
+
+
+def failure(error: BaseException) -> Failure:
+    """Return why a worker did not start, with the exception of its own code where that can be passed on.
+
+    Parameters
+    ----------
+    error
+        The error of the start.
+    """
+    why, own = describe_error(error), own_error(error)
+    if isinstance(own, AgentClusterError | TimeoutError):
+        return why
+    try:
+        raised = pickled(own)
+    except Exception:  # whatever an exception of a user's has in it
+        return why
+    return {"why": why, "raised": raised} if len(str(raised)) <= MOST_OF_AN_ERROR else why
 
 
 def _takes_timeout(close: Callable[..., object]) -> bool:

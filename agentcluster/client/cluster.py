@@ -55,7 +55,10 @@ from agentcluster.client.interface import (
     parse_worker_options,
     parse_workers,
     refuse_keywords,
+    refuse_spec,
     synced,
+    warn_of_options,
+    warn_of_workers,
 )
 from agentcluster.client.processes import (
     Blueprint,
@@ -217,6 +220,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         warn_untested()
         settings = Config.load()
         launchers = launchers_for(hosts, connect_options=connect_options, remote_python=remote_python)
+        refuse_spec(scheduler)
         joined = is_address(scheduler)
         if joined:
             parse_address("scheduler", str(scheduler))
@@ -237,7 +241,9 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
             stop_timeout=settings.stop_timeout,
             alone=alone and not joined and not (listens and (security is False or has_credentials(credentials))),
         )
+        own: dict[str, Mode]
         first, own = first_modes(mode, config, [launcher.name for launcher in launchers], shape)
+        warn_of_options([first, *own.values()])
         inside: AsyncCluster = self  # type: ignore[assignment]
         self.hosts = Hosts(
             inside,
@@ -253,9 +259,10 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         self.display = Display(inside)
         self._rollout: RolloutControl[AsyncT] = RolloutControl(self)
         self._was_up = False
+        self._made_at = callers_line()
         self._scheduler = scheduler, of_scheduler
         try:
-            with at_line(callers_line()):
+            with at_line(self._made_at):
                 super().__init__(
                     workers={each.name: blueprint.node(each) for each in launchers if not in_standby(each)},
                     scheduler=blueprint.scheduler(launcher_at(scheduler, launchers), of_scheduler),
@@ -312,7 +319,8 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
 
     def __await__(self) -> Generator[Any, Any, Self]:
         try:
-            yield from super().__await__()
+            with at_line(self._made_at):
+                yield from super().__await__()
         except BaseException:
             if not self._was_up:
                 yield from self._close().__await__()
@@ -581,6 +589,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         )
         from_wire(RolloutPolicy, to_wire(policy), "reprovision")  # types are checked here: some cannot even be sent
         rollouts = parse_rollouts(self.nodes, mode, config, nodes, options)
+        warn_of_options(each for _, each in rollouts)
         if self._adaptive is not None and not dry_run:
             self.scaling.stop_adaptive()
         comm, reports = self.scheduler_comm, []
@@ -597,7 +606,9 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
                 reports.append(RolloutReport.parse(answer))
         finally:
             await self.view.try_refresh()
-        return reports[0] if len(reports) == 1 else RolloutReport.merged(reports)
+        report = reports[0] if len(reports) == 1 else RolloutReport.merged(reports)
+        warn_of_workers(self.nodes, {worker for node in report.nodes.values() for worker in node.new})
+        return report
 
     @property
     def rollout(self) -> RolloutControl[AsyncT]:

@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Literal
 from distributed.core import Status
 
 from agentcluster.client.calls import Plain
-from agentcluster.client.interface import (
-    warn,
-)
+from agentcluster.client.interface import warn, warn_of_workers
 from agentcluster.client.processes import Blueprint, NodeEntry, NodeProcess, in_standby
 from agentcluster.errors import AgentClusterError, ConfigError, NodeNotFound, one_line
 from agentcluster.launch.protocol import Launcher
 from agentcluster.model import Hardware, Mode
 from agentcluster.reports import NodeSnapshot
-from agentcluster.wire import from_wire, to_wire
+from agentcluster.wire import from_wire, to_wire, with_cause
 
 if TYPE_CHECKING:
     from agentcluster.client.cluster import AsyncCluster
@@ -64,7 +62,7 @@ class Hosts:
         on_failure: Literal["raise", "warn"],
     ) -> None:
         self.reserve = Reserve(launcher for launcher in launchers if in_standby(launcher))
-        self.opening: set[asyncio.Future[None]] = set()
+        self.opening: set[asyncio.Future[NodeSnapshot]] = set()
         self._cluster = cluster
         self._blueprint = blueprint
         self._mode = mode
@@ -114,22 +112,28 @@ class Hosts:
         finally:
             self.opening -= set(starts.values())
         failed: dict[str, BaseException] = {}
+        came: dict[str, NodeSnapshot] = {}
         for name, start in starts.items():
             error = asyncio.CancelledError() if start.cancelled() else start.exception()
             if error is None:
                 cluster.workers[name] = nodes[name]
+                came[name] = start.result()
                 continue
             cluster.worker_spec.pop(name, None)
             # launch() returns why a standby host failed: there may be other hosts.
             (self._missed if name in self.reserve else failed)[name] = error
         self._raise(failed)
+        warn_of_workers(came)
 
-    async def _start(self, node: NodeProcess) -> None:
+    async def _start(self, node: NodeProcess) -> NodeSnapshot:
         try:
             await node
-            await self._cluster.scheduler_comm.await_nodes(names=[node.name], timeout=self._start_timeout)
-        except BaseException:
+            answer = await self._cluster.scheduler_comm.await_nodes(names=[node.name], timeout=self._start_timeout)
+            return answer[node.name]
+        except BaseException as error:
             await asyncio.shield(node.close())
+            if isinstance(error, AgentClusterError):
+                raise with_cause(error) from error.__cause__
             raise
 
     def _raise(self, failed: Mapping[str, BaseException]) -> None:

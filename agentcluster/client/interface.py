@@ -9,11 +9,12 @@ on an ``AgentCluster()``, and a coroutine on an ``AgentCluster(asynchronous=True
 from __future__ import annotations
 
 import asyncio
+import builtins
 import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import FrameType
 from typing import (
@@ -35,7 +36,16 @@ from distributed.comm.addressing import get_address_host_port
 
 from agentcluster import modes
 from agentcluster.client.calls import Plain
-from agentcluster.errors import MACHINERY, AgentClusterError, ConfigError, NodeNotFound, in_short, suggest
+from agentcluster.errors import (
+    MACHINERY,
+    AgentClusterError,
+    ConfigError,
+    NodeNotFound,
+    by_reason,
+    in_short,
+    printable,
+    suggest,
+)
 from agentcluster.launch.protocol import Launcher
 from agentcluster.model import Hardware, Mode
 from agentcluster.modes.options import (
@@ -51,7 +61,7 @@ from agentcluster.modes.options import (
 )
 from agentcluster.reports import Nodes, NodeSnapshot
 from agentcluster.units import parse_seconds
-from agentcluster.wire import from_wire
+from agentcluster.wire import from_wire, with_cause
 
 # -- the user's line ---------------------------------------------------------------------------------------------------
 
@@ -99,21 +109,60 @@ def at_line(place: Place) -> Iterator[None]:
         _place.reset(token)
 
 
-def warn(message: str) -> None:
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn of what happened in a call, with the line of the user's program that made it.
 
     Parameters
     ----------
     message
         The sentence.
+    category
+        Class of the warning.
 
     Warns
     -----
-    UserWarning
-        With the message.
+    Warning
+        Of the category, with the message.
     """
     place = _place.get() or callers_line()
-    warnings.warn_explicit(message, UserWarning, place.file, place.line, place.module, place.registry)
+    warnings.warn_explicit(message, category, place.file, place.line, place.module, place.registry)
+
+
+def warn_of_workers(nodes: Mapping[str, NodeSnapshot], names: Container[str] | None = None) -> None:
+    """Pass on the warnings that the classes of workers gave on their hosts, each once with all nodes.
+
+    Parameters
+    ----------
+    nodes
+        Node name -> the node.
+    names
+        Names of the workers; default is all.
+    """
+    given = [
+        (name, each)
+        for name, node in nodes.items()
+        for worker, state in node["workers"].items()
+        if names is None or worker in names
+        for each in state["warnings"]
+    ]
+    for category in dict.fromkeys(each.partition(": ")[0] for _, each in given):
+        found: object = getattr(builtins, category, UserWarning)
+        kind = found if isinstance(found, type) and issubclass(found, Warning) else UserWarning
+        own = dict.fromkeys((name, each.partition(": ")[2]) for name, each in given if each.startswith(f"{category}: "))
+        for message in by_reason(own):
+            warn(printable(message), kind)
+
+
+def warn_of_options(given: Iterable[Mode]) -> None:
+    """Warn of options of modes that have no future, as dask's own clusters do where they are given.
+
+    Parameters
+    ----------
+    given
+        The modes.
+    """
+    for message in filter(None, map(modes.outdated, given)):
+        warn(message, FutureWarning)
 
 
 # -- calls -------------------------------------------------------------------------------------------------------------
@@ -228,7 +277,7 @@ async def _shown(
         try:
             return await method(*args, **kwargs)
         except AgentClusterError as error:
-            raise in_short(error) from error.__cause__
+            raise in_short(with_cause(error)) from error.__cause__
 
 
 #: Calls that have begun and are not done; asyncio itself would forget those that nobody awaits.
@@ -444,6 +493,27 @@ def of_all_hosts(**options: object) -> dict[str, Any]:
     return {key: None if isinstance(value, list | tuple) else value for key, value in options.items()}
 
 
+def refuse_spec(scheduler: object) -> None:
+    """Refuse a scheduler as ``SpecCluster`` takes it, by its class.
+
+    Parameters
+    ----------
+    scheduler
+        Argument of the cluster.
+
+    Raises
+    ------
+    ConfigError
+        For a mapping; it names what to write instead.
+    """
+    if isinstance(scheduler, Mapping):
+        raise ConfigError(
+            "scheduler={'cls': …} is for dask's SpecCluster; write scheduler_options={…} for its options, or start one "
+            "of another class by itself, and join it with scheduler='tcp://…'",
+            key="scheduler",
+        )
+
+
 def launcher_at(scheduler: object, launchers: Iterable[Launcher]) -> object:
     """Return the launcher of the host that the scheduler is to be on, where it is one of the cluster's own.
 
@@ -554,6 +624,13 @@ def first_modes(
     ConfigError, NodeNotFound
         For a mode that cannot be used, or the name of no node.
     """
+    for each in mode.values() if isinstance(mode, Mapping) else [mode]:
+        if callable(each):
+            raise ConfigError(
+                f"mode={each!r}: a function cannot give the first mode, as the hardware is not known before the agents "
+                f"run; write AgentCluster(…, mode='none'), and then cluster.reprovision(function)",
+                key="mode",
+            )
     if not isinstance(mode, Mapping):
         return _shaped(modes.parse(mode, config), shape), {}
     if not mode:

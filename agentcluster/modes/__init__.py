@@ -139,6 +139,24 @@ def plan(mode: Mode, hardware: Hardware, *, node: str) -> Workers:
     return workers
 
 
+def outdated(mode: Mode) -> str:
+    """Return a warning of options that have no future; "" where a mode has none.
+
+    Parameters
+    ----------
+    mode
+        The mode, as :func:`parse` returns it.
+    """
+    for options in (mode.config, mode.config.get("gpu")):
+        if isinstance(options, Mapping) and options.get("rmm_async") and options.get("rmm_pool_size") is not None:
+            # Said by dask_cuda.LocalCUDACluster, and not by the class of its workers.
+            return (
+                f"mode {mode.name!r}: 'rmm_pool_size' is not needed when 'rmm_async' is enabled, and dask-cuda will "
+                f"raise an exception in the future; leave 'rmm_pool_size' out"
+            )
+    return ""
+
+
 def try_plan(mode: Mode, hardware: Hardware, *, node: str) -> Workers | str:
     """Plan the workers of a node in a mode, or return the reason why it cannot have them.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -27,8 +27,16 @@ from agentcluster import modes
 from agentcluster.errors import by_reason
 from agentcluster.model import Hardware, Mode, WorkerSpec
 from agentcluster.requests import AdaptiveRequest
-from agentcluster.scheduler.planning.binpacking import Packing, pack, select_hosts
-from agentcluster.scheduler.planning.demand import Bounds, NodeCapacity, ResourceRequest, RunningWorker
+from agentcluster.scheduler.planning.binpacking import SPARE, Packing, pack, select_hosts
+from agentcluster.scheduler.planning.demand import (
+    Bounds,
+    NodeCapacity,
+    ResourceRequest,
+    RunningWorker,
+    amount,
+    kinds,
+    total,
+)
 from agentcluster.scheduler.planning.nodes import Node
 from agentcluster.tables import count
 
@@ -231,7 +239,11 @@ class Autoscaler:
         requests = [*demand.requests, *requested.values()]
         capacities = [self._capacity(node, asked, demand, nbytes) for node in nodes]
         bounds = Bounds.of(asked)
-        packing = pack(requests, capacities, bounds, frozenset(asked.may_go).__contains__)
+        # The planner leaves busy workers where they are, also beyond limits that have become smaller since they came.
+        surplus = beyond_limits(capacities, bounds)
+        capacities = [_without(each, surplus) for each in capacities] if surplus else capacities
+        may_go = frozenset[str]() if surplus else frozenset(asked.may_go)
+        packing = pack(requests, capacities, bounds, may_go.__contains__)
         if_all_may_leave = pack(requests, capacities, bounds)
         launch = select_hosts(
             asked,
@@ -249,7 +261,8 @@ class Autoscaler:
         add = {node.name: self._without_host_resources(packing, node, asked.modes) for node in nodes}
         self._forget_all_but({*asked.reserve, *(node.name for node in nodes)})
         idle = {*if_all_may_leave.remove, *if_all_may_leave.modes} - {*packing.remove, *packing.modes}
-        return replace(packing, add={name: specs for name, specs in add.items() if name in packing.add}), {
+        add = {name: specs for name, specs in add.items() if name in packing.add}
+        return replace(packing, add=add, remove=packing.remove | surplus), {
             "saw": "; ".join(map(describe, requests)) or "no tasks",
             "could_go": sorted(idle),
             "unmet": unmet,
@@ -335,6 +348,50 @@ class Autoscaler:
         if missing:
             return f"no worker has {missing[0]}; a mode's option resources={{{missing[0]!r}: …}} gives it to them"
         return "no worker has enough"
+
+
+def beyond_limits(nodes: Sequence[NodeCapacity], bounds: Bounds) -> frozenset[str]:
+    """Select the workers that run beyond upper limits: those with fewest tasks, and of those with least data.
+
+    Parameters
+    ----------
+    nodes
+        The nodes with their workers.
+    bounds
+        The limits.
+
+    Returns
+    -------
+    frozenset of str
+        Names of the workers; none that the others have too little memory to take the data of.
+    """
+    running = {name: worker for node in nodes for name, worker in node.workers.items()}
+    data = sum(worker.nbytes for worker in running.values())
+    stay = dict(running)
+    for name in sorted(running, key=lambda name: (sum(running[name].tasks.values()), running[name].nbytes)):
+        excess, full = _excess([worker.spec for worker in stay.values()], bounds)
+        if not any(excess) and not full:
+            break
+        spec = running[name].spec
+        helps = any(part and over for part, over in zip(amount(spec), excess, strict=True)) or full & kinds(spec)
+        others = [worker.spec.memory_limit for other, worker in stay.items() if other != name]
+        enough = not data or (others and (not all(others) or sum(filter(None, others)) >= SPARE * data))
+        if helps and enough:
+            del stay[name]
+    return frozenset(running.keys() - stay.keys())
+
+
+def _excess(specs: Sequence[WorkerSpec], bounds: Bounds) -> tuple[list[bool], set[str]]:
+    """Return which of the amounts, and which kinds, are beyond their upper limits."""
+    have = total(map(amount, specs), len(bounds.most))
+    numbers = Counter(kind for spec in specs for kind in kinds(spec)) if bounds.kinds else {}
+    full = {kind for kind, (_, most) in bounds.kinds.items() if numbers.get(kind, 0) > most}
+    return [part > most for part, most in zip(have, bounds.most, strict=True)], full
+
+
+def _without(node: NodeCapacity, names: Collection[str]) -> NodeCapacity:
+    """Return a node without some of its workers."""
+    return replace(node, workers={name: worker for name, worker in node.workers.items() if name not in names})
 
 
 def _possible(offer: Offer) -> TypeGuard[tuple[WorkerSpec, ...]]:

@@ -443,7 +443,8 @@ class RolloutRun:
             state = f"{', '.join(empty)} has no workers, the others have those that they had"
         why = "; ".join(dict.fromkeys(filter(None, self._whys))) or str(self.rollout.cancelled)
         error = SwapError(why, state, report)
-        error.__cause__ = self._causes[0] if self._causes else None
+        error.__cause__ = cause = self._causes[0] if self._causes else None
+        error.raised = getattr(cause, "raised", {})
         return error
 
 

@@ -369,11 +369,31 @@ async def test_spec_cluster_starts_and_closes_agents() -> None:
         async with Client(cluster, asynchronous=True) as client:
             await client.wait_for_workers(2, timeout=20)
             assert joined(cluster.scheduler) == {"a", "b"}
+            logs = await cluster.get_logs(cluster=False, scheduler=False)
+            assert logs.keys() == cluster.scheduler.workers.keys()
+            assert all("Registered to" in log for log in logs.values())
             assert await client.submit(sum, [40, 2]) == 42
             kept = await client.scatter(list(range(10)))
             await client.scheduler.reprovision_nodes(mode="auto-cpu", config=TWO)
             assert await client.gather(kept) == list(range(10))
             assert len(joined(cluster.scheduler)) == 4
+
+
+async def test_spec_cluster_notices_the_end_of_an_agent() -> None:
+    """Within two seconds, and makes another in its place, as it does for a worker."""
+    dask.config.set({"distributed.deploy.lost-worker-timeout": "10ms"})
+    entry = {"cls": Agent, "options": {"mode": "auto-cpu", "config": TWO | {"nworkers": 1}, **HOST}}
+    scheduler = {"cls": Scheduler, "options": SCHEDULER}
+    async with SpecCluster(worker=entry, scheduler=scheduler, asynchronous=True) as cluster:
+        cluster.scale(2)
+        await cluster
+        first = next(iter(cluster.workers.values()))
+        await first.close()
+        await wait_until(lambda: len(cluster.workers) == 1, 2)
+        await cluster
+        assert len(cluster.workers) == 2
+        assert first not in cluster.workers.values()
+        assert len(joined(cluster.scheduler)) == 2
 
 
 def test_spec_cluster_in_a_script() -> None:

@@ -16,6 +16,7 @@ import pytest
 from distributed import Client, Nanny, Scheduler, SchedulerPlugin, Status, Worker, rpc
 from distributed.comm.addressing import get_address_host_port
 from distributed.process import AsyncProcess
+from distributed.security import Security
 
 from agentcluster.agent import supervisor as ports
 from agentcluster.agent.nanny import RestartPolicy, StartMethod
@@ -73,6 +74,14 @@ class Abrupt:
 
     async def close(self) -> None:
         raise RuntimeError("no way out")
+
+
+class Guarded(Abrupt):
+    """One that takes credentials."""
+
+    def __init__(self, scheduler: str, *, name: str, security: Security) -> None:
+        super().__init__(scheduler, name=name)
+        assert security.require_encryption
 
 
 def worker(cls: Any = "distributed.Nanny", **more: Any) -> WorkerSpec:
@@ -393,6 +402,14 @@ async def test_a_worker_without_nanny_lives_in_this_process(supervisor: Watched,
         assert await client.retire_workers([state.address])
     await wait_until(lambda: supervisor.said("n-0", "retired"))
     assert supervisor.states() == (other,)
+
+
+async def test_a_class_that_takes_no_credentials_gets_none(supervisor: Watched) -> None:
+    """SpecCluster's protocol asks for a scheduler and a name alone; one that takes credentials gets them."""
+    supervisor.security = Security(require_encryption=True)
+    specs = {cls.__name__: WorkerSpec(kind="custom", cls=f"{__name__}.{cls.__name__}") for cls in (Abrupt, Guarded)}
+    states = await supervisor.start(specs, START)
+    assert [state.name for state in states] == ["Abrupt", "Guarded"]
 
 
 async def test_a_worker_class_of_the_users_own_under_a_nanny(supervisor: Watched, scheduler: Scheduler) -> None:

@@ -278,12 +278,46 @@ async def test_dasks_own_class_counts_by_the_workers_that_the_mode_would_have() 
             assert (adaptive.minimum, adaptive.maximum) == expected
 
 
+async def test_a_later_smaller_maximum_takes_workers_away_while_tasks_wait(
+    cluster: AgentCluster, client: Client, slow: Slow
+) -> None:
+    cluster.adapt(maximum=4, **FAST)
+    tasks = client.map(slow, range(500), pure=False)
+    await looks(cluster)
+    assert count(cluster) == 4
+    cluster.adapt(maximum=2, **FAST)
+    await wait_until(lambda: count(cluster) == 2)
+    assert not all(task.done() for task in tasks)
+    await client.cancel(tasks)
+
+
+@pytest.mark.parametrize(("target_duration", "expected"), [("4s", 2), ("1s", 4)])
+async def test_target_duration(cluster: AgentCluster, client: Client, target_duration: str, expected: int) -> None:
+    """Eight tasks of one second: as many workers as end them within that time, of the four that can be."""
+    dask.config.set({"distributed.scheduler.default-task-durations": {"nap": 1}})
+
+    def nap(seconds: float) -> None:
+        time.sleep(seconds)
+
+    cluster.adapt(minimum=0, target_duration=target_duration, **FAST)
+    await wait_until(lambda: count(cluster) == 0)
+    tasks = client.map(nap, [1.0] * 8, pure=False)
+    await wait_until(lambda: count(cluster) == expected)
+    await looks(cluster)
+    assert count(cluster) == expected
+    await client.cancel(tasks)
+
+
 async def test_what_dask_makes_act_without_await_and_groups_of_workers() -> None:
     """A call of scale() that is not awaited; a later adapt() with a smaller maximum; workers that go together."""
     shape = {"nthreads": 1, "memory_limit": "100 MiB", "nworkers": 2}
     async with AgentCluster(here(2), mode="uniform", config=shape, asynchronous=True) as cluster:
         cluster.scale(1)
         await wait_until(lambda: len(cluster.scheduler.workers) == 1)
+        cluster.scale(cores=2)
+        await wait_until(lambda: len(cluster.scheduler.workers) == 2)
+        cluster.scale(memory="250 MiB")
+        await wait_until(lambda: len(cluster.scheduler.workers) == 3)
         cluster.adapt(minimum=3, interval="50ms")
         await wait_until(lambda: len(cluster.scheduler.workers) == 3)
         cluster.adapt(maximum=1, interval="50ms")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client, Status
+from distributed import Client, Nanny, Status, Worker
+from distributed.diagnostics.plugin import WorkerPlugin
 
-from agentcluster import AgentCluster, Host
-from agentcluster.errors import ConfigError, LaunchError, SchedulerUnfit
+from agentcluster import AgentCluster, Host, Mode
+from agentcluster.errors import ConfigError, LaunchError, SchedulerUnfit, SwapError, WorkerStartError
+from agentcluster.model import Hardware
 from tests.support.inprocess import here
 from tests.support.plugin import SCHEDULER
 from tests.support.programs import Start, start_scheduler
@@ -61,7 +65,7 @@ def taken() -> Iterator[int]:
 
 async def start(asynchronous: bool, **options: Any) -> None:
     if asynchronous:
-        await AgentCluster(here(), asynchronous=True, **options)
+        await AgentCluster(**{"hosts": here(), **options}, asynchronous=True)
     else:
         AgentCluster(**options)
 
@@ -94,6 +98,105 @@ def test_wrong_options_of_a_scheduler(options: Any, says: str) -> None:
 async def test_an_interface_that_is_not_there() -> None:
     with pytest.raises(LaunchError, match=r"scheduler on this machine did not start: 'nope0' is not a valid network"):
         await AgentCluster(here(), scheduler_options={"interface": "nope0"}, asynchronous=True)
+
+
+class PluginError(Exception):
+    """Error of a plugin of the user's."""
+
+
+class BrokenPlugin(WorkerPlugin):
+    """A plugin whose setup fails, with an error of its own or a builtin one."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def setup(self, worker: Worker) -> None:
+        raise self.error
+
+
+class BrokenWorker(Worker):
+    """A worker whose start fails."""
+
+    async def start_unsafe(self) -> Any:
+        raise PluginError("the worker is broken")
+
+
+@pytest.mark.parametrize(
+    ("error", "asynchronous"), [(ImportError("no module like this"), False), (PluginError("no such luck"), True)]
+)
+async def test_the_exception_of_a_plugin_is_the_cause(error: Exception, asynchronous: bool) -> None:
+    """A local worker can import the plugin of this module; what the plugin raises reaches the user."""
+    options = {"config": ONE, "worker_options": {"plugins": {BrokenPlugin(error)}}, "scheduler_options": SCHEDULER}
+    with pytest.raises(WorkerStartError, match=f"local-0: {type(error).__name__}: {error}") as caught:
+        await start(asynchronous, **options)
+    cause = caught.value.__cause__
+    assert type(cause) is type(error)
+    assert cause.args == error.args
+    assert cause.__traceback__ is None
+
+
+async def test_the_exception_of_a_worker_class_is_the_cause() -> None:
+    options: dict[str, Any] = {"config": ONE, "scheduler_options": SCHEDULER, "asynchronous": True}
+    async with AgentCluster(here(), **options) as cluster:
+        with pytest.raises(SwapError, match=r"PluginError: the worker is broken.*still run") as caught:
+            await cluster.reprovision("spec", {"spec": {"cls": BrokenWorker}})
+        assert isinstance(caught.value.__cause__, PluginError)
+        assert len(cluster.scheduler.workers) == 1
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_a_start_that_takes_too_long_is_a_timeout(asynchronous: bool) -> None:
+    with pytest.raises(TimeoutError, match=r"had not joined after 0\.01 s; start_timeout= gives more time"):
+        await start(asynchronous, hosts=here(), config=ONE, start_timeout="10ms", scheduler_options=SCHEDULER)
+
+
+class Outdated(Nanny):
+    """A class that warns when it is made."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        warnings.warn("this class has no future", FutureWarning, stacklevel=1)
+        warnings.warn("nor a\n present", UserWarning, stacklevel=1)
+        warnings.warn("this is for its author", DeprecationWarning, stacklevel=1)
+        super().__init__(*args, **options)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_warnings_of_a_worker_class_point_at_the_users_line(asynchronous: bool) -> None:
+    """Each once with its nodes, of its own category; what is for authors is not passed on."""
+    spec = {"spec": {"cls": Outdated, "opts": {"nthreads": 1, "memory_limit": "300MiB"}}, "nworkers": 2}
+    options: dict[str, Any] = {"mode": "spec", "config": spec, "scheduler_options": SCHEDULER}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        cluster: Any = AgentCluster(here(2), asynchronous=asynchronous, **options)
+        line = inspect.currentframe().f_lineno - 1  # type: ignore[union-attr]
+        if asynchronous:
+            await cluster
+            await cluster.close()
+        else:
+            cluster.close()
+    expected = [
+        (FutureWarning, "local, local.2: this class has no future"),
+        (UserWarning, "local, local.2: nor a present"),
+    ]
+    told = [each for each in seen if each.category in (FutureWarning, UserWarning)]
+    assert [(each.category, str(each.message)) for each in told] == expected
+    assert {(each.filename, each.lineno) for each in told} == {(__file__, line)}
+
+
+def by_cores(hardware: Hardware) -> Mode:
+    """Return a mode by the hardware of a node: one thread of each core, at most two."""
+    return Mode("uniform", {"nworkers": 1, "nthreads": min(2, hardware.cpus), "memory_limit": "300MiB"})
+
+
+async def test_a_function_as_first_mode_is_refused_with_what_acts() -> None:
+    for mode in (by_cores, {"local": by_cores}):
+        with pytest.raises(ConfigError, match=r"write AgentCluster\(…, mode='none'\), and then cluster\.reprovision"):
+            AgentCluster(here(), mode=mode)  # type: ignore[arg-type]
+    async with AgentCluster(here(2), mode="none", scheduler_options=SCHEDULER, asynchronous=True) as cluster:
+        report = await cluster.reprovision(by_cores)
+        threads = [min(2, node["hardware"]["cpus"]) for node in cluster.nodes.values()]
+        assert [worker.nthreads for worker in cluster.scheduler.workers.values()] == threads
+        assert set(report.nodes) == {"local", "local.2"}
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -79,15 +79,18 @@ def test_a_change(sync_cluster: AgentCluster) -> None:
         screen.named("Reprovision", "options").value = '{"nthreads": 1, "nworkers": 1, "memory_limit": "300MiB"}'
         screen.named("Reprovision", "nodes").value = "box-*"
         screen.press("Reprovision", "Dry run")
-        screen.says("Reprovision", "planned only", "box-2")
+        screen.says("Reprovision", "planned only", "box-2", "on box-*, strategy surge, drain tasks")
         assert {node["mode"] for node in sync_cluster.nodes.values()} == {"auto-cpu"}
         screen.press("Reprovision", "Reprovision")
         assert screen.named("Reprovision", "Reprovision").disabled
         screen.says("Reprovision", "reprovisioning box-* to uniform", timeout=1)
-        screen.says("Reprovision", "uniform: 2 nodes", "changed", "moved")
+        acted = (
+            "uniform {&quot;nthreads&quot;: 1, &quot;nworkers&quot;: 1, &quot;memory_limit&quot;: &quot;300MiB&quot;}"
+        )
+        screen.says("Reprovision", "uniform: 2 nodes", "changed", "moved", acted, "on box-*")
         wait_blocking(lambda: screen.table.value.count("uniform") == 2)
         screen.press("Reprovision", "Undo")
-        screen.says("Reprovision", "undo: 2 nodes")
+        screen.says("Reprovision", "undo: 2 nodes", "box-1", "box-2", "auto-cpu")
         wait_blocking(lambda: screen.table.value.count("auto-cpu") == 2)
         assert client.gather(kept) == list(range(100))
 
@@ -146,9 +149,11 @@ def test_a_rollout_is_watched_and_paused(sync_cluster: AgentCluster) -> None:
         button = screen.named("Reprovision", "Pause")
         screen.press("Reprovision", "Pause")
         screen.says("Reprovision", "box-2", "waiting")
+        screen.says("Reprovision", "pause: the rollout to uniform on box-1, box-2")
         screen.says("Reprovision", "rollout to uniform: paused")
         assert sync_cluster.nodes["box-2"]["mode"] == "auto-cpu"
         screen.press("Reprovision", "Resume")
+        screen.says("Reprovision", "resume: the rollout to uniform on box-1, box-2")
         report = sync_cluster.sync(ended, order)
         assert [node.outcome for node in report.nodes.values()] == ["changed", "changed"]
         wait_blocking(lambda: button.disabled and button.description == "Pause")
@@ -173,6 +178,7 @@ def test_scale(sync_cluster: AgentCluster) -> None:
     screen.says("Scale", "workers now: 1 cpu")
     screen.named("Scale", "cpu workers").value = "3"
     screen.press("Scale", "Scale kinds")
+    screen.says("Scale", "scale(cpu=3): 3 workers")
     screen.says("Scale", "workers now: 3 cpu")
     for text in ("", "many", "-1"):
         screen.named("Scale", "workers").value = text
@@ -200,7 +206,9 @@ def test_adapt(sync_cluster: AgentCluster) -> None:
     screen.says("Adapt", "<td>begins</td>")
     wait_blocking(lambda: sum(len(node["plan"]) for node in sync_cluster.nodes.values()) <= 2, 30)
     screen.press("Adapt", "Stop")
-    screen.says("Adapt", "not adapting")
+    screen.says("Adapt", "not adapting: stopped, ", " there")
+    screen.press("Adapt", "Stop")
+    screen.says("Adapt", "not adapting: it did not run")
     assert sync_cluster._adaptive.state == "stopped"
 
 
@@ -211,7 +219,7 @@ def test_logs() -> None:
         wait_blocking(lambda: screen.named("Logs", "node").options == ("box-1", "box-2"))
         screen.named("Logs", "node").value = "box-2"
         screen.press("Logs", "Show")
-        screen.says("Logs", "<pre>", "box-2")
+        screen.says("Logs", "log of box-2, all of it", "<pre>")
 
 
 def test_a_closed_cluster_says_so() -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
+import warnings
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -301,6 +305,34 @@ async def test_gpu_workers_that_do_not_start(node: Open, config: dict[str, Any],
         assert await one.pids() == before
         await one.cluster.reprovision("auto-gpu")
         assert len(one.names) == 2
+
+
+async def test_warnings_of_dask_cuda_reach_the_user(node: Open) -> None:
+    """They point at the user's line: of the constructor, and of a change; once for all workers of a node."""
+    spill, old = {"enable_cudf_spill": True}, {"rmm_pool_size": "1GB", "rmm_async": True}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        async with node("auto-gpu", spill, gpus=2) as one:
+            await one.cluster.reprovision("none")
+            of_start = [each for each in seen if "cuDF" in str(each.message)]
+            with pytest.raises(SwapError, match="module 'rmm' is not available") as caught:
+                await one.cluster.reprovision("auto-gpu", {**spill, **old})
+            assert isinstance(caught.value.__cause__, ValueError)
+            await one.cluster.reprovision("auto-gpu", spill)
+    both = [each for each in seen if "cuDF" in str(each.message)]
+    assert (len(of_start), len(both)) == (1, 2)
+    assert all(str(each.message).startswith("local: cuDF spilling is enabled, please ensure") for each in both)
+    (future,) = [each for each in seen if each.category is FutureWarning]
+    assert "'rmm_pool_size' is not needed when 'rmm_async' is enabled" in str(future.message)
+    assert {Path(each.filename).name for each in [*both, future]} == {Path(__file__).name}
+
+
+def test_local_cuda_cluster_warns_of_the_same_option(library: Path) -> None:
+    """Its constructor does, and goes no further here: the module rmm needs a GPU."""
+    script = "from dask_cuda import LocalCUDACluster as C; C(n_workers=1, rmm_pool_size='1GB', rmm_async=True)"
+    env = os.environ | nvml.environ(library=library, gpus=1)
+    run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert "FutureWarning: 'rmm_pool_size' is not needed when 'rmm_async' is enabled" in run.stderr
 
 
 async def test_dask_cudas_class_in_a_spec_is_refused(node: Open) -> None:

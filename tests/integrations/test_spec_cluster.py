@@ -15,7 +15,7 @@ from distributed import Client, Scheduler, SpecCluster, Status
 from agentcluster import Agent
 from tests.support.giving_up import GivingUp
 from tests.support.managed import HOST, SCHEDULER, SHAPE, Work, clean, names, reprovision, there, workers
-from tests.support.programs import Program, Start, gone, start_scheduler
+from tests.support.programs import AGENT, Program, Start, gone, start_scheduler
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.deploy
@@ -246,3 +246,25 @@ async def test_dask_spec_without_a_scheduler(start: Start) -> None:
     program = dask_spec(start, "tcp://127.0.0.1:1", agent_spec(name="blue", death_timeout=1))
     assert await program.ended(20) == 1
     assert "scheduler at tcp://127.0.0.1:1" in program.output()
+
+
+async def test_the_command_in_place_of_dask_spec_runs_a_scheduler_on_the_configured_loop(start: Start) -> None:
+    pytest.importorskip("uvloop", reason="uvloop is not installed")
+
+    def loop() -> str:
+        import asyncio
+
+        return type(asyncio.get_event_loop()).__module__
+
+    spec = {"cls": "dask.distributed.Scheduler", "opts": {"host": "127.0.0.1", "port": 0, "dashboard_address": ":0"}}
+    program = start(*AGENT, "--spec", json.dumps(spec), env={"DASK_DISTRIBUTED__ADMIN__EVENT_LOOP": "uvloop"})
+    address = (await program.says("Scheduler at: ")).rpartition(" ")[2]
+    async with Client(address, asynchronous=True) as client:
+        assert await client.run_on_scheduler(loop) == "uvloop"
+
+
+@pytest.mark.parametrize("options", [(), ("--spec", '{"cls": "a.B"}', "--spec-file", "spec.json")])
+async def test_the_command_in_place_of_dask_spec_wants_one_spec(start: Start, options: tuple[str, ...]) -> None:
+    program = start(*AGENT, *options)
+    assert await program.ended(20) != 0
+    assert "exactly one" in program.output()

@@ -8,6 +8,7 @@ import time
 from itertools import pairwise
 from typing import Any
 
+import dask
 import dask.array as da
 import psutil
 import pytest
@@ -109,10 +110,13 @@ async def processes(client: Client) -> dict[str, tuple[int, int]]:
 
 
 async def test_options_of_the_cluster_end_with_it(start: Start) -> None:
+    """And its configuration stays with it: an agent that others started has that of its own host."""
     agent, address = await standby(start, "--resources", "HOST=1")
-    async with adopting(address, worker_options={"resources": {"OURS": 1}}) as cluster:
-        (worker,) = cluster.scheduler.workers.values()
-        assert worker.resources["OURS"] == 1
+    with dask.config.set({"distributed.worker.resources": {"CONFIGURED_HERE": 1}}):
+        async with adopting(address, worker_options={"resources": {"OURS": 1}}) as cluster:
+            (worker,) = cluster.scheduler.workers.values()
+            assert worker.resources["OURS"] == 1
+            assert "CONFIGURED_HERE" not in worker.resources
     async with adopting(address) as cluster:
         (worker,) = cluster.scheduler.workers.values()
         assert worker.resources["HOST"] == 1

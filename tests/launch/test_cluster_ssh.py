@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
+import dask
 import dask.array as da
 import psutil
 import pytest
@@ -66,6 +68,24 @@ async def test_the_environment_of_a_host(server: SSHServer) -> None:
     async with on(server, hosts=[host]) as cluster, Client(cluster, asynchronous=True) as client:
         assert set((await client.run(lambda: __import__("os").environ.get("SPECIAL"))).values()) == {"yes"}
         assert {name.rpartition("-")[0] for name in cluster.plan} == {"special"}
+
+
+async def test_the_configuration_of_the_launching_process_and_of_a_host(server: SSHServer, tmp_path: Path) -> None:
+    """What the launching process sets goes first; what it leaves at the default is as the host's own files have it."""
+    there = tmp_path / "dask.yaml"
+    there.write_text("distributed: {worker: {resources: {GPU: 2, DISK: 3}, profile: {interval: 25ms}}, nanny: {x: 1}}")
+    python = f"{Path(sys.executable).parent}/./{Path(sys.executable).name}"  # one that is forked has read its files
+    host = Host(server.host, user=server.username, port=server.port, name="box", remote_python=python)
+    host = dataclasses.replace(host, env={"DASK_CONFIG": str(there)})
+    keys = ["distributed.worker.profile.interval", "distributed.worker.profile.cycle", "distributed.nanny.x"]
+    here = {"distributed.worker.resources": {"GPU": 5, "FAST": 1}, "distributed.worker.profile.cycle": "700ms"}
+    config = {"nworkers": 1, "nthreads": 1, "memory_limit": "300MiB"}
+    with dask.config.set(here):
+        async with on(server, hosts=[host], config=config) as cluster, Client(cluster, asynchronous=True) as client:
+            (worker,) = cluster.scheduler.workers.values()
+            assert worker.resources == {"CPU": 1, "GPU": 5, "FAST": 1, "DISK": 3}
+            seen = await client.submit(lambda: [dask.config.get(key) for key in keys])
+            assert seen == ["25ms", "700ms", 1]
 
 
 async def test_scheduler_on_a_host(server: SSHServer) -> None:

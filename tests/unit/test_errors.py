@@ -87,22 +87,22 @@ EXAMPLES: list[tuple[AgentClusterError, dict[str, Any], str]] = [
     ),
     (
         WorkerStartError("n1", {"n1-0": "ImportError: x", "n1-1": "late"}),
-        {"node": "n1", "failures": {"n1-0": "ImportError: x", "n1-1": "late"}},
+        {"node": "n1", "failures": {"n1-0": "ImportError: x", "n1-1": "late"}, "raised": {}},
         "workers on node 'n1' did not start: n1-0: ImportError: x; n1-1: late",
     ),
     (
         WorkerStartTimeout("n1", {"n1-0": "had not joined"}),
-        {"node": "n1", "failures": {"n1-0": "had not joined"}},
+        {"node": "n1", "failures": {"n1-0": "had not joined"}, "raised": {}},
         "workers on node 'n1' did not start: n1-0: had not joined",
     ),
     (
         SwapError("no room", "the workers that ran before still run"),
-        {"reason": "no room", "state": "the workers that ran before still run", "report": None},
+        {"reason": "no room", "state": "the workers that ran before still run", "report": None, "raised": {}},
         "no room; the workers that ran before still run",
     ),
     (
         SwapError("no room", "b changed", {"nodes": {"a": {"outcome": "failed"}}}),
-        {"reason": "no room", "state": "b changed", "report": {"nodes": {"a": {"outcome": "failed"}}}},
+        {"reason": "no room", "state": "b changed", "report": {"nodes": {"a": {"outcome": "failed"}}}, "raised": {}},
         "no room; b changed",
     ),
     (

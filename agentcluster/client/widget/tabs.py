@@ -29,6 +29,7 @@ from agentcluster.tables import (
     Tone,
     amounts,
     bar,
+    count,
     html_table,
     page,
     paragraph,
@@ -111,11 +112,12 @@ class Change(Part):
         async def work() -> str:
             if asks and (planned := await change(dry_run=True)).given_up:
                 self._asked = asked
-                return _result(planned, "Reprovision again does it")
+                return _result(planned, acted, "Reprovision again does it")
             self._asked = ()
-            return _result(await change(dry_run))
+            return _result(await change(dry_run), acted)
 
         what = self._nodes.value.strip() or "all nodes"
+        acted = f"{mode}{f' {config}' if config else ''} on {what}, strategy {strategy}, drain {drain}"
         self._begin(work, f"{'planning' if dry_run else 'reprovisioning'} {what} to {mode}")
 
     def _undo_last(self) -> None:
@@ -135,7 +137,10 @@ class Change(Part):
         async def control() -> None:
             rollout = self.cluster.rollout
             try:
+                status = await rollout.status()
                 await {"pause": rollout.pause, "resume": rollout.resume, "cancel": rollout.cancel}[action]()
+                what = f"the rollout to {status.mode} on {', '.join(status.nodes)}" if status else "the rollout"
+                self.message.value = page(paragraph(toned(f"{action}: {what}", "busy")))
             except Exception as error:  # it may have ended just now, or the scheduler is gone
                 self.message.value = error_message(error)
 
@@ -155,9 +160,10 @@ class Change(Part):
         self._bars.value = page(_bars(rollout)) if rollout is not None else ""
 
 
-def _result(report: RolloutReport, hint: str = "") -> Markup:
+def _result(report: RolloutReport, *lines: str) -> Markup:
+    """Return a report as HTML, with more lines below it."""
     tone: Tone = "bad" if report.given_up else "calm" if report.dry_run else "good"
-    return stacked([report_message(report, tone), *([paragraph(hint)] if hint else [])])
+    return stacked([report_message(report, tone), *map(paragraph, lines)])
 
 
 def _bars(rollout: RolloutStatus) -> Markup:
@@ -195,7 +201,7 @@ class Scaling(Part):
             self._now.value = text
 
     def _to_number(self) -> None:
-        self._scale(lambda: {"n": number_in(self._number)})
+        self._scale(lambda: {"n": number_in(self._number)}, f"{self._number.value.strip()} workers")
 
     def _to_kinds(self) -> None:
         def target() -> dict[str, int]:
@@ -203,14 +209,15 @@ class Scaling(Part):
                 return numbers
             raise ConfigError("enter the number of workers of a kind")
 
-        self._scale(target)
+        texts = {kind: field.value.strip() for kind, field in self._kinds.items()}
+        self._scale(target, ", ".join(f"{text} {kind} workers" for kind, text in texts.items() if text))
 
-    def _scale(self, target: Callable[[], Plain]) -> None:
+    def _scale(self, target: Callable[[], Plain], what: str) -> None:
         async def work() -> str:
             report = await self.cluster.scale(**target())
             return report_message(report, "busy" if report.short else "good")
 
-        self.panel.run(work, self.message, *self.buttons, text="scaling")
+        self.panel.run(work, self.message, *self.buttons, text=f"scaling to {what}")
 
 
 class Adapting(Part):
@@ -256,8 +263,11 @@ class Adapting(Part):
 
     def _stop(self) -> None:
         async def work() -> str:
+            adaptive = self.cluster.scaling.adaptive
+            ran = adaptive is not None and adaptive.state in ("starting", "running")
             self.cluster.scaling.stop_adaptive()
-            return paragraph("not adapting")
+            workers = count(sum(self.cluster.nodes.kinds().values()), "worker")
+            return paragraph(f"not adapting: {'stopped' if ran else 'it did not run'}, {workers} there")
 
         self.panel.run(work, self.message, *self.buttons, text="stopping")
 
@@ -294,6 +304,8 @@ class Logs(Part):
                 raise ConfigError("there is no node")
             async with asyncio.timeout(LOG_TIMEOUT):
                 lines = (await self.cluster.display.agent_logs()).get(name, [])
-            return scrolled(preformatted("\n".join(lines[-LOG_LINES:]) or "nothing was logged"))
+            shown = lines[-LOG_LINES:]
+            title = paragraph(f"log of {name}, {f'last {LOG_LINES} lines' if len(lines) > len(shown) else 'all of it'}")
+            return stacked([title, scrolled(preformatted("\n".join(shown) or "nothing was logged"))])
 
         self.panel.run(work, self.message, *self.buttons, text=f"reading the log of {name}")

@@ -70,6 +70,11 @@ def test_a_keyword_that_nobody_has() -> None:
         ({"worker_options": {"local_dir": "x"}}, r"did you mean 'local_directory'\?"),
         ({"worker_options": {"security": 1}}, r"worker_options: 'security' cannot be set"),
         ({"worker_options": [1]}, r"worker_options=\[1\] must be a mapping"),
+        (
+            {"scheduler": {"cls": "distributed.Scheduler"}},
+            r"scheduler={'cls': …} is for .* write scheduler_options={…}",
+        ),
+        ({"hosts": [0]}, r"host 0 is not 'local'"),
         ({"worker_options": {1: 2}}, r"must be a mapping from names"),
         ({"worker_options": {"nthreads": "many"}}, r"'nthreads'.*'many'"),
     ],

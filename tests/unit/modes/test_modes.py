@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from agentcluster.errors import ConfigError, ModeRefused
 from agentcluster.model import Gpu, Hardware, Mode, WorkerSpec
-from agentcluster.modes import GROUP, names, parse, plan, try_plan, worker_keywords
+from agentcluster.modes import GROUP, names, outdated, parse, plan, try_plan, worker_keywords
 from agentcluster.modes.options import CUDA_WORKER, known_keywords
 from agentcluster.wire import from_wire, to_wire, unpickled
 
@@ -1172,3 +1172,17 @@ def test_a_third_partys_own_config_error_passes() -> None:
 
 def test_the_names_of_the_modes() -> None:
     assert names() == ["auto-cpu", "auto-gpu", "auto", "mixed", "uniform", "spec", "none"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "warned"),
+    [
+        (Mode("auto-gpu", {"rmm_async": True, "rmm_pool_size": "1GB"}), True),
+        (Mode("mixed", {"gpu": {"rmm_async": True, "rmm_pool_size": "1GB"}}), True),
+        (Mode("auto-gpu", {"rmm_async": True}), False),
+        (Mode("auto-gpu", {"rmm_async": False, "rmm_pool_size": "1GB"}), False),
+        (Mode("uniform"), False),
+    ],
+)
+def test_options_without_a_future(mode: Mode, warned: bool) -> None:
+    assert ("'rmm_pool_size' is not needed when 'rmm_async' is enabled" in outdated(mode)) is warned
