@@ -91,7 +91,7 @@ class Mode:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"Mode(name={self.name!r}, config={without_env(dict(self.config))!r})"
+        return f"Mode(name={self.name!r}, config={without_env(self.config)!r})"
 
 
 def without_env(data: Plain) -> Plain:

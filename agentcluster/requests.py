@@ -11,6 +11,8 @@ from typing import Literal
 
 from agentcluster.errors import ConfigError
 from agentcluster.model import Hardware, Mode
+from agentcluster.units import parse_seconds
+from agentcluster.wire import check_types
 
 #: Greatest number of characters of a node's name or of a label, as for a name in DNS.
 LONGEST_NAME = 253
@@ -53,7 +55,7 @@ class RolloutPolicy:
     Raises
     ------
     ConfigError
-        For a negative time, or fewer than one node at a time.
+        For a value of another type, a time that is none, or fewer than one node at a time.
     """
 
     strategy: Strategy = "surge"
@@ -67,13 +69,16 @@ class RolloutPolicy:
     wait: bool | float = True
 
     def __post_init__(self) -> None:
-        for key in ("timeout", "drain_timeout"):
-            value = getattr(self, key)
-            if value is not None and value < 0:
-                raise ConfigError(f"{key}={value!r} must not be negative", key=key)
+        check_types(self)
+        if self.timeout is not None:
+            parse_seconds("timeout", self.timeout)
+        if self.drain_timeout is not None:
+            parse_seconds("drain_timeout", self.drain_timeout, zero=True)
+        if not isinstance(self.wait, bool):
+            parse_seconds("wait", self.wait, zero=True)
         most = self.max_parallel
-        if most is not None and (not isinstance(most, int) or isinstance(most, bool) or not 0 < most <= MOST):
-            raise ConfigError(f"max_parallel={most!r} must be a whole number of 1 or more", key="max_parallel")
+        if most is not None and not 0 < most <= MOST:
+            raise ConfigError(f"max_parallel={most!r} must be a whole number from 1 to {MOST}", key="max_parallel")
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,10 @@ class ScaleTarget:
     extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kinds, Mapping):
+            raise ConfigError(f"scale: kinds={self.kinds!r} must be numbers of workers by kind", key="kinds")
+        if not isinstance(self.extra, list | tuple) or not all(isinstance(name, str) for name in self.extra):
+            raise ConfigError(f"scale: extra={self.extra!r} must be names of nodes", key="extra")
         amounts = {"n": self.workers, "cores": self.cores, "memory": self.memory, "nodes": self.nodes, **self.kinds}
         for key, value in amounts.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
@@ -194,8 +203,8 @@ class NodeRegistration:
     Raises
     ------
     ConfigError
-        For a name or a label that others could not show: it has control characters, is empty, or is longer than
-        :data:`LONGEST_NAME`.
+        For a value of another type; and for a name or a label that others could not show: it has control characters,
+        is empty, or is longer than :data:`LONGEST_NAME`.
     """
 
     name: str
@@ -210,16 +219,33 @@ class NodeRegistration:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_name("node", self.name)
         if isinstance(self.external_name, str):
             check_name("external", self.external_name)
         for label, value in self.labels.items():
-            check_name("label", label)
-            if value:
-                check_name("label", value)
+            check_label(label, value)
 
 
-def check_name(kind: str, name: str) -> None:
+def check_label(label: str, value: str) -> None:
+    """Check a label of a node.
+
+    Parameters
+    ----------
+    label, value
+        The label; it may have no value.
+
+    Raises
+    ------
+    ConfigError
+        As for :func:`check_name`.
+    """
+    check_name("label", label)
+    if value:
+        check_name("label", value)
+
+
+def check_name(kind: str, name: object) -> None:
     """Check a name that is shown to others: in tables, logs, pages and messages.
 
     Parameters
@@ -232,8 +258,10 @@ def check_name(kind: str, name: str) -> None:
     Raises
     ------
     ConfigError
-        When it is empty, longer than :data:`LONGEST_NAME`, or has a character that is not printed.
+        When it is not text, is empty, longer than :data:`LONGEST_NAME`, or has a character that is not printed.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"{kind} name {name!r} is not text", key="name")
     if not name.strip() or len(name) > LONGEST_NAME or not name.isprintable():
         shown = ascii(name) if len(name) <= LONGEST_NAME else f"{name[:40]!a}… of {len(name)} characters"
         raise ConfigError(

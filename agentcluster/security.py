@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias
 from distributed.comm.addressing import get_address_host_port, parse_address
 from distributed.security import Security
 
-from agentcluster.errors import ConfigError
+from agentcluster.errors import ConfigError, suggest
 
 #: Keyword arguments of :class:`distributed.Security`, or of its connections.
 Arguments: TypeAlias = dict[str, Any]
@@ -133,10 +133,15 @@ def credentials(folder: str | PathLike[str], *roles: str) -> Security:
     UserWarning
         When a certificate expires within two weeks.
     """
-    place = Path(folder).expanduser()
+    if not isinstance(folder, str | PathLike) or not str(folder).strip():
+        raise ConfigError(f"credentials {folder!r}: give the path of a folder", key="security")
+    for role in roles:
+        if role not in ROLES:
+            raise ConfigError(f"credentials for role {role!r}; {suggest(str(role), ROLES)}", key="security")
     try:
+        place = Path(folder).expanduser()
         place.exists()
-    except (OSError, ValueError) as error:  # too long, or with NUL
+    except (OSError, ValueError, RuntimeError) as error:  # too long, with NUL, or in the home of an unknown user
         raise ConfigError(f"credentials {str(folder)[:200]!r} cannot be read: {error}", key="security") from None
     found = roles or tuple(role for role in ROLES if (place / f"{role}.pem").exists()) or ROLES
     names = {"tls_ca_file": "ca.pem"}
@@ -167,13 +172,16 @@ def credentials_of_options(folder: str | None, files: Arguments, role: str) -> S
     Raises
     ------
     ConfigError
-        When both are given, or the folder's files cannot be used.
+        When both are given, the folder's files cannot be used, or there is no certificate of the CA.
     """
-    if not folder:
-        return Security(**files)
-    if files:
+    if folder is not None and files:
         raise ConfigError("--credentials cannot be given with --tls-ca-file, --tls-cert or --tls-key: it has them")
-    return credentials(folder, role)
+    if folder is not None:
+        return credentials(folder, role)
+    security = Security(**files)
+    if files and not getattr(security, "tls_ca_file", None):
+        raise ConfigError("--tls-cert and --tls-key have no effect without --tls-ca-file; give that too")
+    return security
 
 
 def _check_expiry(paths: list[Path]) -> None:
@@ -222,13 +230,37 @@ def written_aside(path: Path, data: bytes) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def parse_security(security: object) -> Security:
+    """Return the credentials of an agent.
+
+    Parameters
+    ----------
+    security
+        Credentials, keyword arguments of :class:`distributed.Security`, or None for none.
+
+    Raises
+    ------
+    ConfigError
+        For anything else.
+    """
+    if isinstance(security, Security):
+        return security
+    if security is not None and not isinstance(security, Mapping):
+        raise ConfigError(
+            f"security={security!r} must be a distributed.Security, its arguments, or None", key="security"
+        )
+    arguments = security or {}
+    try:
+        return Security(**{str(key): value for key, value in arguments.items()})
+    except (TypeError, ValueError) as error:
+        names = ", ".join(sorted(map(str, arguments)))
+        raise ConfigError(f"security= cannot be made of {names}: {error}", key="security") from None
+
+
 def _from_mapping(arguments: Arguments) -> Security:
     """Make credentials of keyword arguments; refuse those that would turn encryption off without a word."""
     names = ", ".join(sorted(map(str, arguments)))
-    try:
-        security = Security(**{str(key): value for key, value in arguments.items()})
-    except TypeError as error:
-        raise ConfigError(f"security= cannot be made of {names}: {error}", key="security") from None
+    security = parse_security(arguments)
     if not has_credentials(security):
         raise ConfigError(
             f"security={{{names}}} has no credentials; give tls_ca_file with certificates and "

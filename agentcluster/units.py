@@ -1,4 +1,4 @@
-"""Times and amounts of memory as users give them, read as dask reads them."""
+"""Times, amounts of memory and addresses as users give them, read as dask reads them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dask.utils import parse_bytes, parse_timedelta
 
 from agentcluster.errors import ConfigError
 
-__all__ = ["parse_nbytes", "parse_seconds"]
+__all__ = ["parse_nbytes", "parse_seconds", "split_address"]
 
 
 def parse_seconds(key: str, value: object, *, call: str = "", zero: bool = False) -> float:
@@ -85,6 +85,45 @@ def parse_nbytes(key: str, value: object, *, call: str = "") -> int:
     return nbytes
 
 
+def split_address(address: str) -> tuple[str, int]:
+    """Split an address into its host and its port.
+
+    Parameters
+    ----------
+    address
+        An address of dask's, such as ``"tcp://10.0.0.1:8786"``.
+
+    Returns
+    -------
+    host : str
+        Name or number of the host.
+    port : int
+        The port, from 0 to 65535.
+
+    Raises
+    ------
+    ValueError
+        When a part is missing, or nothing can have it; with the reason.
+
+    Examples
+    --------
+    >>> split_address("tcp://10.0.0.1:8786")
+    ('10.0.0.1', 8786)
+    """
+    from distributed.comm.addressing import get_address_host_port  # heavy, and times are read everywhere
+
+    host, port = get_address_host_port(address, strict=True)
+    if not 0 <= port < 65536:
+        raise ValueError(f"port {str(port)[:20]} is not one from 0 to 65535")
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError("its host is not a name of a host") from None
+    if not host or not address.isprintable():
+        raise ValueError("its host is not a name of a host")
+    return host, int(port)
+
+
 def _seconds(value: object) -> float:
     """Return a time in seconds; not a number when `value` is not a time."""
     if isinstance(value, bool) or not isinstance(value, str | int | float | timedelta):
@@ -97,8 +136,11 @@ def _seconds(value: object) -> float:
 
 def _nbytes(value: object) -> int:
     """Return an amount of memory in bytes; -1 when `value` is not one."""
-    # For dask, text without a digit is one of its unit, and the empty text is one byte.
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "" or str(value).isspace():
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return -1
+    # For dask, text without a digit is one of its unit, the empty text is one byte, and -0.5 is 0.
+    text = str(value).strip()
+    if not text or text.startswith("-"):
         return -1
     try:
         return int(parse_bytes(value))

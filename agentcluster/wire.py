@@ -140,6 +140,21 @@ def plain(value: object) -> Plain:
     return pickled(value)
 
 
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be sent; one of bytes that are not UTF-8, such as the name of a file, cannot.
+
+    Parameters
+    ----------
+    text
+        The text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def to_wire(value: object) -> Plain:
     """Convert a dataclass, or a container of them, to plain data.
 
@@ -222,6 +237,24 @@ def from_wire(cls: type[T], data: object, where: str = "") -> T:
     return cls(**values)
 
 
+def check_types(value: object) -> None:
+    """Check that each field of a dataclass has a value of its type.
+
+    Parameters
+    ----------
+    value
+        The dataclass, as its constructor was given it.
+
+    Raises
+    ------
+    ConfigError
+        Names the field and its value.
+    """
+    cls: Hint = type(value)
+    for key, hint in _hints(cls).items():
+        _parse(hint, getattr(value, key), f"{cls.__name__}.{key}")
+
+
 def handler(call: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T | Mapping[str, object]]]:
     """Return a call as a handler of one of dask's servers: it gets arguments of the types of its hints, and no others.
 
@@ -302,6 +335,8 @@ def _parse(hint: Hint, value: object, where: str) -> Plain:
             raise ConfigError(f"{where}: expected a mapping, got {_shown(value)}")
         return {str(k): _parse(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
+        if isinstance(value, typing.cast(type, hint)):
+            return value
         return from_wire(typing.cast(type, hint), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

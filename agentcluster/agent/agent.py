@@ -39,8 +39,9 @@ from agentcluster.agent.supervisor import Supervisor
 from agentcluster.config import Config, warn_untested
 from agentcluster.errors import ConfigError, SchedulerUnfit, WorkerStartError, WorkerStartTimeout
 from agentcluster.model import Hardware, Mode, WorkerSpec
-from agentcluster.requests import NodeRegistration
-from agentcluster.security import connection_args
+from agentcluster.modes.options import check_keywords
+from agentcluster.requests import NodeRegistration, check_label, check_name
+from agentcluster.security import connection_args, parse_security
 from agentcluster.units import parse_seconds
 from agentcluster.wire import Handshakes, from_wire, handler, limit_handshakes, to_wire
 
@@ -180,14 +181,27 @@ class Agent(Server):
         **worker_options: Any,
     ) -> None:
         # Options, checked here once.
+        if not isinstance(lasting, bool):
+            raise ConfigError(f"Agent(lasting={lasting!r}): give True or False", key="lasting")
+        if name is not None:
+            if isinstance(name, bool) or not isinstance(name, str | int):
+                raise ConfigError(f"Agent(name={name!r}): give text or a number", key="name")
+            check_name("node", str(name))
+        if port is not None and (isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536):
+            raise ConfigError(f"Agent(port={port!r}): give a number from 0 to 65535", key="port")
+        if config is not None and mode is None:
+            raise ConfigError("Agent(config=…) needs the mode that it is of: give mode= with it", key="config")
+        check_keywords("Agent", {"host": host, "interface": interface, "protocol": protocol, **worker_options})
+        for label, value in (worker_options.get("labels") or {}).items():
+            check_label(label, value)
         if not lasting and scheduler is None:
             scheduler = take_scheduler(worker_options)
         if not lasting and scheduler is not None and mode is None:
             mode = take_mode(worker_options)
-            fallback = fallback or LIKE_DASK_WORKER
+            fallback = LIKE_DASK_WORKER if fallback is None else fallback
         warn_untested()
         self.settings = Config.load()
-        self.security = security if isinstance(security, Security) else Security(**(security or {}))
+        self.security = parse_security(security)
         if scheduler is None:
             raise ConfigError("an agent needs the address of its scheduler, such as Agent('tcp://10.0.0.1:8786')")
         self.scheduler_address = scheduler_address(scheduler)

@@ -9,7 +9,6 @@ from dask import config
 from distributed.comm.addressing import (
     address_from_user_args,
     get_address_host,
-    get_address_host_port,
     unparse_host_port,
 )
 from distributed.core import coerce_to_address
@@ -19,6 +18,7 @@ from distributed.utils import get_ip, json_load_robust, parse_ports
 from agentcluster.errors import ConfigError
 from agentcluster.model import Mode
 from agentcluster.security import LOOPBACK, has_credentials
+from agentcluster.units import split_address
 
 #: Keyword arguments of dask's workers and nannies, which have no types.
 WorkerOptions: TypeAlias = Mapping[str, Any]
@@ -192,11 +192,11 @@ def scheduler_address(scheduler: str) -> str:
     ConfigError
         When it has no host or no port.
     """
-    address = str(coerce_to_address(scheduler))
     try:
-        if not address.startswith("inproc://"):
-            get_address_host_port(address, strict=True)
-    except ValueError as error:
+        address = str(coerce_to_address(scheduler))
+        if not address.startswith("inproc://") and not split_address(address)[1]:
+            raise ValueError("port 0 is that of no scheduler")
+    except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"scheduler {scheduler!r} is not an address: {error}; give one such as tcp://HOST:8786"
         ) from None

@@ -8,8 +8,8 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console, Group, RenderableType
@@ -23,13 +23,21 @@ from agentcluster.client.rollouts import parse_status, watch
 from agentcluster.errors import ConfigError
 from agentcluster.model import NodeProgress
 from agentcluster.reports import Nodes, RolloutReport, shape_of
-from agentcluster.requests import ScaleTarget
+from agentcluster.requests import RolloutPolicy, ScaleTarget
 from agentcluster.tables import count
 from agentcluster.units import parse_nbytes, parse_seconds
 from agentcluster.wire import to_wire
 
 #: Seconds between two polls of ``--follow``.
 POLL = 0.5
+
+#: Seconds between two updates of ``top``, at least.
+INTERVAL = 0.1
+
+#: Most digits of a number of workers.
+DIGITS = 30
+
+T = TypeVar("T")
 
 NODES = click.option(
     "--nodes",
@@ -111,12 +119,16 @@ async def reprovision(
     """Replace the workers of nodes in place with those of MODE, such as auto-cpu, auto-gpu, mixed, uniform or none."""
     wanted = modes.parse(mode, config)
     if options:
-        wanted = modes.parse(mode, {**wanted.config, **dict(map(_option, options))})
+        own = _once("--option", map(_option, options))
+        if twice := sorted(own.keys() & wanted.config.keys()):
+            raise ConfigError(f"option {twice[0]!r} of mode {mode!r} is given twice, in --config and as --option")
+        wanted = modes.parse(mode, {**wanted.config, **own})
     if terms["drain_timeout"] is not None:
         terms["drain_timeout"] = parse_seconds("--drain-timeout", terms["drain_timeout"], zero=True)
     if terms["timeout"] is not None:
         terms["timeout"] = parse_seconds("--timeout", terms["timeout"])
-    terms |= {
+    terms = {
+        **to_wire(RolloutPolicy(**terms)),
         "mode": wanted.name,
         "config": to_wire(wanted.config),
         "nodes": selection(nodes),
@@ -140,8 +152,18 @@ def _option(text: str) -> tuple[str, object]:
         raise click.UsageError(f"--option {text!r}: give a name and a value, such as nthreads=2")
     try:
         return name, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return name, value
+
+
+def _once(option: str, pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """Return the values of an option by name; refuse a name that is given twice."""
+    found: dict[str, T] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ConfigError(f"{option} {name!r} is given twice, as {found[name]!r} and {value!r}; give one")
+        found[name] = value
+    return found
 
 
 async def _confirm_loss(there: Connection, terms: Mapping[str, Any]) -> None:
@@ -182,7 +204,7 @@ async def scale(
 ) -> None:
     """Scale the cluster to N workers, or to the amounts of the options; data of leaving workers is moved first."""
     nbytes = None if memory is None else parse_nbytes("--memory", memory)
-    kinds = dict(map(_kind, kind))
+    kinds = _once("--kind", map(_kind, kind))
     if (n, cores, nbytes, on_nodes) == (None,) * 4 and not kinds:
         raise ConfigError("scale needs a target: a number of workers, --cores, --memory, --on-nodes or --kind")
     target = ScaleTarget(n, cores, nbytes, on_nodes, kinds)
@@ -205,7 +227,7 @@ async def logs(there: Connection, names: Sequence[str], follow: bool, lines: int
     """Show the logs of the nodes' agents."""
     seen: dict[str, Sequence[str]] = {}
     while True:
-        found = await there.logs(selection(names))
+        found = await there.logs(selection(names, "NODE"))
         for node, log in found.items():
             for line in _after(seen[node], log) if node in seen else _last(log, lines):
                 if as_json:
@@ -266,7 +288,7 @@ def _event_line(when: float, event: Facts) -> str:
 def _kind(text: str) -> tuple[str, int]:
     """Parse a kind of worker and its number."""
     name, _, number = text.partition("=")
-    if not name or not number.isdecimal():
+    if not name.strip() or not number.isdecimal() or len(number) > DIGITS:
         raise ConfigError(f"--kind {text!r}: give a kind and a number, such as gpu=2")
     return name, int(number)
 
@@ -290,13 +312,16 @@ LINE_WIDTH = 120
 
 @click.command()
 @click.option(
-    "--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds between two updates."
+    "--interval", metavar="TIME", default="1s", show_default=True, help="Time between two updates, at least 0.1s."
 )
 @click.option("-n", "--iterations", type=click.IntRange(1), metavar="N", help="End after N updates.")
 @AS_JSON
 @operates
-async def top(there: Connection, interval: float, iterations: int | None, as_json: bool) -> None:
+async def top(there: Connection, interval: str, iterations: int | None, as_json: bool) -> None:
     """Show the nodes, their load and the running rollout, until Ctrl-C."""
+    seconds = parse_seconds("--interval", interval)
+    if seconds < INTERVAL:
+        raise ConfigError(f"--interval is {interval!r}, but must be at least {INTERVAL} s")
     console = Console()
     if not console.is_terminal:
         console.width = LINE_WIDTH
@@ -313,7 +338,7 @@ async def top(there: Connection, interval: float, iterations: int | None, as_jso
                 screen.update(picture(there.address, nodes, rollout), refresh=True)
             if update == iterations:
                 return
-            await asyncio.sleep(interval)
+            await asyncio.sleep(seconds)
 
 
 def picture(address: str, nodes: Mapping[str, Facts], rollout: Facts | None) -> RenderableType:

@@ -31,7 +31,7 @@ from agentcluster.errors import (
     VersionMismatch,
 )
 from agentcluster.security import connection_args, credentials_of_options
-from agentcluster.wire import TOPIC, check_protocol, unless_refused
+from agentcluster.wire import TOPIC, check_protocol, is_unicode, unless_refused
 
 #: Seconds within which a scheduler must answer the first call.
 CONNECT = 10.0
@@ -176,20 +176,33 @@ class Connection:
         check_protocol(peer, answer.get("protocol"), answer.get("version"), here="this command")
 
 
-def selection(patterns: Iterable[str]) -> list[str] | None:
+def selection(patterns: Iterable[str], option: str = "--nodes") -> list[str] | None:
     """Return the selection of nodes that options make.
 
     Parameters
     ----------
     patterns
         Names, with wildcards, each also with commas between several.
+    option
+        The option, for messages.
 
     Returns
     -------
     list or None
         Names and patterns; None for all nodes, when nothing is given.
+
+    Raises
+    ------
+    ConfigError
+        For text that names no node, such as that of a variable which is not set.
     """
-    return [each for pattern in patterns for each in pattern.split(",") if each] or None
+    chosen: list[str] = []
+    for pattern in patterns:
+        names = [each for each in pattern.split(",") if each.strip()]
+        if not names:
+            raise ConfigError(f"{option} {pattern!r} names no node; leave it out for all of them")
+        chosen += names
+    return chosen or None
 
 
 @contextlib.asynccontextmanager
@@ -229,8 +242,8 @@ def _address(options: Mapping[str, str | None]) -> str:
                 return str(json.load(stream)["address"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--scheduler-file {file!r} was not written by a scheduler: {error}") from error
-    address = given or dask.config.get("scheduler-address", None)
-    if not address:
+    address = dask.config.get("scheduler-address", None) if given is None else given
+    if address is None:
         raise ConfigError(
             "no scheduler: give --scheduler tcp://…, --scheduler-file, or set DASK_SCHEDULER_ADDRESS in the environment"
         )
@@ -255,6 +268,10 @@ def operates(command: Callable[..., Coroutine[Any, Any, int | None]]) -> Callabl
     def run(**options: Any) -> None:
         names = ("scheduler", "scheduler_file", "credentials", "tls_ca_file", "tls_cert", "tls_key")
         there = {key: options.pop(key) for key in names}
+        for key, value in options.items():
+            for text in value if isinstance(value, tuple) else [value]:
+                if isinstance(text, str) and not is_unicode(text):
+                    raise click.UsageError(f"{key} {text!r} is not text in UTF-8")
 
         async def main() -> int | None:
             async with connected(there) as connection:

@@ -37,13 +37,15 @@ def credentials(folder: str, days: int, renew: bool) -> None:
     All files have mode 0600. Processes that have a certificate of one CA trust each other alone.
     """
     try:
+        if not folder.strip():
+            raise ConfigError(f"DIR {folder!r} is the name of no folder; give one, such as ./certificates")
         written = write(Path(folder), days, renew=renew)
     except (ConfigError, OSError) as error:
         click.echo(f"agentcluster credentials: {error}", err=True)
         sys.exit(2)
     for path, expiry in written.items():
-        click.echo(f"{path}  expires {expiry:%Y-%m-%d}")
-    click.echo(AFTER.format(folder=folder), nl=False)
+        click.echo(f"{click.format_filename(path)}  expires {expiry:%Y-%m-%d}")
+    click.echo(AFTER.format(folder=click.format_filename(folder)), nl=False)
 
 
 def write(folder: Path, days: int, *, renew: bool = False, now: datetime | None = None) -> Mapping[Path, datetime]:

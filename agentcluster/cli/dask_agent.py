@@ -19,7 +19,6 @@ from dask.config import get as dask_config
 from dask.system import CPU_COUNT
 from distributed.cli.dask_spec import main as dask_spec
 from distributed.cli.dask_worker import main as dask_worker
-from distributed.comm.addressing import get_address_host_port
 from distributed.compatibility import asyncio_run
 from distributed.config import get_loop_factory
 from distributed.proctitle import enable_proctitle_on_children, enable_proctitle_on_current
@@ -27,7 +26,7 @@ from distributed.utils import import_term
 
 from agentcluster.agent.agent import Agent
 from agentcluster.agent.logs import log_to_stderr, quiet_ends
-from agentcluster.agent.options import LIKE_DASK_WORKER, PORT_OPTIONS, read_scheduler_file, slots
+from agentcluster.agent.options import LIKE_DASK_WORKER, PORT_OPTIONS, read_scheduler_file, scheduler_address, slots
 from agentcluster.agent.systemd import Notifier
 from agentcluster.cli.dask_agent_options import (
     CUDA_ARGUMENT,
@@ -48,8 +47,10 @@ from agentcluster.cli.standby import Standby
 from agentcluster.errors import AgentClusterError, ConfigError, one_line, suggest
 from agentcluster.model import Mode
 from agentcluster.modes import names, parse
-from agentcluster.security import credentials_of_options
-from agentcluster.units import parse_seconds
+from agentcluster.modes.options import KEYWORDS, OptionPath
+from agentcluster.requests import check_label, check_name
+from agentcluster.security import connection_args, credentials_of_options
+from agentcluster.units import parse_seconds, split_address
 
 logger = logging.getLogger("agentcluster.cli")
 
@@ -175,6 +176,11 @@ def _write_pid_file(path: str) -> None:
 def _arguments(options: Values, spec: object, given: IsGiven) -> Values:
     """Return keyword arguments of :class:`Agent` for the options of the command line."""
     options = with_spec(options, spec)
+    for key in FOR_WORKERS:
+        if key in KEYWORDS and options[key] not in (None, "", ()):
+            KEYWORDS[key](OptionPath(f"--{key.replace('_', '-')}", of=""), options[key])
+    if options["name"] is not None:
+        check_name("node", str(options["name"]))
     scheduler = _scheduler(options)
     options = {**options, **_addresses(options)}
     mode = _mode(options, given)
@@ -188,11 +194,13 @@ def _arguments(options: Values, spec: object, given: IsGiven) -> Values:
         )
         if options[option] is not None
     }
+    security = credentials_of_options(options["credentials"], files, "worker")
+    connection_args(security, scheduler)
     arguments = {
         "scheduler": scheduler,
         "name": _as_number(options["name"]),
         "mode": mode,
-        "security": credentials_of_options(options["credentials"], files, "worker"),
+        "security": security,
         "death_timeout": _death_timeout(options),
         "resources": _resources(options["resources"]) if options["resources"] else None,
         "labels": _labels(options["labels"]) or None,
@@ -202,7 +210,7 @@ def _arguments(options: Values, spec: object, given: IsGiven) -> Values:
     }
     if not given("dashboard_address"):  # dask's default is every address, the agent's depends on its credentials
         arguments["dashboard_address"] = None
-    if options["standby"] and options["listen_address"]:
+    if options["standby"] and options["listen_address"] is not None:
         arguments.update(_listen(options["listen_address"], options))
     if options["insecure"]:
         if not options["standby"]:
@@ -221,9 +229,11 @@ def _death_timeout(options: Values) -> float | None:
 def _worker_class(name: str) -> str:
     """Check that a worker class can be imported."""
     try:
-        import_term(name)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = import_term(name)
+    except (ImportError, AttributeError, ValueError, UnicodeError) as error:
         raise ConfigError(f"--worker-class {name!r} cannot be imported: {error}; give it as module.Class") from None
+    if not isinstance(found, type):
+        raise ConfigError(f"--worker-class {name!r} is no class; give it as module.Class")
     return name
 
 
@@ -237,11 +247,14 @@ def _resources(text: str) -> dict[str, float]:
 
 def _labels(texts: Iterable[str]) -> dict[str, str]:
     """Parse labels of the node."""
-    found = {}
+    found: dict[str, str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not key or not equals:
             raise ConfigError(f"--label {text!r}: give a key and a value, such as rack=a")
+        if key in found:
+            raise ConfigError(f"--label {key!r} is given twice, as {found[key]!r} and {value!r}; give one")
+        check_label(key, value)
         found[key] = value
     return found
 
@@ -263,7 +276,7 @@ def _scheduler(options: Values) -> str | None:
             "no scheduler: give its address (dask-agent tcp://HOST:8786), --scheduler-file, or --standby; or exactly "
             "one of --spec and --spec-file that has it"
         )
-    return str(scheduler)
+    return scheduler_address(scheduler)
 
 
 def _addresses(options: Values) -> Values:
@@ -271,9 +284,9 @@ def _addresses(options: Values) -> Values:
     address, contact = options["listen_address"], options["contact_address"]
     if options["standby"]:
         return {}
-    if contact and not address:
+    if contact and address is None:
         raise ConfigError("--contact-address cannot be given without --listen-address: others reach it there")
-    if not address:
+    if address is None:
         return {}
     if options["n_workers"] not in (None, "1"):
         raise ConfigError("--listen-address cannot be given with --nworkers above 1: it is the address of one worker")
@@ -305,7 +318,7 @@ def _split(option: str, address: str) -> tuple[str, str, int]:
     if rest.startswith(":"):
         rest = f"0.0.0.0{rest}"
     try:
-        host, port = get_address_host_port(f"{protocol or 'tcp'}://{rest}", strict=True)
+        host, port = split_address(f"{protocol or 'tcp'}://{rest}")
     except ValueError as error:
         raise ConfigError(f"{option} {address!r}: {error}; such as tcp://0.0.0.0:8790") from None
     return protocol, f"[{host}]" if ":" in host else host, port
@@ -323,7 +336,7 @@ def _mode(options: Values, given: IsGiven) -> Mode | None:
     name, workers = options["mode"], options["spec"]
     if name is not None and name not in names():
         raise ConfigError(f"--mode {name!r}: unknown mode; {suggest(name, names())}")
-    config = from_json("--config", options["mode_config"]) if options["mode_config"] else {}
+    config = from_json("--config", options["mode_config"]) if options["mode_config"] is not None else {}
     shape = {key: options[option] for option, key in SHAPE.items() if given(option)}
     if workers is not None:
         if name not in (None, "spec"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
-import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -20,6 +19,7 @@ from distributed.cli.dask_worker import main as dask_worker
 
 from agentcluster.agent.options import take_scheduler
 from agentcluster.errors import ConfigError, one_line
+from agentcluster.modes.options import OptionPath, parse_json, shown
 
 #: Parameter name -> value, as click parsed the command line.
 Values: TypeAlias = dict[str, Any]
@@ -113,6 +113,12 @@ class DaskAgentCommand(click.Command):
             left = super().parse_args(ctx, args[:])
         except click.NoSuchOption as error:
             raise _explained(error, args) from None
+        except (ImportError, SyntaxError, ValueError) as error:
+            if not (modules := ctx.params.get("preload")) or not _is_of_import(error):
+                raise
+            raise click.UsageError(
+                f"--preload {', '.join(map(repr, modules))}: {type(error).__name__}: {one_line(error)}", ctx
+            ) from error
         names = [str(parameter.name) for parameter in ctx.meta.get(CUDA_ARGUMENT, ())]
         options = {name: ctx.params.pop(name) for name in names if name in ctx.params}
         given = functools.partial(is_given, ctx)
@@ -134,6 +140,11 @@ class DaskAgentCommand(click.Command):
         """
         with dask.config.set(ctx.meta.get(_CONFIG, {})):
             return super().invoke(ctx)
+
+
+def _is_of_import(error: Exception) -> bool:
+    """Return whether an error says that there is no module of a name, or no Python in it."""
+    return isinstance(error, ImportError | SyntaxError) or str(error) == "Empty module name"
 
 
 def is_given(ctx: click.Context, name: str) -> bool:
@@ -316,16 +327,18 @@ def read_spec(options: Values) -> object:
     ConfigError
         For text that is not JSON, a file that cannot be read, and both of them.
     """
-    if options["spec"] and options["spec_file"]:
+    if options["spec"] is not None and options["spec_file"] is not None:
         raise ConfigError("--spec and --spec-file cannot be given together; give exactly one of them")
-    if options["spec_file"]:
+    if options["spec_file"] is not None:
         try:
             with open(options["spec_file"]) as file:
                 found: object = yaml.safe_load(file)
-                return found
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"--spec-file {options['spec_file']!r} cannot be read: {one_line(error)}") from error
-    return from_json("--spec", options["spec"]) if options["spec"] else None
+        if found is None:
+            raise ConfigError(f"--spec-file {options['spec_file']!r} is empty; it needs workers, as for `dask spec`")
+        return found
+    return from_json("--spec", options["spec"]) if options["spec"] is not None else None
 
 
 def from_json(option: str, text: str) -> Values:
@@ -348,10 +361,7 @@ def from_json(option: str, text: str) -> Values:
     ConfigError
         When `text` is not a JSON object.
     """
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{option}: not JSON: {error}") from None
+    found = parse_json(OptionPath(option, of=""), text)
     if not isinstance(found, dict):
-        raise ConfigError(f"{option}: expected a JSON object, got {text!r}")
+        raise ConfigError(f"{option}: expected a JSON object, got {shown(text)}")
     return found

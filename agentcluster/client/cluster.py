@@ -576,18 +576,18 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         """
         parse_flag("progress", progress)
         parse_flag("remove_existing", remove_existing)
-        policy = RolloutPolicy(
-            strategy=strategy,
-            drain=drain,
-            drain_timeout=parse_optional_seconds("drain_timeout", drain_timeout, zero=True),
-            max_parallel=max_parallel,
-            on_failure=on_failure,
-            canary=canary,
-            timeout=parse_optional_seconds("timeout", timeout),
-            dry_run=dry_run,
-            wait=wait if isinstance(wait, bool) else parse_seconds("wait", wait, call="reprovision", zero=True),
-        )
-        from_wire(RolloutPolicy, to_wire(policy), "reprovision")  # types are checked here: some cannot even be sent
+        terms = {
+            "strategy": strategy,
+            "drain": drain,
+            "drain_timeout": parse_optional_seconds("drain_timeout", drain_timeout, zero=True),
+            "max_parallel": max_parallel,
+            "on_failure": on_failure,
+            "canary": canary,
+            "timeout": parse_optional_seconds("timeout", timeout),
+            "dry_run": dry_run,
+            "wait": wait if isinstance(wait, bool) else parse_seconds("wait", wait, call="reprovision", zero=True),
+        }
+        policy = from_wire(RolloutPolicy, terms, "reprovision")  # here: some values cannot even be sent
         rollouts = parse_rollouts(self.nodes, mode, config, nodes, options)
         warn_of_options(each for _, each in rollouts)
         if self._adaptive is not None and not dry_run:

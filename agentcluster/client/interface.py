@@ -32,8 +32,6 @@ from typing import (
     overload,
 )
 
-from distributed.comm.addressing import get_address_host_port
-
 from agentcluster import modes
 from agentcluster.client.calls import Plain
 from agentcluster.errors import (
@@ -48,19 +46,9 @@ from agentcluster.errors import (
 )
 from agentcluster.launch.protocol import Launcher
 from agentcluster.model import Hardware, Mode
-from agentcluster.modes.options import (
-    NANNY,
-    RESERVED,
-    Check,
-    OptionPath,
-    check_env,
-    check_known,
-    check_labels,
-    check_resources,
-    known_keywords,
-)
+from agentcluster.modes.options import NANNY, RESERVED, check_keywords, known_keywords
 from agentcluster.reports import Nodes, NodeSnapshot
-from agentcluster.units import parse_seconds
+from agentcluster.units import parse_seconds, split_address
 from agentcluster.wire import from_wire, with_cause
 
 # -- the user's line ---------------------------------------------------------------------------------------------------
@@ -377,20 +365,7 @@ def parse_worker_options(value: Mapping[str, Plain] | None) -> tuple[dict[str, A
         if key not in known and options.get("worker_class") is None:
             raise ConfigError(f"worker_options: unknown option {key!r}; {suggest(key, known)}", key="worker_options")
     shape: dict[str, Any] = {key: options.pop(key) for key in ("nthreads", "memory_limit") if key in options}
-    return _checked("worker_options", options), shape
-
-
-#: Keywords of every worker on a host that modes check too, or that only hosts have -> their check.
-CHECKS: Mapping[str, Check] = {"resources": check_resources, "env": check_env, "labels": check_labels}
-
-
-def _checked(argument: str, options: Mapping[str, object]) -> dict[str, Any]:
-    """Check the values of keywords of dask's workers or schedulers; return them as the user wrote them."""
-    where = OptionPath(argument, of="")
-    for key, value in options.items():
-        if value is not None:
-            CHECKS.get(key, check_known)(where.at(key), value)
-    return dict(options)
+    return check_keywords("worker_options", options), shape
 
 
 def parse_scheduler_options(value: Mapping[str, Plain] | None) -> dict[str, Any]:
@@ -411,7 +386,7 @@ def parse_scheduler_options(value: Mapping[str, Plain] | None) -> dict[str, Any]
     ConfigError
         For a value of another type than the keyword has.
     """
-    return _checked("scheduler_options", parse_mapping("scheduler_options", value))
+    return check_keywords("scheduler_options", parse_mapping("scheduler_options", value))
 
 
 def parse_name(value: object) -> str | None:
@@ -468,8 +443,7 @@ def parse_address(key: str, value: str) -> str:
         When it has no protocol of dask's, no host, or no port.
     """
     try:
-        host, port = get_address_host_port(value, strict=True)
-        usable = bool(host) and 0 < port < 65536 and value.isprintable()
+        usable = split_address(value)[1] > 0
     except (ValueError, TypeError):
         usable = value.startswith("inproc://")
     if not usable:

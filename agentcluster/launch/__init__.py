@@ -149,6 +149,48 @@ def _check_text(host: Host, key: str, pattern: str) -> None:
         raise ConfigError(f"Host({host.host!r}): {key} {value!r} cannot be used", key=key)
 
 
+def check_launcher(name: object, standby: object, where: object = "local") -> None:
+    """Check what all launchers are given.
+
+    Parameters
+    ----------
+    name, standby, where
+        Attributes of a :class:`~agentcluster.launch.protocol.Launcher`.
+
+    Raises
+    ------
+    ConfigError
+        For a name, or a place, that is not text which can be printed, and for a `standby` that is no bool.
+    """
+    for key, text in (("name", name), ("where", where)):
+        if not isinstance(text, str) or not text.strip() or not text.isprintable():
+            raise ConfigError(f"{key} {text!r} of a launcher cannot be used; give text that can be printed", key=key)
+    if not isinstance(standby, bool):
+        raise ConfigError(f"standby {standby!r} of launcher {name!r} is not true or false", key="standby")
+
+
+def check_agent_address(address: object, key: str) -> None:
+    """Check the address of an agent that runs.
+
+    Parameters
+    ----------
+    address
+        The address.
+    key
+        Name of the argument.
+
+    Raises
+    ------
+    ConfigError
+        When it has no host, no port, or another scheme than ``tcp://`` and ``tls://``.
+    """
+    match = _ADDRESS.fullmatch(address) if isinstance(address, str) and address.isprintable() else None
+    if match is None or len(match["port"]) > 5 or not 0 < int(match["port"]) < 65536:
+        raise ConfigError(
+            f"host {address!r} is not an agent's address; it must be tcp://host:port or tls://host:port", key=key
+        )
+
+
 def launchers_for(
     hosts: object = None,
     *,
@@ -238,11 +280,7 @@ def _parse(item: object) -> Item:
         return item
     if not item.startswith(("tcp://", "tls://")):
         return Host.parse(item)
-    match = _ADDRESS.fullmatch(item)
-    if match is None or not 0 < int(match["port"]) < 65536:
-        raise ConfigError(
-            f"host {item!r} is not an agent's address; it must be tcp://host:port or tls://host:port", key="hosts"
-        )
+    check_agent_address(item, "hosts")
     return item
 
 

@@ -21,6 +21,7 @@ from distributed.security import Security
 
 from agentcluster.config import Config
 from agentcluster.errors import LaunchError, LaunchTimeout, VersionMismatch, one_line
+from agentcluster.launch import check_agent_address, check_launcher
 from agentcluster.launch.handshake import (
     LONG,
     Channel,
@@ -58,6 +59,8 @@ class AttachedLauncher:
     """
 
     def __init__(self, address: str, *, name: str, standby: bool = False) -> None:
+        check_agent_address(address, "address")
+        check_launcher(name, standby)
         self.address = address
         self.name = name
         self.standby = standby
@@ -214,6 +217,7 @@ class ManagedLauncher(ABC):
     """
 
     def __init__(self, name: str, where: str, *, standby: bool = False) -> None:
+        check_launcher(name, standby, where)
         self.name = name
         self.where = where
         self.standby = standby

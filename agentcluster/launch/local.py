@@ -9,9 +9,10 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from agentcluster.errors import LaunchError
+from agentcluster.launch import Host, check_launcher
 from agentcluster.launch.process import GRACE, MODULE, launch
 from agentcluster.launch.protocol import Launched, Settings
 
@@ -42,6 +43,9 @@ class LocalLauncher:
         standby: bool = False,
         labels: Mapping[str, str] | None = None,
     ) -> None:
+        given: dict[str, Any] = {key: each for key, each in (("env", env), ("labels", labels)) if each is not None}
+        Host("local", name=name, remote_python=python, standby=standby, **given)
+        check_launcher(name, standby)
         self.name = name
         self.where = "local"
         self.standby = standby

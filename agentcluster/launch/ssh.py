@@ -55,6 +55,8 @@ class SSHLauncher:
     """
 
     def __init__(self, host: Host) -> None:
+        if not isinstance(host, Host):
+            raise ConfigError(f"SSHLauncher(host={host!r}): give a Host, such as Host('gpu-1')", key="host")
         self.name = host.name or host.host
         self.where = str(host)
         self.standby = host.standby

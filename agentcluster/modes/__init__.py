@@ -132,6 +132,12 @@ def plan(mode: Mode, hardware: Hardware, *, node: str) -> Workers:
     UserWarning
         When memory limits that were set by hand add up to more than the node has.
     """
+    if not isinstance(mode, Mode) or (mode.name not in _RULES and mode.name not in _third_party()):
+        raise ConfigError(f"mode {shown(mode)} cannot be planned; give one that modes.parse returned", key="mode")
+    if not isinstance(hardware, Hardware):
+        raise ConfigError(f"hardware {shown(hardware)} is not that of a node; give a Hardware", key="hardware")
+    if not isinstance(node, str):
+        raise ConfigError(f"node {shown(node)} is not the name of a node; give text", key="node")
     there = NodeHardware(mode.name, node, hardware)
     rule = _RULES.get(mode.name)
     workers = _plan_third_party(there, mode.config) if rule is None else rule.plan(there, mode.config)

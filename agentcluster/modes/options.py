@@ -8,6 +8,7 @@ means on one.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -26,7 +27,7 @@ from distributed.utils import parse_ports
 
 from agentcluster.errors import ConfigError
 from agentcluster.units import parse_nbytes, parse_seconds
-from agentcluster.wire import plain
+from agentcluster.wire import is_unicode, plain
 
 #: Options by name. Their values are of many types: each mode, and each worker class, has its own.
 Options = Mapping[str, Any]
@@ -43,8 +44,14 @@ MOST_WORKERS = 10_000
 #: Greatest number of threads of a worker, or of anything else that is counted.
 MOST = 1_000_000
 
+#: Most characters of a port.
+PORT_DIGITS = 5
+
 #: Least bytes of a worker's memory limit: less is a typing error, such as 4 for "4 GiB".
 LEAST_MEMORY = 2**20
+
+#: Most bytes of a memory limit: more cannot be sent.
+MOST_MEMORY = 2**62
 
 _JOINS = "workers join the scheduler that their agent joined"
 
@@ -266,7 +273,7 @@ def check_repetitions(path: OptionPath, value: object) -> int:
 
 
 def _bounded(path: OptionPath, nworkers: int) -> int:
-    if nworkers > MOST_WORKERS:
+    if abs(nworkers) > MOST_WORKERS:
         raise path.not_allowed(nworkers, f"at most {MOST_WORKERS} workers a node")
     return nworkers
 
@@ -322,6 +329,8 @@ def check_memory_limit(path: OptionPath, value: object) -> int | float | str:
     except ValueError:
         allowed = "bytes, text such as '4GiB', a fraction of the node's memory up to 1.0, 'auto', or 0 for no limit"
         raise path.not_allowed(value, allowed) from None
+    if is_whole(amount) and amount > MOST_MEMORY:
+        raise path.not_allowed(value, f"at most {MOST_MEMORY} bytes, or 0 for no limit")
     if is_whole(amount) and 0 < amount < LEAST_MEMORY:
         raise path.not_allowed(value, f"at least {LEAST_MEMORY} bytes, such as '{amount} GiB', or 0 for no limit")
     if is_whole(value) and value == 1:
@@ -380,9 +389,9 @@ def check_env(path: OptionPath, value: object) -> dict[str, str]:
     if not isinstance(value, Mapping):
         raise path.error(f"a value of type {type(value).__name__} is not allowed; give {allowed}")  # no secret is shown
     for name, text in value.items():
-        if not isinstance(name, str) or not name or "=" in name or "\0" in name:
+        if not is_text(name) or not name or "=" in name:
             raise path.not_allowed(name, allowed)
-        if not (isinstance(text, str) and "\0" not in text) and not is_number(text):
+        if not is_text(text) and not is_number(text):
             raise path.at(name).error(
                 f"a value of type {type(text).__name__} is not allowed; give a number, or text without NUL"
             )
@@ -495,6 +504,8 @@ def parse_json(path: OptionPath, text: str) -> object:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise path.error(f"the text is not JSON, {where}: {error.msg}; got {shown(text)}") from None
+    except ValueError:  # of Python
+        raise path.error(f"the text has a number of too many digits; got {shown(text)}") from None
     except RecursionError:
         raise path.error("the text is JSON nested too deeply") from None
     return found
@@ -516,9 +527,20 @@ def check_text(path: OptionPath, value: object) -> str:
     ConfigError
         For another value.
     """
-    if not isinstance(value, str) or not value or "\0" in value:
+    if not is_text(value) or not value:
         raise path.not_allowed(value, "text without NUL")
     return value
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Return whether a value is text that a process can be given: it has no NUL, and is Unicode.
+
+    Parameters
+    ----------
+    value
+        The value.
+    """
+    return isinstance(value, str) and "\0" not in value and is_unicode(value)
 
 
 def check_path(path: OptionPath, value: object) -> str:
@@ -567,13 +589,45 @@ def check_ports(path: OptionPath, value: object) -> object:
     ConfigError
         For another value, and for a port above 65535.
     """
-    try:
-        ports = parse_ports(value) if isinstance(value, int | str | Collection) and not isinstance(value, bool) else ()
-    except (ValueError, TypeError):
-        ports = ()
+    # A range is listed in full.
+    long = isinstance(value, str) and any(len(port) > PORT_DIGITS for port in value.replace(" ", "").split(":"))
+    ports: Collection[object] = ()
+    if isinstance(value, int | str | Collection) and not isinstance(value, bool) and not long:
+        with contextlib.suppress(ValueError, TypeError):
+            ports = parse_ports(value)
     if not ports or not all(port is None or (is_whole(port) and 0 <= port < 65536) for port in ports):
         raise path.not_allowed(value, "a port from 0 to 65535, or a range, such as 9000:9010")
     return plain(value)
+
+
+def check_http_address(path: OptionPath, value: object) -> object:
+    """Check where a dashboard is.
+
+    Parameters
+    ----------
+    path, value
+        The option: a port, or text such as ``":8787"`` or ``"127.0.0.1:8787"``; or several, in a list or with commas.
+
+    Raises
+    ------
+    ConfigError
+        For another value, and for a port above 65535.
+    """
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    if not items or not all(map(_is_http_address, items)):
+        raise path.not_allowed(value, "a port, or an address such as ':8787' or '127.0.0.1:8787'")
+    return plain(value)
+
+
+def _is_http_address(value: object) -> bool:
+    """Return whether dask can read a port, a host, or both."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return False
+    host, colon, port = str(value).rpartition(":")
+    if not colon and not port.isdecimal():
+        host, port = port, "0"
+    usable = ":" not in host and host.isprintable() and len(host) <= 253  # as for a name in DNS
+    return usable and port.isdecimal() and len(port) <= PORT_DIGITS and int(port) < 65536
 
 
 def check_texts(path: OptionPath, value: object) -> object:
@@ -590,7 +644,7 @@ def check_texts(path: OptionPath, value: object) -> object:
         For another value.
     """
     items = [value] if isinstance(value, str) else value
-    if not isinstance(items, list | tuple) or not all(isinstance(item, str) and "\0" not in item for item in items):
+    if not isinstance(items, list | tuple) or not all(map(is_text, items)):
         raise path.not_allowed(value, "text, or a list of texts")
     return plain(value)
 
@@ -605,6 +659,7 @@ KEYWORDS: Mapping[str, Check] = {
     **dict.fromkeys(("lifetime", "lifetime_stagger", "death_timeout", "heartbeat_interval"), check_duration),
     **dict.fromkeys(("dashboard", "lifetime_restart"), check_flag),
     **dict.fromkeys(("port", "worker_port", "nanny_port"), check_ports),
+    "dashboard_address": check_http_address,
     **dict.fromkeys(("preload", "preload_argv", "preload_nanny", "preload_nanny_argv"), check_texts),
 }
 
@@ -629,6 +684,37 @@ def check_known(path: OptionPath, value: object) -> object:
     """
     check = KEYWORDS.get(path.keys[-1])
     return value if check is None or value is None else check(path, value)
+
+
+#: Keywords of every worker on a host that modes check too, or that only hosts have -> their check.
+CHECKS: Mapping[str, Check] = {"resources": check_resources, "env": check_env, "labels": check_labels}
+
+
+def check_keywords(argument: str, options: Mapping[str, object]) -> dict[str, Any]:
+    """Check the values of keywords of dask's workers or schedulers.
+
+    Parameters
+    ----------
+    argument
+        Name of the argument that has them, for messages.
+    options
+        The keywords; None is "not set".
+
+    Returns
+    -------
+    dict
+        The keywords as the user wrote them.
+
+    Raises
+    ------
+    ConfigError
+        For a value of another type than the keyword has.
+    """
+    where = OptionPath(argument, of="")
+    for key, value in options.items():
+        if value is not None:
+            CHECKS.get(key, check_known)(where.at(key), value)
+    return dict(options)
 
 
 # -- checks of all options ---------------------------------------------------------------------------------------------

@@ -47,6 +47,9 @@ from agentcluster.scheduler.swap import Limits, RolloutContext
 
 logger = logging.getLogger(__name__)
 
+#: Actions on the rollout that runs.
+ACTIONS = ("pause", "resume", "cancel")
+
 
 @dataclass(frozen=True)
 class _Undo:
@@ -340,6 +343,8 @@ class Controller:
         ConfigError
             When no rollout runs, or for another action.
         """
+        if action not in ACTIONS:
+            raise ConfigError(f"unknown action {action!r}; {suggest(action, ACTIONS)}")
         if self.running is None:
             raise ConfigError(f"cannot {action}: no rollout runs")
         match action:
@@ -347,10 +352,8 @@ class Controller:
                 self.running.pause()
             case "resume":
                 self.running.resume()
-            case "cancel":
-                self.running.cancel("it was cancelled")
             case _:
-                raise ConfigError(f"unknown action {action!r}; {suggest(action, ['pause', 'resume', 'cancel'])}")
+                self.running.cancel("it was cancelled")
 
     def mode_of(self, node: Node) -> Mode:
         """Return the mode that a node has, or will have when it has joined.

@@ -24,13 +24,14 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 
 from agentcluster import modes
 from agentcluster.config import Config, warn_untested
-from agentcluster.errors import AgentClusterError, LaunchError, WorkerStartTimeout, printable
+from agentcluster.errors import AgentClusterError, ConfigError, LaunchError, WorkerStartTimeout, printable
 from agentcluster.model import HostMetrics, Mode, WorkerState
 from agentcluster.requests import AdaptiveRequest, NodeRegistration, RolloutPolicy, ScaleTarget
 from agentcluster.scheduler import managers, metrics
 from agentcluster.scheduler.controller import Controller
 from agentcluster.scheduler.planning.nodes import SETTLED, Node, Registry
 from agentcluster.scheduler.rollouts import Answer, NodeEvents
+from agentcluster.units import parse_seconds
 from agentcluster.wire import (
     PLUGIN,
     RETIRED,
@@ -375,6 +376,8 @@ class AgentPlugin(SchedulerPlugin):
             Names the nodes that were late.
         """
 
+        timeout = parse_seconds("timeout", timeout, call="await_nodes", zero=True)
+
         def settled(name: str) -> bool:
             node = self.registry.nodes.get(name)
             return node is not None and node.state in SETTLED
@@ -423,6 +426,8 @@ class AgentPlugin(SchedulerPlugin):
         bare
             Nodes that join later, and have no workers then.
         """
+        if mode is None and config:
+            raise ConfigError(f"set_provision_mode: config={config!r} needs the mode that it is of", key="config")
         own = {name: modes.parse(from_wire(Mode, each, f"mode of node {name}")) for name, each in (nodes or {}).items()}
         self.registry.expect(None if mode is None else modes.parse(mode, config), own, bare)
 
@@ -461,6 +466,8 @@ class AgentPlugin(SchedulerPlugin):
             When a step failed; it describes the state of the workers.
         """
         policy = from_wire(RolloutPolicy, terms, "reprovision_nodes")
+        if nodes is not None and not nodes:
+            raise ConfigError("reprovision_nodes: nodes=[] selects no node; leave it out for all", key="nodes")
         return await self.controller.reprovision(
             modes.parse(mode, config), nodes, policy, remove_existing=remove_existing
         )
@@ -499,8 +506,15 @@ class AgentPlugin(SchedulerPlugin):
         ConfigError, PreflightError, NodeNotFound, RolloutBusy, SwapError
             As :meth:`reprovision_nodes`.
         """
+        policy = from_wire(RolloutPolicy, terms, "scale_nodes")
+        if (n is None) == (target is None):
+            raise ConfigError(f"scale_nodes: n={n!r} and target={target!r}; give one of them", key="n")
         wanted = ScaleTarget(workers=n) if target is None else from_wire(ScaleTarget, target, "scale_nodes")
-        return await self.controller.scale(wanted, nodes, from_wire(RolloutPolicy, terms, "scale_nodes"), strict=strict)
+        if wanted == ScaleTarget(extra=wanted.extra):
+            raise ConfigError(
+                f"scale_nodes: target={target!r} is for nothing; give workers, cores, memory, nodes or kinds"
+            )
+        return await self.controller.scale(wanted, nodes, policy, strict=strict)
 
     async def adapt_nodes(
         self, asked: Mapping[str, object], nodes: Sequence[str] | None = None, **terms: object

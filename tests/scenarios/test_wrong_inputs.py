@@ -7,11 +7,14 @@ value. ``python -m tests.scenarios.test_wrong_inputs`` prints how many there wer
 
 from __future__ import annotations
 
-import datetime
+import asyncio
+import contextlib
+import dataclasses
 import inspect
 import math
 import os
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,69 +22,41 @@ from typing import Any
 
 import dask
 import pytest
-from dask.utils import parse_bytes, parse_timedelta
+from distributed import Client
 from distributed.security import Security
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from tornado.ioloop import IOLoop
 
 from agentcluster import AgentCluster, Host
 from agentcluster.client.rollouts import RolloutControl
 from agentcluster.config import _READERS, Config, _attribute
 from agentcluster.errors import AgentClusterError, ConfigError, NodeNotFound
-
-#: Returns whether a value is right for an argument, or may be: then it is not tried.
-Right = Callable[[Any], bool]
-
-
-def is_int(value: Any, least: int, most: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def parsed(parse: Callable[[Any], Any], value: Any) -> float:
-    """Return a number that dask reads out of a value, or not a number."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float | datetime.timedelta):
-        return math.nan
-    try:
-        return float(parse(value))
-    except Exception:
-        return math.nan
-
-
-def seconds(least: Callable[[float], bool]) -> Right:
-    return lambda value: least(parsed(parse_timedelta, value)) and math.isfinite(parsed(parse_timedelta, value))
-
-
-def maybe(right: Right) -> Right:
-    return lambda value: value is None or right(value)
-
-
-def one_of(*allowed: object) -> Right:
-    return lambda value: any(value is each or (isinstance(value, str) and value == each) for each in allowed)
-
-
-def nbytes(value: Any) -> bool:
-    return not (isinstance(value, str) and (not value or value.isspace())) and parsed(parse_bytes, value) >= 0
-
-
-def nothing(value: Any) -> bool:
-    return False
-
-
-def maybe_text(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and bool(value.strip()))
-
-
-def anything(value: Any) -> bool:
-    return True
-
-
-TIME, TIME_0 = maybe(seconds(lambda s: s > 0)), maybe(seconds(lambda s: s >= 0))
-COUNT = maybe(lambda value: is_int(value, 0, 2**62))
-FLAG: Right = lambda value: isinstance(value, bool)  # noqa: E731
-TEXT: Right = lambda value: isinstance(value, str)  # noqa: E731
-OPTIONS: Right = maybe(lambda value: isinstance(value, Mapping) and not value)
-LIMIT: Right = maybe(lambda value: is_int(value, 0, 2**62) or value == math.inf)
+from agentcluster.requests import RolloutPolicy
+from agentcluster.scheduler.plugin import CALLS as CALLS_ON_SCHEDULER
+from agentcluster.scheduler.plugin import AgentPlugin
+from tests.cli import test_wrong_options
+from tests.support.inprocess import here
+from tests.support.wrong_values import (
+    COUNT,
+    FLAG,
+    LIMIT,
+    MORE,
+    OPTIONS,
+    TEXTS,
+    TIME,
+    TIME_0,
+    VALUES,
+    Right,
+    anything,
+    is_int,
+    maybe,
+    maybe_text,
+    nbytes,
+    nothing,
+    one_of,
+    seconds,
+)
+from tests.unit import test_wrong_arguments
 
 #: Call -> its arguments -> the values that are right. Nodes and hosts that exist are not among the values below.
 KINDS: dict[str, dict[str, Right]] = {
@@ -176,22 +151,6 @@ KINDS: dict[str, dict[str, Right]] = {
 OPEN = {"others", "options", "kinds", "kwargs", "resources"}
 
 
-class Thing:
-    """Of no use to anybody."""
-
-    def __repr__(self) -> str:
-        return "Thing()"
-
-
-#: Values that each argument is given, right or wrong.
-VALUES: list[Any] = [
-    *(None, True, False, 0, 1, -1, 7, 65536, 10**30, -(10**30), 0.0, 1.5, -0.5, math.nan, math.inf, -math.inf),
-    *("", " ", "x", "no", "1e400", "nan", "-1", "5 potatoes", "a\0b", "\x1b[31m", "ä" * 40, "tcp://", "x" * 3000),
-    *([], (), {}, set(), [None], [5], ["x"], {"x": 1}, {5: "x"}, {"x": None}, b"x", object, Thing(), 1j, range(3)),
-    *(datetime.timedelta(seconds=-1), lambda: None, Ellipsis, NotImplemented, ValueError("x")),
-]
-
-
 def members() -> Iterator[tuple[str, Callable[..., Any]]]:
     for name in KINDS:
         yield name, {"AgentCluster": AgentCluster, "Host": Host}.get(name) or getattr(AgentCluster, name)
@@ -260,20 +219,6 @@ def wrong(calls: Iterable[str], values: Sequence[Any]) -> Iterator[tuple[str, st
 CONSTRUCTORS = ("AgentCluster", "Host")
 CALLS = sorted(KINDS.keys() - {*CONSTRUCTORS})
 
-#: Further values, as hypothesis makes them.
-MORE = st.lists(
-    st.one_of(
-        st.text(max_size=20),
-        st.binary(max_size=5),
-        st.integers(),
-        st.floats(),
-        st.lists(st.integers() | st.text(max_size=3), max_size=3),
-        st.dictionaries(st.text(max_size=3), st.none() | st.integers(), max_size=2),
-    ),
-    min_size=2,
-    max_size=2,
-)
-
 
 def run(cluster: AgentCluster | None, calls: Iterable[str], values: Sequence[Any]) -> Counter[str]:
     """Give each argument of some calls each wrong value; return how many were refused by each."""
@@ -310,6 +255,139 @@ def test_a_call_refuses_whatever_is_wrong() -> None:
         assert state(cluster) == before
 
 
+# -- calls of a plain client on the scheduler --------------------------------------------------------------------------
+
+#: Greatest whole number that dask's own client can send, whoever is called.
+SENDABLE = 2**63 - 1
+
+NODE: Right = lambda value: isinstance(value, str)  # noqa: E731
+
+#: Fields of a :class:`RolloutPolicy`, which most calls take.
+TERMS: dict[str, Right] = {
+    "strategy": one_of("surge", "replace"),
+    "drain": one_of("tasks", "data", "now"),
+    "drain_timeout": lambda value: value is None or (is_number(value) and value >= 0),
+    "max_parallel": maybe(lambda value: is_int(value, 1, 2**62)),
+    "on_failure": one_of("rollback", "stop", "continue"),
+    "canary": FLAG,
+    "timeout": lambda value: value is None or (is_number(value) and value > 0),
+    "dry_run": FLAG,
+    "wait": lambda value: isinstance(value, bool) or (is_number(value) and value >= 0),
+}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_empty_list(value: Any) -> bool:
+    return value in ([], ())
+
+
+#: Call of the scheduler -> its arguments -> the values that are right.
+ON_SCHEDULER: dict[str, dict[str, Right]] = {
+    "reprovision_nodes": {
+        "mode": nothing,
+        "config": lambda value: value is None or value == {},
+        "nodes": lambda value: value is None,
+        "remove_existing": FLAG,
+        **TERMS,
+    },
+    "scale_nodes": {
+        "n": lambda value: is_int(value, 0, 2**62),
+        "nodes": maybe(is_empty_list),
+        "target": maybe(nothing),
+        "strict": FLAG,
+        **TERMS,
+    },
+    "retire_node": {"name": nothing, "ends": FLAG, **TERMS},
+    # Names that nobody has are ignored, as those of workers that have ended already.
+    "retire_node_workers": {"names": lambda value: is_empty_list(value) or value == ["x"], **TERMS},
+    "undo_rollout": TERMS,
+    "control_rollout": {"action": nothing},
+    "await_nodes": {
+        "names": is_empty_list,
+        "timeout": lambda value: is_number(value) and value >= 0,
+    },
+    "set_provision_mode": {
+        "mode": maybe(nothing),
+        "config": lambda value: value is None or value == {},
+        "nodes": lambda value: value is None or value == {},
+        "bare": lambda value: is_empty_list(value) or value == ["x"],
+    },
+    "get_node_logs": {"nodes": maybe(is_empty_list)},
+    # One that is not there has left already.
+    "unregister_node": {"name": NODE},
+}
+#: Calls with arguments that only this package's own processes make -> the arguments' type, which checks itself.
+NOT_OF_PERSONS = {"register_node": "NodeRegistration", "adapt_nodes": "AdaptiveRequest", "await_demand": "float"}
+
+#: Arguments that another one needs.
+BESIDE: dict[str, dict[str, Any]] = {
+    "reprovision_nodes": {"mode": "uniform"},
+    "scale_nodes": {"n": 1},
+    "retire_node": {"name": "local"},
+    "retire_node_workers": {"names": []},
+    "await_nodes": {"names": ["local"], "timeout": 0.1},
+}
+
+
+def test_every_argument_of_the_scheduler_has_its_kind() -> None:
+    assert TERMS.keys() == {field.name for field in dataclasses.fields(RolloutPolicy)}
+    for call in CALLS_ON_SCHEDULER:
+        parameters = inspect.signature(getattr(AgentPlugin, call)).parameters
+        names = {*parameters} - {"self", "terms"} | (TERMS.keys() if "terms" in parameters else set())
+        if call not in NOT_OF_PERSONS and names:
+            assert ON_SCHEDULER[call].keys() == names, call
+    assert ON_SCHEDULER.keys() | NOT_OF_PERSONS.keys() <= set(CALLS_ON_SCHEDULER)
+
+
+async def refused_by_scheduler(client: Client, values: Sequence[Any]) -> Counter[str]:
+    """Give each argument of each call each wrong value; return how many were refused by each."""
+    count: Counter[str] = Counter()
+    for call, arguments in ON_SCHEDULER.items():
+        for argument, right in arguments.items():
+            # The terms of all calls are parsed by the same class.
+            fewer = argument in TERMS and call != "reprovision_nodes"
+            for value in values[:: 5 if fewer else 1]:
+                if right(value) or (isinstance(value, int) and abs(value) > SENDABLE):
+                    continue
+                about = f"{call}({argument}={value!r})"
+                try:
+                    answer = await getattr(client.scheduler, call)(**{**BESIDE.get(call, {}), argument: value})
+                except AgentClusterError as error:
+                    said = str(error)
+                else:
+                    raise AssertionError(f"{about} was accepted: {answer!r}")
+                assert said, about
+                assert "\n" not in said, about
+                shown = [repr(value)[:15], *map(repr, value if isinstance(value, dict | list) else ())]
+                assert argument in said or any(each in said for each in shown) or call in said or "mode" in said, said
+                count[call] += 1
+    return count
+
+
+async def scheduler_state(client: Client) -> object:
+    """Return what no refused call may change."""
+    assert client.scheduler is not None
+    nodes = await client.scheduler.get_nodes()
+    found = {name: (node["mode"], node["plan"], node["revision"], node["state"]) for name, node in nodes.items()}
+    return found, await client.scheduler.get_provision_mode(), await client.scheduler.rollout_status()
+
+
+async def test_the_scheduler_refuses_wrong_values_and_touches_nothing() -> None:
+    async with (
+        AgentCluster(hosts=here(), config={"nworkers": 1, "nthreads": 1}, asynchronous=True) as cluster,
+        Client(cluster, asynchronous=True) as client,
+    ):
+        before = await scheduler_state(client)
+        assert (await refused_by_scheduler(client, VALUES)).total() > 1000
+        assert await scheduler_state(client) == before
+
+
+# -- the configuration -------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("key", sorted(_READERS))
 def test_the_configuration_refuses_wrong_values(key: str) -> None:
     right = RIGHT_IN_CONFIG[type(Config.load().__getattribute__(_attribute(key)))]
@@ -331,11 +409,24 @@ RIGHT_IN_CONFIG: dict[type, Right] = {
 }
 
 
+async def of_scheduler() -> Counter[str]:
+    async with (
+        AgentCluster(hosts=here(), config={"nworkers": 1, "nthreads": 1}, asynchronous=True) as cluster,
+        Client(cluster, asynchronous=True) as client,
+    ):
+        return await refused_by_scheduler(client, VALUES)
+
+
 def main() -> None:
-    """Print how many wrong values each call refused."""
+    """Print how many wrong values each call, each constructor and each command refused."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        of_commands = Counter({f"command {name}": count for name, count in test_wrong_options.run(TEXTS).items()})
     with AgentCluster(config={"nworkers": 1, "nthreads": 1}) as cluster:
-        for call, number in sorted((run(None, CONSTRUCTORS, VALUES) + run(cluster, CALLS, VALUES)).items()):
-            print(f"{call:14}{number:6} refused")
+        counts = run(None, CONSTRUCTORS, VALUES) + run(cluster, CALLS, VALUES) + of_commands
+    counts += asyncio.run(of_scheduler())
+    counts += test_wrong_arguments.run(VALUES)
+    for call, number in sorted(counts.items()):
+        print(f"{call:22}{number:6} refused")
 
 
 if __name__ == "__main__":

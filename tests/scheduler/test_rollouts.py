@@ -540,7 +540,7 @@ async def test_a_report_has_all_its_facts(one: AgentCluster) -> None:
 
 async def test_terms_that_cannot_be(one: AgentCluster) -> None:
     for terms, says in (
-        ({"max_parallel": 0}, "max_parallel=0 must be a whole number of 1 or more"),
+        ({"max_parallel": 0}, "max_parallel=0 must be a whole number from 1 to"),
         ({"strategy": "surgee"}, "did you mean 'surge'"),
         ({"drain": "data "}, "did you mean 'data'"),
         ({"on_failure": "roll"}, "rollback"),
