@@ -23,6 +23,7 @@ from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.metrics import monotonic, time
 from distributed.scheduler import TaskState, WorkerState
+from distributed.stealing import WorkStealing
 
 from agentcluster.errors import ConfigError
 from agentcluster.scheduler.planning.change import Lineage
@@ -150,17 +151,30 @@ class Bindings(SchedulerPlugin):
         Returns
         -------
         set of WorkerState or None
-            Workers that drain are among them where no other worker is valid; None when all running workers are.
+            Workers that drain are among them where no other worker is valid, and where a task needs the result that a
+            bound task has left there; None when all running workers are.
         """
         valid = self._valid_workers(ts)
-        if valid is None or valid or not self.draining or ts.loose_restrictions:
+        if not self.draining or valid or ts.loose_restrictions:
             return valid
+        if valid is None:
+            return self._beside_result(ts)
         added = self.draining - self.scheduler.running
         self.scheduler.running |= added
         try:
             return self._valid_workers(ts)
         finally:
             self.scheduler.running -= added
+
+    def _beside_result(self, ts: TaskState) -> set[WorkerState] | None:
+        """Return the worker that drains and alone has the result of a bound task, for a task that needs that.
+
+        LightGBM, for one, hands a socket from task to task in this way, which no other worker could have.
+        """
+        for needed in ts.dependencies:
+            if needed in self.tasks and needed.who_has and needed.who_has <= self.draining:
+                return set(needed.who_has)
+        return None
 
     # -- workers that come and leave -----------------------------------------------------------------------------------
 
@@ -404,13 +418,23 @@ class Bindings(SchedulerPlugin):
         return any(each.worker_restrictions not in (None, mine) and len(each.worker_restrictions) == 1 for each in gang)
 
     def _follow(self, places: Iterable[str]) -> None:
-        """Bind the tasks that are bound to workers or nodes anew, and start those that wait for a worker."""
+        """Bind the tasks that are bound to workers or nodes anew; give those that no worker has begun to theirs."""
         ready: dict[Any, Any] = {}
         for ts in self.bound_to(places):
-            if self._restrict(ts, self.tasks[ts]) and ts.state == "no-worker":
+            changed = self._restrict(ts, self.tasks[ts])
+            if changed and ts.state == "no-worker":
                 ready[ts.key] = "processing"
+            elif changed and ts.state == "processing" and not ts.loose_restrictions:
+                self._hand_over(ts)
         if ready:
             self.scheduler.transitions(ready, f"{BINDINGS}-follow")
+
+    def _hand_over(self, ts: TaskState) -> None:
+        """Move a task that its worker has not begun to one that it is bound to now, by work stealing."""
+        stealing: WorkStealing | None = self.scheduler.extensions.get("stealing")
+        bound = [ws for address in ts.worker_restrictions or () if (ws := self.scheduler.workers.get(address))]
+        if stealing is not None and bound and ts.processing_on is not None and ts.processing_on not in bound:
+            stealing.move_task_request(ts, ts.processing_on, min(bound, key=lambda ws: len(ws.processing)))
 
 
 class _Joins(SchedulerPlugin):

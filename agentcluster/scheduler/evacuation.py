@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import logging
+import random
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +30,8 @@ from agentcluster.scheduler.departures import BINDINGS, CALLS, STIMULUS, Binding
 from agentcluster.scheduler.planning.placement import choose_recipients
 from agentcluster.scheduler.preflight import holders, sole_replicas, workers_named
 
+logger = logging.getLogger(__name__)
+
 #: Seconds between two looks at what has moved. Each costs only what has moved since.
 INTERVAL = 0.005
 
@@ -38,6 +43,9 @@ ANSWER = 10.0
 
 #: Seconds without progress after which the copy of a key is requested again, of another worker perhaps.
 RETRY = 1.0
+
+#: Greatest number of results that are fetched alone at a time, to see whether they can be copied.
+PROBES = 64
 
 #: Seconds for which all possible recipients may be missing or paused: one that was killed is started again.
 GRACE = 3.0
@@ -126,15 +134,13 @@ async def evacuate(
             leaving.cordon()
             if drain != "now":
                 await leaving.calls.scattered(timeout)
-            if leaving.drained is None:
-                problem = await leaving.drain(drain_timeout if drain == "tasks" else 0.0)
-            if problem is None:
-                leaving.close()
+            problem = await leaving.drain(drain_timeout if drain == "tasks" else 0.0)
             if problem is None and drain != "now":
                 problem = await leaving.empty(timeout)
             if problem is None:
                 await (leaving.give_up() if drain == "now" else leaving.remove(force=False))
     finally:
+        leaving.end_probes()
         # Also after a cancellation: the caller may want to move data back to the workers that did not leave.
         leaving.uncordon()
         await leaving.reinstated()
@@ -162,6 +168,7 @@ class _Leaving:
         self.stimulus_id = f"{STIMULUS}{time()}"
         self.began = monotonic()
         self.drained: float | None = None
+        self.closed = False
         self.rerun: dict[str, int] = {}
         self.followed: dict[str, int] = {}
         self.given_up: Counter[str] = Counter()
@@ -170,7 +177,9 @@ class _Leaving:
         self.bindings: Bindings = scheduler.extensions[BINDINGS]
         self.calls: CallsInFlight = scheduler.extensions[CALLS]
         self._before: dict[WorkerState, Status] = {}
-        self._closed: set[WorkerState] = set()
+        self._told: set[WorkerState] = set()
+        self._uncopyable: set[TaskState] = set()
+        self._probes: set[asyncio.Future[None]] = set()
         self._pending: list[TaskState] = []
         self._handed_over = 0.0
         # A worker that joined just now may not have reported yet that it runs.
@@ -200,12 +209,13 @@ class _Leaving:
 
     def close(self) -> None:
         """Let the workers begin no task any more; what is bound to them is bound to their successors."""
-        for ws in self.present() - self._closed:
-            self._closed.add(ws)
-            self._before.setdefault(ws, ws.status)
-            # On both sides at once, as Scheduler.retire_workers does, so that nothing is sent there in between.
-            self.scheduler.handle_worker_status_change(Status.closing_gracefully, ws, self.stimulus_id)
-            self._set_status(ws, Status.closing_gracefully)
+        self.closed = True
+        for ws in self.present():
+            if ws.status is not Status.closing_gracefully or ws not in self._told:
+                # On both sides at once, as Scheduler.retire_workers does, so that nothing is sent there in between.
+                self.scheduler.handle_worker_status_change(Status.closing_gracefully, ws, self.stimulus_id)
+                self._set_status(ws, Status.closing_gracefully)
+                self._told.add(ws)
         self.bindings.cordon(self.present())
         self.hand_over_tasks()
 
@@ -213,7 +223,7 @@ class _Leaving:
         """Restore the status of the workers that did not leave."""
         for ws in self.present():
             before = self._before.get(ws, Status.running)
-            if ws.status is Status.closing_gracefully and ws in self._closed:
+            if ws.status is Status.closing_gracefully and ws in self._told:
                 self._set_status(ws, before)
             elif ws.status is Status.closing_gracefully:
                 self.scheduler.handle_worker_status_change(before, ws, self.stimulus_id)
@@ -235,8 +245,9 @@ class _Leaving:
     async def drain(self, wait: float) -> str | None:
         """Wait until the tasks there have ended, at most `wait` seconds; return why the data cannot be moved.
 
-        No copies are made meanwhile. Dask drops one of two copies, here that of the worker that leaves, and a new
-        worker that is given up afterwards would have the sole replica.
+        The workers take tasks that may run nowhere else until `wait` is over, or until they are removed. No copies are
+        made meanwhile. Dask drops one of two copies, here that of the worker that leaves, and a new worker that is
+        given up afterwards would have the sole replica.
 
         Parameters
         ----------
@@ -255,8 +266,13 @@ class _Leaving:
                 return problem
             self.report(self.progress(self.began + wait - now))
             await self.rest(now)
-        self.drained = monotonic() - self.began
-        self.keys, self.nbytes = sole_replicas(self.scheduler, self.names)
+        if now >= self.began + wait:
+            self.close()
+        if self.drained is None or not self.closed:
+            self.drained = now - self.began
+        keys, nbytes = sole_replicas(self.scheduler, self.names)
+        self.keys = {name: max(number, self.keys.get(name, 0)) for name, number in keys.items()}
+        self.nbytes = {name: max(number, self.nbytes.get(name, 0)) for name, number in nbytes.items()}
         return None
 
     async def empty(self, timeout: float) -> str | None:
@@ -270,7 +286,7 @@ class _Leaving:
         Returns
         -------
         str or None
-            The reason; None when every key has a copy elsewhere or was released.
+            The reason; None when every key has a copy elsewhere or was released, or when tasks run there again.
         """
         ends = self.began + (self.drained or 0.0) + timeout
         asked = moved = monotonic()
@@ -288,6 +304,12 @@ class _Leaving:
                 return None
             if (problem := self.obstacle(now)) is not None:
                 return problem
+            if not self.is_free():
+                return None  # a task has come that may run nowhere else
+            if self.uncopyable():
+                return f"no copy can be made of results, which pickle may not take: {self.describe()}"
+            if now - moved > RETRY and not self._probes:
+                self.probe()
             if now > ends:
                 return f"data could not be moved within {timeout:g} s: {self.describe()}"
             self.report(self.progress())
@@ -340,7 +362,9 @@ class _Leaving:
 
         async def remove(ws: WorkerState) -> None:
             if not free:
-                free.append(force or (leaving == self.present() and not self.sole()))
+                free.append(force or (leaving == self.present() and not self.sole() and self.is_free()))
+                if free[0]:
+                    self.bindings.cordon(leaving)
             if free[0]:
                 if followed := self.bindings.following(ws.address):
                     self.followed[str(ws.name)] = followed
@@ -349,6 +373,10 @@ class _Leaving:
                 await self.scheduler.remove_worker(ws.address, expected=True, close=False, stimulus_id=self.stimulus_id)
 
         await asyncio.gather(*map(remove, leaving))
+
+    def is_free(self) -> bool:
+        """Return whether the workers need not wait for tasks: none runs there, or their time is over."""
+        return self.closed or not self.running_tasks()
 
     async def give_up(self) -> None:
         """Remove the workers with their sole replicas; count those, and those that dask has no way to compute again."""
@@ -385,6 +413,43 @@ class _Leaving:
         while self._pending and not ((there := holders(self._pending[-1])) and there <= leaving):
             self._pending.pop()
         return len(self._pending) < before
+
+    def probe(self) -> None:
+        """Have a worker fetch copies of small results that do not arrive, each alone, and note those that it cannot.
+
+        A worker that fails to unpickle a result, or is told that it cannot be pickled, says so to nobody; and the
+        results that were to come with it do not come either.
+        """
+        soon = RETRY * self.scheduler.bandwidth
+        small = sorted((ts for ts in self._pending if ts.get_nbytes() < soon), key=lambda ts: ts.get_nbytes())
+        recipients = self.recipients()
+        random.shuffle(recipients)
+
+        async def fetch(ts: TaskState, recipient: WorkerState) -> None:
+            if there := sorted(ws.address for ws in holders(ts)):
+                failed = await self.scheduler.gather_on_worker(recipient.address, {ts.key: there})
+                if failed and recipient in self.recipients():
+                    self._uncopyable.add(ts)
+
+        for ts, recipient in zip(small[:PROBES], itertools.cycle(recipients), strict=False):
+            probe = asyncio.ensure_future(fetch(ts, recipient))
+            self._probes.add(probe)
+            probe.add_done_callback(self._probed)
+
+    def _probed(self, probe: asyncio.Future[None]) -> None:
+        self._probes.discard(probe)
+        if not probe.cancelled() and (error := probe.exception()):
+            logger.debug("A copy could not be fetched: %r", error)
+
+    def end_probes(self) -> None:
+        """End what :meth:`probe` began; it waits for as long as a worker is too busy to answer."""
+        for probe in self._probes:
+            probe.cancel()
+
+    def uncopyable(self) -> set[TaskState]:
+        """Return the tasks whose results only leaving workers hold, and of which no copy can be made."""
+        leaving = self.present()
+        return {ts for ts in self._uncopyable if (there := holders(ts)) and there <= leaving}
 
     def recipients(self) -> list[WorkerState]:
         """Return the workers that can take data and tasks.
@@ -453,13 +518,14 @@ class _Leaving:
         -------
         int
             Tasks that they run or will, calls that they answer, tasks that are bound to them and that others wait for,
-            and workers that take part in a shuffle. Tasks that a paused worker has not begun do not count: it will not.
+            workers that take part in a shuffle, and results of which no copy can be made. Tasks that a paused worker
+            has not begun do not count: it will not.
         """
         present = self.present()
         addresses = [ws.address for ws in present]
         found = sum(self.begun(ws) if ws.status is Status.paused else len(ws.processing) for ws in present)
         found += self.calls.on(addresses) + self.bindings.awaited(addresses)
-        return found + len(self.shuffling(present))
+        return found + len(self.shuffling(present)) + len(self.uncopyable())
 
     def shuffling(self, workers: Collection[WorkerState]) -> list[WorkerState]:
         """Return the workers that take part in a shuffle; it begins again when one of them leaves.

@@ -342,3 +342,37 @@ async def test_data_for_a_worker_that_has_gone_goes_to_its_successor(cluster: Cl
     holders = {str(ws.name) for ws in cluster.scheduler.tasks[future.key].who_has or ()}
     assert holders <= ({"c", "d"} if by == "node" else {"c"})
     assert await future == "data"
+
+
+# -- results that cannot be copied -------------------------------------------------------------------------------------
+
+
+class Unpicklable:
+    """A result that stays where it is, like a socket."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        raise TypeError("it cannot be pickled")
+
+
+async def test_a_worker_stays_while_a_result_of_which_no_copy_can_be_made_is_needed(cluster: Cluster) -> None:
+    held = cluster.client.submit(Unpicklable, workers=["a"], pure=False)
+    await cluster.state(held, "memory")
+    leaving = asyncio.create_task(cluster.replace("a", "c"))
+    await wait_until(lambda: cluster.bindings.draining)
+    await asyncio.sleep(2)  # it is tried meanwhile
+    late = cluster.client.submit(lambda _: where(), held, workers=["a"], pure=False)
+    assert await asyncio.wait_for(late, LONG) == "a", "its only copy is there"
+    beside = cluster.client.submit(lambda _: where(), held, pure=False)
+    assert await asyncio.wait_for(beside, LONG) == "a"
+    assert not leaving.done()
+    held.release()
+    assert (await leaving).problem is None
+
+
+async def test_a_result_of_which_no_copy_can_be_made_is_named(cluster: Cluster) -> None:
+    held = cluster.client.submit(Unpicklable, workers=["a"], pure=False)
+    await cluster.state(held, "memory")
+    result = await cluster.replace("a", "c", drain_timeout=3)
+    expected = f"no copy can be made of results, which pickle may not take: worker a keeps {held.key}"
+    assert result.problem == expected
+    assert await cluster.bound("a") == "a"
