@@ -25,6 +25,7 @@ from agentcluster import __version__
 from agentcluster.errors import AgentClusterError, ConfigError, VersionMismatch, suggest
 
 if TYPE_CHECKING:
+    from distributed import Worker
     from distributed.comm.core import Comm, Listener
     from tornado.iostream import IOStream
 
@@ -41,6 +42,9 @@ TOPIC = "agentcluster"
 
 #: Message to an agent whose last worker was retired, but not by a change of its node's plan.
 RETIRED = "retired"
+
+#: Operation of the message with which a worker names results that cannot be sent.
+UNSENDABLE = "agentcluster-unsendable"
 
 NO_PLUGIN = (
     "it refused the agentcluster plugin that was sent to it: install agentcluster where the scheduler runs "
@@ -116,6 +120,30 @@ def with_cause(error: ErrorT) -> ErrorT:
                 error.__cause__ = cause.with_traceback(None)  # frames of a worker's process, with dask's alone
                 break
     return error
+
+
+def tell_unsendable(keys: Sequence[Any], *, dask_worker: Worker) -> None:
+    """Tell the scheduler which of a worker's results cannot be sent to another; runs in the worker.
+
+    Parameters
+    ----------
+    keys
+        Keys of results.
+    dask_worker
+        The worker; dask passes it.
+    """
+    from distributed.protocol.serialize import serialize
+
+    data = getattr(dask_worker.data, "memory", dask_worker.data)  # what is on disk was serialized before
+    found = []
+    for key in keys:
+        try:
+            serialize(data[key], on_error="raise")
+        except KeyError:
+            pass
+        except Exception:  # of whatever the result's class does
+            found.append(key)
+    dask_worker.batched_send({"op": UNSENDABLE, "keys": found})
 
 
 def plain(value: object) -> Plain:

@@ -5,6 +5,7 @@
   ``workers=["node"]`` means the workers of a node. A worker that drains still takes the tasks that may run nowhere
   else: tasks of a training wait for each other.
 - :class:`CallsInFlight`. A worker is not removed while data is sent to it, or ``client.run`` runs on it.
+- :class:`SendableResults`. A worker is not removed while it has a result that cannot be sent and is still needed.
 - :class:`LateMessages`. A worker is out of the scheduler some milliseconds before its process ends; what it says in
   between, dask takes for a fault.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,17 +24,21 @@ from weakref import WeakKeyDictionary, WeakSet
 from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.metrics import monotonic, time
+from distributed.protocol.pickle import dumps
 from distributed.scheduler import TaskState, WorkerState
 from distributed.stealing import WorkStealing
 
 from agentcluster.errors import ConfigError
 from agentcluster.scheduler.planning.change import Lineage
 from agentcluster.scheduler.planning.nodes import Registry
+from agentcluster.wire import tell_unsendable
+
+logger = logging.getLogger(__name__)
 
 AnswerT = TypeVar("AnswerT")
 
-#: Keys of ``Scheduler.extensions`` under which the :class:`Bindings` and the :class:`CallsInFlight` are.
-BINDINGS, CALLS = "agentcluster-bindings", "agentcluster-calls"
+#: Keys of ``Scheduler.extensions`` under which :class:`Bindings`, :class:`CallsInFlight`, :class:`SendableResults` are.
+BINDINGS, CALLS, RESULTS = "agentcluster-bindings", "agentcluster-calls", "agentcluster-results"
 
 #: Start of the stimulus of a worker that a change removes.
 STIMULUS = "agentcluster-evacuate-"
@@ -40,6 +46,9 @@ STIMULUS = "agentcluster-evacuate-"
 #: States of a task that no worker has, and of one that has not ended.
 UNPLACED = ("waiting", "queued", "no-worker")
 UNFINISHED = (*UNPLACED, "processing")
+
+#: Seconds that a worker has to say which of its results cannot be sent.
+ASKED = 5.0
 
 #: Seconds for which a removed worker is answered; its agent ends its process much sooner.
 LATE = 60.0
@@ -547,6 +556,57 @@ class CallsInFlight:
         """
         if scatters := [call for call, asked in self._calls.items() if asked is None]:
             await asyncio.wait(scatters, timeout=timeout)
+
+
+class SendableResults:
+    """Ask workers which of their results cannot be sent to others, such as a socket or a lock.
+
+    That is asked before such a result is fetched: distributed answers a failed fetch in such a way that the next fetch
+    on the same connection fails too, and the result of that is never fetched again.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self._asked: dict[str, asyncio.Future[Collection[Any]]] = {}
+
+    async def unsendable(self, address: str, keys: Collection[Any]) -> Collection[Any]:
+        """Return the keys whose results a worker cannot send; none when it does not answer.
+
+        Parameters
+        ----------
+        address
+            Address of the worker.
+        keys
+            Keys of small results that it has.
+        """
+        answer: asyncio.Future[Collection[Any]] = asyncio.get_running_loop().create_future()
+        self._asked[address] = answer
+        try:
+            async with asyncio.timeout(ASKED):
+                call = self.scheduler.rpc(address).run(function=dumps(tell_unsendable), args=dumps((list(keys),)))
+                await call
+                return await answer
+        except (OSError, TimeoutError) as error:
+            logger.debug("Worker %s did not say which of its results it cannot send: %r", address, error)
+            return ()
+        finally:
+            self._asked.pop(address, None)
+
+    def told(self, keys: Collection[Any], worker: str) -> None:
+        """Receive the answer of a worker.
+
+        Parameters
+        ----------
+        keys, worker
+            As the worker sends them.
+        """
+        if (answer := self._asked.get(worker)) is not None and not answer.done():
+            answer.set_result(keys)
 
 
 # -- last words --------------------------------------------------------------------------------------------------------

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import logging
-import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
 
 from distributed import Scheduler, Status
 from distributed.diagnostics.plugin import SchedulerPlugin
@@ -26,11 +25,17 @@ from distributed.stealing import WorkStealing
 
 from agentcluster.model import NodeProgress
 from agentcluster.requests import Drain
-from agentcluster.scheduler.departures import BINDINGS, CALLS, STIMULUS, Bindings, CallsInFlight
+from agentcluster.scheduler.departures import (
+    BINDINGS,
+    CALLS,
+    RESULTS,
+    STIMULUS,
+    Bindings,
+    CallsInFlight,
+    SendableResults,
+)
 from agentcluster.scheduler.planning.placement import choose_recipients
 from agentcluster.scheduler.preflight import holders, sole_replicas, workers_named
-
-logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at what has moved. Each costs only what has moved since.
 INTERVAL = 0.005
@@ -44,8 +49,9 @@ ANSWER = 10.0
 #: Seconds without progress after which the copy of a key is requested again, of another worker perhaps.
 RETRY = 1.0
 
-#: Greatest number of results that are fetched alone at a time, to see whether they can be copied.
-PROBES = 64
+#: Bytes of a result, and the types of it, that may be such as cannot be sent; others are not tried, to save time.
+SMALL = 2**14
+PLAIN = {"NoneType", "bool", "bytes", "complex", "float", "int", "str", "numpy.ndarray"}
 
 #: Seconds for which all possible recipients may be missing or paused: one that was killed is started again.
 GRACE = 3.0
@@ -140,7 +146,6 @@ async def evacuate(
             if problem is None:
                 await (leaving.give_up() if drain == "now" else leaving.remove(force=False))
     finally:
-        leaving.end_probes()
         # Also after a cancellation: the caller may want to move data back to the workers that did not leave.
         leaving.uncordon()
         await leaving.reinstated()
@@ -176,10 +181,11 @@ class _Leaving:
         self.lost: Counter[str] = Counter()
         self.bindings: Bindings = scheduler.extensions[BINDINGS]
         self.calls: CallsInFlight = scheduler.extensions[CALLS]
+        self.results: SendableResults = scheduler.extensions[RESULTS]
         self._before: dict[WorkerState, Status] = {}
         self._told: set[WorkerState] = set()
-        self._uncopyable: set[TaskState] = set()
-        self._probes: set[asyncio.Future[None]] = set()
+        self._unsendable: set[TaskState] = set()
+        self._asked: WeakSet[TaskState] = WeakSet()
         self._pending: list[TaskState] = []
         self._handed_over = 0.0
         # A worker that joined just now may not have reported yet that it runs.
@@ -290,15 +296,13 @@ class _Leaving:
         """
         ends = self.began + (self.drained or 0.0) + timeout
         asked = moved = monotonic()
-        self._pending = self.sole()
-        self.request_replicas(self._pending)
+        await self.request_all()
         while True:
             now = monotonic()
             if self.prune():
                 moved = now
             if not self._pending or now - max(asked, moved) > RETRY:
-                self._pending = self.sole()  # some of the old ones may be released by now
-                self.request_replicas(self._pending)
+                await self.request_all()
                 asked = now
             if not self._pending:
                 return None
@@ -306,10 +310,10 @@ class _Leaving:
                 return problem
             if not self.is_free():
                 return None  # a task has come that may run nowhere else
-            if self.uncopyable():
-                return f"no copy can be made of results, which pickle may not take: {self.describe()}"
-            if now - moved > RETRY and not self._probes:
-                self.probe()
+            if self.unsendable():
+                return (
+                    f"results cannot be sent to another worker, for example because pickle refuses: {self.describe()}"
+                )
             if now > ends:
                 return f"data could not be moved within {timeout:g} s: {self.describe()}"
             self.report(self.progress())
@@ -414,42 +418,28 @@ class _Leaving:
             self._pending.pop()
         return len(self._pending) < before
 
-    def probe(self) -> None:
-        """Have a worker fetch copies of small results that do not arrive, each alone, and note those that it cannot.
+    async def look_for_unsendable(self, tasks: Sequence[TaskState]) -> None:
+        """Ask the workers which of their small results cannot be sent; each result is asked for once.
 
-        A worker that fails to unpickle a result, or is told that it cannot be pickled, says so to nobody; and the
-        results that were to come with it do not come either.
+        Parameters
+        ----------
+        tasks
+            Tasks whose results only leaving workers hold.
         """
-        soon = RETRY * self.scheduler.bandwidth
-        small = sorted((ts for ts in self._pending if ts.get_nbytes() < soon), key=lambda ts: ts.get_nbytes())
-        recipients = self.recipients()
-        random.shuffle(recipients)
+        by_worker: defaultdict[str, dict[Any, TaskState]] = defaultdict(dict)
+        for ts in tasks:
+            if ts not in self._asked and ts.get_nbytes() < SMALL and ts.type not in PLAIN:
+                self._asked.add(ts)
+                by_worker[min(ws.address for ws in holders(ts))][ts.key] = ts
+        if by_worker:
+            calls = (self.results.unsendable(address, mine) for address, mine in by_worker.items())
+            for mine, keys in zip(by_worker.values(), await asyncio.gather(*calls), strict=True):
+                self._unsendable.update(mine[key] for key in keys if key in mine)
 
-        async def fetch(ts: TaskState, recipient: WorkerState) -> None:
-            if there := sorted(ws.address for ws in holders(ts)):
-                failed = await self.scheduler.gather_on_worker(recipient.address, {ts.key: there})
-                if failed and recipient in self.recipients():
-                    self._uncopyable.add(ts)
-
-        for ts, recipient in zip(small[:PROBES], itertools.cycle(recipients), strict=False):
-            probe = asyncio.ensure_future(fetch(ts, recipient))
-            self._probes.add(probe)
-            probe.add_done_callback(self._probed)
-
-    def _probed(self, probe: asyncio.Future[None]) -> None:
-        self._probes.discard(probe)
-        if not probe.cancelled() and (error := probe.exception()):
-            logger.debug("A copy could not be fetched: %r", error)
-
-    def end_probes(self) -> None:
-        """End what :meth:`probe` began; it waits for as long as a worker is too busy to answer."""
-        for probe in self._probes:
-            probe.cancel()
-
-    def uncopyable(self) -> set[TaskState]:
-        """Return the tasks whose results only leaving workers hold, and of which no copy can be made."""
+    def unsendable(self) -> set[TaskState]:
+        """Return the tasks whose results only leaving workers hold, and that these cannot send to others."""
         leaving = self.present()
-        return {ts for ts in self._uncopyable if (there := holders(ts)) and there <= leaving}
+        return {ts for ts in self._unsendable if (there := holders(ts)) and there <= leaving}
 
     def recipients(self) -> list[WorkerState]:
         """Return the workers that can take data and tasks.
@@ -461,6 +451,12 @@ class _Leaving:
         """
         leaving = self.present()
         return [ws for ws in self.scheduler.running if ws not in leaving]
+
+    async def request_all(self) -> None:
+        """Ask other workers for copies of all that only leaving workers hold, and that can be sent."""
+        await self.look_for_unsendable(self.sole())
+        self._pending = self.sole()  # some may have been released meanwhile
+        self.request_replicas([ts for ts in self._pending if ts not in self._unsendable])
 
     def request_replicas(self, tasks: Sequence[TaskState]) -> None:
         """Ask other workers to fetch copies.
@@ -518,14 +514,14 @@ class _Leaving:
         -------
         int
             Tasks that they run or will, calls that they answer, tasks that are bound to them and that others wait for,
-            workers that take part in a shuffle, and results of which no copy can be made. Tasks that a paused worker
+            workers that take part in a shuffle, and results that cannot be sent. Tasks that a paused worker
             has not begun do not count: it will not.
         """
         present = self.present()
         addresses = [ws.address for ws in present]
         found = sum(self.begun(ws) if ws.status is Status.paused else len(ws.processing) for ws in present)
         found += self.calls.on(addresses) + self.bindings.awaited(addresses)
-        return found + len(self.shuffling(present)) + len(self.uncopyable())
+        return found + len(self.shuffling(present)) + len(self.unsendable())
 
     def shuffling(self, workers: Collection[WorkerState]) -> list[WorkerState]:
         """Return the workers that take part in a shuffle; it begins again when one of them leaves.

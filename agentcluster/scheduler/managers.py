@@ -25,9 +25,17 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import WorkerState, WorkerStatusPlugin
 
 from agentcluster.model import WorkerSpec
-from agentcluster.scheduler.departures import BINDINGS, CALLS, Bindings, CallsInFlight, LateMessages
+from agentcluster.scheduler.departures import (
+    BINDINGS,
+    CALLS,
+    RESULTS,
+    Bindings,
+    CallsInFlight,
+    LateMessages,
+    SendableResults,
+)
 from agentcluster.scheduler.planning.nodes import Node, Registry
-from agentcluster.wire import to_wire
+from agentcluster.wire import UNSENDABLE, to_wire
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +91,9 @@ def install(scheduler: Scheduler, registry: Registry, timeout: float) -> Externa
     scheduler.add_plugin(counts, name="agentcluster-counts")
     scheduler.add_plugin(late)
     scheduler.add_plugin(bindings)
+    results = scheduler.extensions[RESULTS] = SendableResults(scheduler)
     scheduler.stream_handlers["request-refresh-who-has"] = late.refresh_who_has
+    scheduler.stream_handlers[UNSENDABLE] = results.told
     replaced: dict[str, Callable[..., Any]] = {
         "retire_workers": names.retire_workers,
         "workers_to_close": counts.workers_to_close,

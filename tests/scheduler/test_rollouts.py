@@ -507,7 +507,7 @@ async def test_tasks_that_no_worker_could_run_are_named(one: AgentCluster, tmp_p
         )
         with pytest.raises(SwapError) as caught:
             await one.reprovision("auto-cpu", {**NEXT, "preload": ["no_such_module_at_all"]})
-        assert caught.value.report["nodes"]["local"]["bound"] == ()  # its workers stay
+        assert caught.value.report["nodes"]["local"]["bound"] == []  # its workers stay
         report = await one.reprovision("auto-cpu", NEXT, drain_timeout=0)
         assert report.nodes["local"].bound == expected
         assert report.nodes["local"].rerun >= 1
