@@ -108,7 +108,8 @@ class Bindings(SchedulerPlugin):
         self._lineage = Lineage()
         self.tasks: WeakKeyDictionary[TaskState, Binding] = WeakKeyDictionary()
         self._bound_to: defaultdict[str, WeakSet[TaskState]] = defaultdict(WeakSet)
-        self._named: defaultdict[str, WeakSet[TaskState]] = defaultdict(WeakSet)
+        # Name of tasks -> the one worker that each of them is bound to -> the tasks.
+        self._gangs: defaultdict[str, defaultdict[str, WeakSet[TaskState]]] = defaultdict(lambda: defaultdict(WeakSet))
         self._leaving: dict[str, list[str]] = {}
         self._came: dict[str, tuple[str, ...]] = {}
         self._valid_workers: Callable[[TaskState], set[WorkerState] | None] = scheduler.valid_workers
@@ -164,7 +165,7 @@ class Bindings(SchedulerPlugin):
             bound task has left there; None when all running workers are.
         """
         valid = self._valid_workers(ts)
-        if not self.draining or valid or ts.loose_restrictions:
+        if not self.draining or valid:
             return valid
         if valid is None:
             return self._beside_result(ts)
@@ -301,7 +302,8 @@ class Bindings(SchedulerPlugin):
             self.scheduler.add_plugin(_Joins(self))
         for place in itertools.chain(workers, nodes):
             self._bound_to[place].add(ts)
-        self._named[ts.prefix.name].add(ts)
+        if len(workers) == 1 and not nodes and not hosts:
+            self._gangs[ts.prefix.name][min(workers)].add(ts)
         self._restrict(ts, binding)
 
     def _restrict(self, ts: TaskState, binding: Binding) -> bool:
@@ -416,15 +418,28 @@ class Bindings(SchedulerPlugin):
         workers
             Addresses of workers.
         """
-        return sum(1 for ts in self.bound_to(workers) if ts.state in UNPLACED and self._has_begun(ts))
+        unplaced = [ts for ts in self.bound_to(workers) if ts.state in UNPLACED]
+        begun = {name: self._begun(name) for name in {ts.prefix.name for ts in unplaced}}
+        return sum(1 for ts in unplaced if begun[ts.prefix.name] - self.tasks[ts].workers)
 
-    def _has_begun(self, ts: TaskState) -> bool:
-        """Return whether another task of a task's gang runs on another worker."""
-        mine = ts.worker_restrictions or set()
-        if len(mine) != 1 or ts.loose_restrictions:
+    def _begun(self, name: str) -> set[str]:
+        """Return the workers that the tasks of a gang which have begun are bound to."""
+        gang: Mapping[str, Iterable[TaskState]] = self._gangs.get(name, {})
+        return {worker for worker, tasks in gang.items() if any(ts.state == "processing" for ts in tasks)}
+
+    def in_gang(self, ts: TaskState) -> bool:
+        """Return whether there are unfinished tasks of the same name that are bound to another worker each.
+
+        Parameters
+        ----------
+        ts
+            The task. XGBoost binds loosely what may not run elsewhere.
+        """
+        if (binding := self.tasks.get(ts)) is None or len(binding.workers) != 1 or ts.prefix.name not in self._gangs:
             return False
-        gang = (each for each in self._named[ts.prefix.name] if each.state == "processing")
-        return any(each.worker_restrictions not in (None, mine) and len(each.worker_restrictions) == 1 for each in gang)
+        gang = self._gangs[ts.prefix.name]
+        others = (tasks for worker, tasks in gang.items() if worker not in binding.workers)
+        return any(each.state in UNFINISHED for tasks in others for each in tasks)
 
     def _follow(self, places: Iterable[str]) -> None:
         """Bind the tasks that are bound to workers or nodes anew; give those that no worker has begun to theirs."""

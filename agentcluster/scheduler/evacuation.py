@@ -501,11 +501,12 @@ class _Leaving:
         Returns
         -------
         list of WorkerState
-            The workers that its restrictions allow; all recipients when none is allowed and the restrictions are loose.
+            The workers that its restrictions allow; all recipients when none is allowed and the restrictions are loose,
+            unless others of its gang are bound to other workers.
         """
         valid, others = self.scheduler.valid_workers(ts), self.recipients()
         fit = [ws for ws in others if valid is None or ws in valid]
-        return fit or (others if ts.loose_restrictions else [])
+        return fit or (others if ts.loose_restrictions and not self.bindings.in_gang(ts) else [])
 
     def running_tasks(self) -> int:
         """Count what the leaving workers are still needed for.

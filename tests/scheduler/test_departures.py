@@ -268,6 +268,25 @@ async def test_loosely_bound_tasks_follow_too(cluster: Cluster) -> None:
     assert set(await cluster.client.gather(futures)) == {"c"}
 
 
+async def test_a_loosely_bound_gang_stays_on_its_workers(cluster: Cluster) -> None:
+    def member(me: str, other: str) -> str:
+        Event(me).set()
+        return where() if Event(other).wait(LONG) else "alone"
+
+    busy = cluster.client.submit(until, "go", workers=["b"], pure=False)
+    await cluster.state(busy, "processing")
+    leaving = asyncio.create_task(cluster.replace("ab", "cd"))
+    await wait_until(lambda: len(cluster.bindings.draining) == 2)
+    gang = [
+        cluster.client.submit(member, *names, workers=[at], allow_other_workers=True, key=f"member-{at}")
+        for at, names in {"b": "yx", "a": "xy"}.items()
+    ]
+    await wait_until(lambda: len(cluster.scheduler.workers[cluster.address("b")].processing) == 2)
+    await Event("go", client=cluster.client).set()
+    assert await asyncio.wait_for(cluster.client.gather(gang), LONG) == ["b", "a"]
+    assert (await leaving).problem is None
+
+
 async def test_a_persisted_collection_follows(cluster: Cluster) -> None:
     import dask.bag
 
