@@ -213,7 +213,7 @@ def stranded_tasks(scheduler: Scheduler, changes: Mapping[str, NodeChange]) -> d
     if _resources_leave(scheduler, changes):
         tasks += scheduler.tasks.values()
     offers = [ws.resources for ws in scheduler.workers.values()]
-    return _without_worker(tasks, offers, set(scheduler.workers))
+    return _without_worker(bindings, tasks, offers, set(scheduler.workers))
 
 
 def bound_tasks(scheduler: Scheduler, changes: Mapping[str, NodeChange]) -> dict[str, str]:
@@ -235,27 +235,28 @@ def bound_tasks(scheduler: Scheduler, changes: Mapping[str, NodeChange]) -> dict
     going = {worker for each in changes.values() for worker in each.old}
     staying = [ws for ws in scheduler.workers.values() if str(ws.name) not in going]
     emptied = {worker for each in changes.values() if not each.keep and not each.add for worker in each.old}
-    tasks = list(_bindings(scheduler).bound_to(ws.address for ws in workers_named(scheduler, emptied)))
+    bindings, nodes = _bindings(scheduler), [name for name, each in changes.items() if not each.keep and not each.add]
+    tasks = list(bindings.bound_to([*nodes, *(ws.address for ws in workers_named(scheduler, emptied))]))
     offers = [ws.resources for ws in staying] + [spec.resources for each in changes.values() for spec in each.add]
     if _resources_leave(scheduler, changes):
         tasks += scheduler.tasks.values()
     succeeded = {ws.address for ws in workers_named(scheduler, going - emptied)}
-    return _without_worker(tasks, offers, succeeded.union(ws.address for ws in staying))
+    return _without_worker(bindings, tasks, offers, succeeded.union(ws.address for ws in staying))
 
 
 def _without_worker(
-    tasks: Iterable[TaskState], offers: Sequence[Mapping[str, float]], addresses: Collection[str]
+    bindings: Bindings, tasks: Iterable[TaskState], offers: Sequence[Mapping[str, float]], addresses: Collection[str]
 ) -> dict[str, str]:
     """Describe the unfinished tasks that none of the workers with these resources and addresses could run."""
     found = {}
     for ts in tasks:
         if ts.state not in UNFINISHED or ts.loose_restrictions:
             continue
-        asks, bound = ts.resource_restrictions, ts.worker_restrictions
+        asks, binding = ts.resource_restrictions, bindings.tasks.get(ts)
         if asks and not any(all(offer.get(k, 0) >= v for k, v in asks.items()) for offer in offers):
             found[str(ts.key)] = f"{ts.key} (resources {dict(asks)})"
-        elif bound and not ts.host_restrictions and bound.isdisjoint(addresses):
-            found[str(ts.key)] = f"{ts.key} (workers {', '.join(sorted(bound))})"
+        elif binding and not binding.hosts and (ts.worker_restrictions or set()).isdisjoint(addresses):
+            found[str(ts.key)] = f"{ts.key} (workers {', '.join(sorted(binding.workers | binding.nodes))})"
     return found
 
 

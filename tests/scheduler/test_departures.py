@@ -3,88 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 
-import dask
 import pytest
 import pytest_asyncio
-from distributed import Client, Event, Future, Scheduler, Worker, wait
+from distributed import Event, Worker, wait
 
 from agentcluster.errors import ConfigError
-from agentcluster.model import Hardware, Mode, WorkerSpec, WorkerState
-from agentcluster.requests import NodeRegistration
-from agentcluster.scheduler import managers
-from agentcluster.scheduler.departures import BINDINGS, CALLS, Bindings, CallsInFlight
-from agentcluster.scheduler.evacuation import Evacuation, evacuate
-from agentcluster.scheduler.planning.nodes import Node, Registry
+from agentcluster.model import WorkerState
+from agentcluster.scheduler.evacuation import evacuate
+from tests.support.departing import LONG, Cluster, departing, until, where
 from tests.support.waiting import wait_until
-
-LONG = 20.0
-CPU = WorkerSpec("cpu", "distributed.Nanny", nthreads=1)
-
-
-@dataclasses.dataclass
-class Cluster:
-    """A scheduler with one node ``n`` and workers of it, all in this process."""
-
-    scheduler: Scheduler
-    client: Client
-    registry: Registry
-    node: Node
-    workers: dict[str, Worker] = dataclasses.field(default_factory=dict)
-
-    @property
-    def bindings(self) -> Bindings:
-        found: Bindings = self.scheduler.extensions[BINDINGS]
-        return found
-
-    @property
-    def calls(self) -> CallsInFlight:
-        found: CallsInFlight = self.scheduler.extensions[CALLS]
-        return found
-
-    async def start(self, *names: str) -> None:
-        """Start workers; the node has them in its plan at once."""
-        for name in names:
-            self.workers[name] = await Worker(self.scheduler.address, name=name, nthreads=1, memory_limit=0)
-        self.plan(*self.node.plan.workers, *names)
-
-    def plan(self, *names: str) -> None:
-        self.node.plan = dataclasses.replace(self.node.plan, workers=dict.fromkeys(names, CPU))
-
-    def address(self, name: str) -> str:
-        return self.workers[name].address
-
-    async def replace(self, old: Iterable[str], new: Iterable[str], **how: float | str) -> Evacuation:
-        """Replace workers as a swap does: the new ones run when the old ones leave."""
-        before, after = tuple(old), tuple(new)
-        await self.start(*after)
-        self.bindings.leave("n", before)
-        self.bindings.arrive("n", after)
-        return await self.leave(before, **how)
-
-    async def leave(self, names: Iterable[str], **how: float | str) -> Evacuation:
-        gone = tuple(names)
-        result = await evacuate(self.scheduler, gone, LONG, **{"drain_timeout": LONG, **how})  # type: ignore[arg-type]
-        if result.problem is None:
-            self.plan(*(name for name in self.node.plan.workers if name not in gone))
-            await asyncio.gather(*(self.workers[name].close(executor_wait=False) for name in gone))
-        return result
-
-    def bound(self, *workers: str, key: str | None = None) -> Future[str]:
-        """Submit a task that may run on these workers only; its result is where it ran."""
-        return self.client.submit(where, workers=list(workers), key=key, pure=False)
-
-    async def state(self, future: Future[str], state: str) -> None:
-        await wait_until(lambda: future.key in self.scheduler.tasks)
-        await wait_until(lambda: self.scheduler.tasks[future.key].state == state)
-
-
-def where() -> str:
-    from distributed import get_worker
-
-    return str(get_worker().name)
 
 
 async def on(dask_worker: Worker) -> str:
@@ -101,27 +30,12 @@ async def on_when_free(dask_worker: Worker) -> str:
 FREE: set[str] = set()
 
 
-def until(event: str) -> str:
-    Event(event).wait(LONG)
-    return where()
-
-
 @pytest_asyncio.fixture
 async def cluster() -> AsyncIterator[Cluster]:
-    """Two workers, ``a`` and ``b``."""
-    with dask.config.set({"distributed.worker.http.routes": []}):
-        async with (
-            Scheduler(host="127.0.0.1", port=0, dashboard=False, dashboard_address=":0") as scheduler,
-            Client(scheduler.address, asynchronous=True) as client,
-        ):
-            registry = Registry()
-            managers.install(scheduler, registry, LONG)
-            node = registry.register(NodeRegistration("n", "tcp://n:1", Hardware("host", 2, 2**30, ())), now=0.0)
-            node.plan = dataclasses.replace(node.plan, mode=Mode("uniform"))
-            cluster = Cluster(scheduler, client, registry, node)
-            await cluster.start("a", "b")
-            yield cluster
-            await asyncio.gather(*(worker.close() for worker in cluster.workers.values()))
+    """Two workers, ``a`` and ``b``, of a node ``n``."""
+    async with departing("n") as cluster:
+        await cluster.start("a", "b")
+        yield cluster
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------
