@@ -18,6 +18,7 @@ from agentcluster.wire import check_types
 LONGEST_NAME = 253
 
 Drain = Literal["tasks", "data", "now"]
+Bound = Literal["follow", "wait", "refuse"]
 OnFailure = Literal["rollback", "stop", "continue"]
 Strategy = Literal["surge", "replace"]
 
@@ -38,6 +39,9 @@ class RolloutPolicy:
         ``tasks`` waits for tasks that run on old workers, ``data`` only moves data, ``now`` does neither.
     drain_timeout
         Seconds for running tasks to end; None for the configured ones.
+    bound
+        Tasks that are bound to old workers and that none has begun: whether they run on the workers that come in their
+        place (``follow``), are waited for like running tasks (``wait``), or are a reason to refuse (``refuse``).
     max_parallel
         Number of nodes that change at the same time; None for all (``replace``: for one).
     on_failure
@@ -61,6 +65,7 @@ class RolloutPolicy:
     strategy: Strategy = "surge"
     drain: Drain = "tasks"
     drain_timeout: float | None = None
+    bound: Bound = "follow"
     max_parallel: int | None = None
     on_failure: OnFailure = "rollback"
     canary: bool = False

@@ -88,6 +88,13 @@ def _modes(context: click.Context, parameter: click.Parameter, prefix: str) -> l
     help="Before a worker stops: wait for its tasks and move its data, only move its data, or neither.",
 )
 @click.option("--drain-timeout", metavar="TIME", help="Longest time to wait for running tasks, such as 30s.")
+@click.option(
+    "--bound",
+    type=click.Choice(["follow", "wait", "refuse"]),
+    default="follow",
+    show_default=True,
+    help="Tasks bound to old workers: run them on the new ones, wait for them, or refuse while there are any.",
+)
 @click.option("--max-parallel", type=click.IntRange(1), help="Maximum number of nodes that change at the same time.")
 @click.option("--canary", is_flag=True, help="Change one node alone first.")
 @click.option(

@@ -77,7 +77,7 @@ from agentcluster.launch import Host, launchers_for
 from agentcluster.launch.protocol import Launcher
 from agentcluster.model import Mode, RolloutStatus
 from agentcluster.reports import AdaptiveLog, Nodes, RolloutReport, ScaleReport
-from agentcluster.requests import Drain, OnFailure, RolloutPolicy, ScaleTarget, Strategy
+from agentcluster.requests import Bound, Drain, OnFailure, RolloutPolicy, ScaleTarget, Strategy
 from agentcluster.scheduler.plugin import dask_setup
 from agentcluster.security import LOOPBACK, has_credentials, is_private, resolve_credentials
 from agentcluster.shipping import shipped
@@ -500,6 +500,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         strategy: Strategy = "surge",
         drain: Drain = "tasks",
         drain_timeout: str | float | None = None,
+        bound: Bound = "follow",
         max_parallel: int | None = None,
         canary: bool = False,
         on_failure: OnFailure = "rollback",
@@ -534,6 +535,10 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
             ``tasks`` waits for tasks that run on old workers, ``data`` only moves data, ``now`` loses that too.
         drain_timeout : str or float, optional
             Seconds to wait for running tasks; those that still run then are run again elsewhere.
+        bound : {"follow", "wait", "refuse"}
+            Tasks bound to old workers (``submit(…, workers=…)``) that none has begun: ``follow`` runs them on the
+            workers that come in their place, ``wait`` waits for them as for running tasks, ``refuse`` changes nothing
+            while there are any, or any that run.
         max_parallel : int, optional
             Nodes that change at the same time; default is all, and one for ``replace``.
         canary : bool
@@ -579,6 +584,7 @@ class AgentCluster(MaybeAsync[AsyncT], SpecCluster):
         terms = {
             "strategy": strategy,
             "drain": drain,
+            "bound": bound,
             "drain_timeout": parse_optional_seconds("drain_timeout", drain_timeout, zero=True),
             "max_parallel": max_parallel,
             "on_failure": on_failure,

@@ -407,7 +407,7 @@ class Bindings(SchedulerPlugin):
         bound = (ts for ts in self.bound_to([address]) if ts.state in UNFINISHED)
         return sum(1 for ts in bound if ts.worker_restrictions and address not in ts.worker_restrictions)
 
-    def awaited(self, workers: Iterable[str]) -> int:
+    def awaited(self, workers: Iterable[str], *, all_bound: bool) -> int:
         """Count the tasks bound to workers that are not begun, though others of their gang are.
 
         A gang is the tasks of one name that are bound to one worker each, and not all to the same: those of a
@@ -417,8 +417,12 @@ class Bindings(SchedulerPlugin):
         ----------
         workers
             Addresses of workers.
+        all_bound
+            Whether to count those of no gang too.
         """
         unplaced = [ts for ts in self.bound_to(workers) if ts.state in UNPLACED]
+        if all_bound:
+            return len(unplaced)
         begun = {name: self._begun(name) for name in {ts.prefix.name for ts in unplaced}}
         return sum(1 for ts in unplaced if begun[ts.prefix.name] - self.tasks[ts].workers)
 

@@ -24,7 +24,7 @@ from distributed.scheduler import TaskState, WorkerState
 from distributed.stealing import WorkStealing
 
 from agentcluster.model import NodeProgress
-from agentcluster.requests import Drain
+from agentcluster.requests import Bound, Drain
 from agentcluster.scheduler.departures import (
     BINDINGS,
     CALLS,
@@ -107,6 +107,7 @@ async def evacuate(
     *,
     drain: Drain = "tasks",
     drain_timeout: float = 0.0,
+    bound: Bound = "follow",
     progress: Report = lambda progress: None,
 ) -> Evacuation:
     """Move data off workers and remove them from the scheduler: all of them, or none.
@@ -124,6 +125,8 @@ async def evacuate(
     drain_timeout
         Seconds that running tasks get; those that still run then are run again elsewhere, which does not count as a
         failure of theirs.
+    bound
+        ``wait`` counts tasks that are bound to the workers as running, also those that none has begun.
     progress
         Called with the progress of each worker, some times per second.
 
@@ -132,7 +135,7 @@ async def evacuate(
     Evacuation
         With a `problem` when not all could leave: then those that are left take tasks again.
     """
-    leaving = _Leaving(scheduler, names, progress)
+    leaving = _Leaving(scheduler, names, progress, all_bound=bound == "wait")
     problem: str | None = None
     try:
         # A worker that crashes in between comes back under another address: the end is when no name is left.
@@ -165,10 +168,11 @@ async def evacuate(
 class _Leaving:
     """State of the workers that leave, and the steps of their evacuation."""
 
-    def __init__(self, scheduler: Scheduler, names: Sequence[str], report: Report) -> None:
+    def __init__(self, scheduler: Scheduler, names: Sequence[str], report: Report, *, all_bound: bool) -> None:
         self.scheduler = scheduler
         self.names = frozenset(names)
         self.report = report
+        self.all_bound = all_bound
         self.keys, self.nbytes = sole_replicas(scheduler, names)
         self.stimulus_id = f"{STIMULUS}{time()}"
         self.began = monotonic()
@@ -521,7 +525,7 @@ class _Leaving:
         present = self.present()
         addresses = [ws.address for ws in present]
         found = sum(self.begun(ws) if ws.status is Status.paused else len(ws.processing) for ws in present)
-        found += self.calls.on(addresses) + self.bindings.awaited(addresses)
+        found += self.calls.on(addresses) + self.bindings.awaited(addresses, all_bound=self.all_bound)
         return found + len(self.shuffling(present)) + len(self.unsendable())
 
     def shuffling(self, workers: Collection[WorkerState]) -> list[WorkerState]:

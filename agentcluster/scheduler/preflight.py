@@ -20,6 +20,7 @@ from agentcluster.requests import Drain, RolloutPolicy
 from agentcluster.scheduler.departures import BINDINGS, UNFINISHED, Bindings
 from agentcluster.scheduler.planning.change import NodeChange
 from agentcluster.scheduler.planning.nodes import Node
+from agentcluster.tables import count
 from agentcluster.wire import to_wire
 
 #: Bytes that a worker process takes without data.
@@ -134,9 +135,11 @@ def immovable(scheduler: Scheduler, changes: Mapping[str, NodeChange], policy: R
     dict
         Node name -> the reason.
     """
-    if policy.drain == "now" or not any(change.remove for change in changes.values()):
+    if not any(change.remove for change in changes.values()):
         return {}
-    refusals = {}
+    refusals = _with_bound_tasks(scheduler, changes) if policy.bound == "refuse" else {}
+    if policy.drain == "now":
+        return refusals
     going = {name: each.old for name, each in changes.items()}
     everyone = [worker for go in going.values() for worker in go]
     surging = any(each.names and each.strategy == "surge" for each in changes.values())
@@ -159,6 +162,19 @@ def immovable(scheduler: Scheduler, changes: Mapping[str, NodeChange], policy: R
             refusals[name] = (
                 f"worker {worker} holds actors, which cannot be moved: {', '.join(found)}; "
                 f"release them, or give them up with drain='now'"
+            )
+    return refusals
+
+
+def _with_bound_tasks(scheduler: Scheduler, changes: Mapping[str, NodeChange]) -> dict[str, str]:
+    """Return the reason for each node to whose leaving workers unfinished tasks are bound."""
+    refusals = {}
+    for name, change in changes.items():
+        leaving = [ws.address for ws in workers_named(scheduler, change.old)]
+        if tasks := [str(ts.key) for ts in _bindings(scheduler).bound_to(leaving) if ts.state in UNFINISHED]:
+            refusals[name] = (
+                f"{count(len(tasks), 'unfinished task')} bound to its workers, such as {min(tasks)}; "
+                f"wait for the end of that work, or leave out bound='refuse'"
             )
     return refusals
 

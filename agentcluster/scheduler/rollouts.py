@@ -360,6 +360,7 @@ class RolloutRun:
                 self.context,
                 chosen,
                 drain="data" if back and self.policy.drain == "tasks" else self.policy.drain,
+                bound=self.policy.bound,
                 tolerant=self.policy.on_failure == "continue" or back,
             )
             if self.rollout.cancelled is not None and not back:

@@ -28,7 +28,7 @@ from distributed.core import PooledRPCCall
 
 from agentcluster.errors import AgentClusterError, WorkerStartError, WorkerStartTimeout
 from agentcluster.model import NodeProgress, NodeReport, WorkerSpec, WorkerState
-from agentcluster.requests import Drain
+from agentcluster.requests import Bound, Drain
 from agentcluster.scheduler.departures import Bindings
 from agentcluster.scheduler.evacuation import Evacuation, evacuate
 from agentcluster.scheduler.managers import ExternalNames
@@ -280,6 +280,8 @@ class Swap:
         Node name -> its change; all of one strategy.
     drain
         Treatment of running tasks and of data.
+    bound
+        Treatment of tasks that are bound to old workers.
     tolerant
         Whether a node whose workers do not start is left out, instead of failing the others.
 
@@ -295,11 +297,13 @@ class Swap:
         changes: Mapping[str, NodeChange],
         *,
         drain: Drain = "tasks",
+        bound: Bound = "follow",
         tolerant: bool = False,
     ) -> None:
         self.context = context
         self.changes = {name: _restorable(change) for name, change in changes.items()}
         self.drain = drain
+        self.bound = bound
         [strategy] = {change.strategy for change in self.changes.values()} or {"surge"}
         self.wave = Wave(tuple(self.changes.values()), strategy, tolerant)
         self._record = _Record()
@@ -454,7 +458,13 @@ class Swap:
         workers = self._record.present(planned)
         self._calls.moving = asyncio.ensure_future(
             evacuate(
-                scheduler, workers, limits.retire, drain=drain, drain_timeout=limits.drain, progress=self._data_moved
+                scheduler,
+                workers,
+                limits.retire,
+                drain=drain,
+                drain_timeout=limits.drain,
+                bound=self.bound,
+                progress=self._data_moved,
             )
         )
         try:

@@ -81,6 +81,7 @@ KINDS: dict[str, dict[str, Right]] = {
         "strategy": nothing,
         "drain": nothing,
         "drain_timeout": TIME_0,
+        "bound": nothing,
         "max_parallel": whole(1, 2**62),
         "on_failure": nothing,
         "timeout": TIME,

@@ -89,6 +89,7 @@ KINDS: dict[str, dict[str, Right]] = {
         "remove_existing": FLAG,
         "strategy": one_of("surge", "replace"),
         "drain": one_of("tasks", "data", "now"),
+        "bound": one_of("follow", "wait", "refuse"),
         "drain_timeout": TIME_0,
         "max_parallel": maybe(lambda value: is_int(value, 1, 2**62)),
         "canary": FLAG,
@@ -266,6 +267,7 @@ NODE: Right = lambda value: isinstance(value, str)  # noqa: E731
 TERMS: dict[str, Right] = {
     "strategy": one_of("surge", "replace"),
     "drain": one_of("tasks", "data", "now"),
+    "bound": one_of("follow", "wait", "refuse"),
     "drain_timeout": lambda value: value is None or (is_number(value) and value >= 0),
     "max_parallel": maybe(lambda value: is_int(value, 1, 2**62)),
     "on_failure": one_of("rollback", "stop", "continue"),

@@ -157,6 +157,18 @@ async def test_at_the_end_of_the_drain_timeout_bound_tasks_go_to_the_successors(
     assert await cluster.client.gather([busy, *queued]) == ["c"] * 4
 
 
+async def test_bound_tasks_are_waited_for_where_that_is_asked(cluster: Cluster) -> None:
+    held = cluster.client.submit(until, "go", workers=["b"], pure=False)
+    waiting = cluster.client.submit(lambda _: where(), held, workers=["a"], pure=False)
+    await cluster.state(waiting, "waiting")
+    leaving = asyncio.create_task(cluster.replace("a", "c", bound="wait"))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(leaving), 0.5)
+    await Event("go", client=cluster.client).set()
+    assert await asyncio.wait_for(waiting, LONG) == "a"
+    assert (await leaving).followed == {}
+
+
 async def test_workers_that_could_not_leave_have_their_tasks_back(cluster: Cluster) -> None:
     kept = await cluster.client.scatter("only here", workers=["a"], hash=False)
     cluster.workers["a"].transfer_outgoing_count_limit = 0  # it gives its data to nobody

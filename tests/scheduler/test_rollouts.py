@@ -515,6 +515,19 @@ async def test_tasks_that_no_worker_could_run_are_named(one: AgentCluster, tmp_p
         await Event("go", client=client).set()
 
 
+async def test_bound_tasks_are_a_reason_to_refuse_where_that_is_asked(one: AgentCluster) -> None:
+    async with Client(one, asynchronous=True) as client:
+        [address] = one.scheduler.workers
+        held = client.submit(lambda: Event("go").wait(20), workers=[address], key="held")
+        await wait_until(lambda: "held" in one.scheduler.tasks)
+        with pytest.raises(PreflightError, match="1 unfinished task bound to its workers, such as held; wait for the"):
+            await one.reprovision("auto-cpu", NEXT, bound="refuse")
+        assert list(one.scheduler.workers) == [address]
+        await Event("go", client=client).set()
+        await held
+        assert (await one.reprovision("auto-cpu", NEXT, bound="refuse")).nodes["local"].followed == 0
+
+
 async def test_a_report_has_all_its_facts(one: AgentCluster) -> None:
     async with Client(one, asynchronous=True) as client:
         scattered = await client.scatter({f"k{i}": bytes(1000) for i in range(7)})

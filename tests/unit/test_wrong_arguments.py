@@ -126,6 +126,7 @@ KINDS: dict[str, tuple[Callable[..., Any], dict[str, Right], dict[str, Any]]] = 
         {
             "strategy": one_of("surge", "replace"),
             "drain": one_of("tasks", "data", "now"),
+            "bound": one_of("follow", "wait", "refuse"),
             "drain_timeout": maybe(number(0)),
             "max_parallel": maybe(lambda value: is_int(value, 1, 2**62)),
             "on_failure": one_of("rollback", "stop", "continue"),
