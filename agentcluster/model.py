@@ -310,6 +310,8 @@ class NodeProgress:
         Tasks that still run on workers that leave.
     left
         Seconds until tasks that still run then are run again elsewhere.
+    needs
+        Names of tasks that are waited for, and what else is, such as ``a shuffle``; at most five of each worker.
 
     Examples
     --------
@@ -318,6 +320,8 @@ class NodeProgress:
     50 of 100 keys moved 65.0
     >>> print(NodeProgress("drain", tasks=2, left=113.4))
     2 tasks run, 1:53 left
+    >>> print(NodeProgress("drain", tasks=2, left=113.4, needs=("_train_part",)))
+    2 tasks run (_train_part), 1:53 left
     """
 
     step: str = "waiting"
@@ -327,6 +331,7 @@ class NodeProgress:
     all_nbytes: int = 0
     tasks: int = 0
     left: float = 0.0
+    needs: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, parts: Iterable[NodeProgress]) -> NodeProgress:
@@ -339,7 +344,8 @@ class NodeProgress:
         """
         each = list(parts)
         sums = {key: sum(getattr(part, key) for part in each) for key in _AMOUNTS}
-        return cls(step=each[0].step, left=max(part.left for part in each), **sums)
+        needs = tuple(sorted({name for part in each for name in part.needs}))
+        return cls(step=each[0].step, left=max(part.left for part in each), needs=needs, **sums)
 
     @property
     def percent(self) -> float:
@@ -351,10 +357,12 @@ class NodeProgress:
         return self.step == "retire" and self.all_keys > 0
 
     def __str__(self) -> str:
-        if self.step == "drain" and self.tasks:
+        if self.step == "drain" and (self.tasks or self.needs):
             minutes, seconds = divmod(round(self.left), 60)
             tasks = "1 task runs" if self.tasks == 1 else f"{self.tasks} tasks run"
-            return f"{tasks}, {minutes}:{seconds:02} left"
+            what = ", ".join(self.needs)
+            waits = f"waits for {what}" if not self.tasks else f"{tasks} ({what})" if what else tasks
+            return f"{waits}, {minutes}:{seconds:02} left"
         return f"{self.keys} of {self.all_keys} keys moved" if self._moves() else self.step
 
 

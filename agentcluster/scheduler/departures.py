@@ -407,24 +407,24 @@ class Bindings(SchedulerPlugin):
         bound = (ts for ts in self.bound_to([address]) if ts.state in UNFINISHED)
         return sum(1 for ts in bound if ts.worker_restrictions and address not in ts.worker_restrictions)
 
-    def awaited(self, workers: Iterable[str], *, all_bound: bool) -> int:
-        """Count the tasks bound to workers that are not begun, though others of their gang are.
+    def awaited(self, worker: str, *, all_bound: bool) -> list[str]:
+        """Return the names of tasks bound to a worker that are not begun, though others of their gang are.
 
         A gang is the tasks of one name that are bound to one worker each, and not all to the same: those of a
         distributed training wait for each other.
 
         Parameters
         ----------
-        workers
-            Addresses of workers.
+        worker
+            Address of the worker.
         all_bound
             Whether to count those of no gang too.
         """
-        unplaced = [ts for ts in self.bound_to(workers) if ts.state in UNPLACED]
+        unplaced = [ts for ts in self.bound_to([worker]) if ts.state in UNPLACED]
         if all_bound:
-            return len(unplaced)
+            return [ts.prefix.name for ts in unplaced]
         begun = {name: self._begun(name) for name in {ts.prefix.name for ts in unplaced}}
-        return sum(1 for ts in unplaced if begun[ts.prefix.name] - self.tasks[ts].workers)
+        return [ts.prefix.name for ts in unplaced if begun[ts.prefix.name] - self.tasks[ts].workers]
 
     def _begun(self, name: str) -> set[str]:
         """Return the workers that the tasks of a gang which have begun are bound to."""
@@ -554,16 +554,15 @@ class CallsInFlight:
             del self._calls[under_way]
             under_way.set_result(None)
 
-    def on(self, workers: Iterable[str]) -> int:
-        """Count the calls that workers answer.
+    def on(self, worker: str) -> int:
+        """Count the calls that a worker answers.
 
         Parameters
         ----------
-        workers
-            Addresses of workers.
+        worker
+            Address of the worker.
         """
-        there = set(workers)
-        return sum(1 for asked in self._calls.values() if asked is not None and not there.isdisjoint(asked))
+        return sum(1 for asked in self._calls.values() if asked is not None and worker in asked)
 
     async def scattered(self, timeout: float) -> None:
         """Wait until the data that is being sent now has arrived.

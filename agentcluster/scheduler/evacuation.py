@@ -53,6 +53,9 @@ RETRY = 1.0
 SMALL = 2**14
 PLAIN = {"NoneType", "bool", "bytes", "complex", "float", "int", "str", "numpy.ndarray"}
 
+#: Greatest number of tasks that the progress of a worker names.
+NAMED = 5
+
 #: Seconds for which all possible recipients may be missing or paused: one that was killed is started again.
 GRACE = 3.0
 
@@ -269,12 +272,12 @@ class _Leaving:
         str or None
             The reason; None when the tasks have ended or the time is over.
         """
-        while (now := monotonic()) < self.began + wait and self.running_tasks():
+        while (now := monotonic()) < self.began + wait and (needs := self.needed_for()):
             if now - self._handed_over > LOOK:
                 self.cordon()
             if (problem := self.obstacle(now)) is not None:
                 return problem
-            self.report(self.progress(self.began + wait - now))
+            self.report(self.progress(self.began + wait - now, needs))
             await self.rest(now)
         if now >= self.began + wait:
             self.close()
@@ -384,7 +387,7 @@ class _Leaving:
 
     def is_free(self) -> bool:
         """Return whether the workers need not wait for tasks: none runs there, or their time is over."""
-        return self.closed or not self.running_tasks()
+        return self.closed or not self.needed_for()
 
     async def give_up(self) -> None:
         """Remove the workers with their sole replicas; count those, and those that dask has no way to compute again."""
@@ -512,21 +515,27 @@ class _Leaving:
         fit = [ws for ws in others if valid is None or ws in valid]
         return fit or (others if ts.loose_restrictions and not self.bindings.in_gang(ts) else [])
 
-    def running_tasks(self) -> int:
-        """Count what the leaving workers are still needed for.
+    def needed_for(self) -> dict[str, list[str]]:
+        """Return what the leaving workers are still needed for.
 
         Returns
         -------
-        int
-            Tasks that they run or will, calls that they answer, tasks that are bound to them and that others wait for,
-            workers that take part in a shuffle, and results that cannot be sent. Tasks that a paused worker
-            has not begun do not count: it will not.
+        dict
+            Name of a worker -> the names of tasks that it runs or will, of tasks that are bound to it and that others
+            wait for, and of what else must end before it leaves; workers that are needed for nothing are left out.
+            Tasks that a paused worker has not begun do not count: it will not.
         """
         present = self.present()
-        addresses = [ws.address for ws in present]
-        found = sum(self.begun(ws) if ws.status is Status.paused else len(ws.processing) for ws in present)
-        found += self.calls.on(addresses) + self.bindings.awaited(addresses, all_bound=self.all_bound)
-        return found + len(self.shuffling(present)) + len(self.unsendable())
+        shuffling, unsendable, found = self.shuffling(present), self.unsendable(), {}
+        for ws in present:
+            tasks = sorted(ts.prefix.name for ts in ws.processing)
+            needs = tasks[: self.begun(ws)] if ws.status is Status.paused else tasks
+            needs += self.bindings.awaited(ws.address, all_bound=self.all_bound)
+            needs += ["a shuffle"] * (ws in shuffling) + ["a call of client.run"] * self.calls.on(ws.address)
+            needs += ["a result that cannot be sent"] * any(ws in holders(ts) for ts in unsendable)
+            if needs:
+                found[str(ws.name)] = needs
+        return found
 
     def shuffling(self, workers: Collection[WorkerState]) -> list[WorkerState]:
         """Return the workers that take part in a shuffle; it begins again when one of them leaves.
@@ -561,20 +570,24 @@ class _Leaving:
 
     # -- words ---------------------------------------------------------------------------------------------------------
 
-    def progress(self, left: float = 0.0) -> dict[str, NodeProgress]:
+    def progress(
+        self, left: float | None = None, needs: Mapping[str, list[str]] | None = None
+    ) -> dict[str, NodeProgress]:
         """Return the progress of each worker; bytes are estimated from the number of keys.
 
         Parameters
         ----------
         left
-            Seconds that running tasks have yet.
+            Seconds that running tasks have yet; None when data moves.
+        needs
+            What workers are waited for, see :meth:`needed_for`.
 
         Returns
         -------
         dict
             Name of a worker -> its progress; no key counts as moved before the tasks have ended.
         """
-        drains, present = self.drained is None, {str(ws.name): ws for ws in self.present()}
+        drains, present = left is not None, {str(ws.name): ws for ws in self.present()}
         sole = self.keys if drains else Counter(str(ws.name) for ts in self._pending for ws in holders(ts))
         found = {}
         for name in sorted(self.names):
@@ -587,7 +600,8 @@ class _Leaving:
                 nbytes=nbytes * moved // keys if keys else 0,
                 all_nbytes=nbytes,
                 tasks=len(present[name].processing) if name in present else 0,
-                left=max(left, 0.0),
+                left=max(left or 0.0, 0.0),
+                needs=tuple(sorted(set((needs or {}).get(name, ())))[:NAMED]),
             )
         return found
 

@@ -262,8 +262,8 @@ async def test_run_goes_on_under_changes(cluster: Cluster) -> None:
 async def test_a_worker_does_not_leave_while_it_answers_a_call(cluster: Cluster) -> None:
     FREE.clear()
     call = asyncio.create_task(cluster.client.run(on_when_free, workers=[cluster.address("a")]))
-    await wait_until(lambda: cluster.calls.on([cluster.address("a")]) == 1)
-    assert cluster.calls.on([cluster.address("b")]) == 0
+    await wait_until(lambda: cluster.calls.on(cluster.address("a")) == 1)
+    assert cluster.calls.on(cluster.address("b")) == 0
     leaving = asyncio.create_task(cluster.replace("a", "c"))
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(asyncio.shield(leaving), 0.5)

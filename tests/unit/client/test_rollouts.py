@@ -29,6 +29,8 @@ def drawn(console: Console) -> str:
         ({"step": "retire", "keys": 0, "all_keys": 0}, 40, "retire"),
         ({"step": "retire", "keys": 50, "all_keys": 100}, 65, "50 of 100 keys moved"),
         ({"step": "drain", "tasks": 2, "all_keys": 100, "left": 113.4}, 40, "2 tasks run, 1:53 left"),
+        ({"step": "drain", "tasks": 1, "left": 60.0, "needs": ["fit", "sum"]}, 40, "1 task runs (fit, sum), 1:00 left"),
+        ({"step": "drain", "left": 5.0, "needs": ["a shuffle"]}, 40, "waits for a shuffle, 0:05 left"),
         ({"step": "drain", "tasks": 1, "left": 3.0}, 40, "1 task runs, 0:03 left"),
         ({"step": "drain"}, 40, "drain"),
         ({"step": "stop"}, 90, "stop"),
