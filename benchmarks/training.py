@@ -2,9 +2,9 @@
 
 Work with LightGBM, XGBoost, P2P merges and rechunks, and ``client.run`` (extra ``test-libraries``) runs over and over,
 and the workers of the cluster are replaced at random moments of it, also by more or fewer. It prints how often work of
-each kind came to its end, had a wrong result, ended with an error, which it names, or hung. With ``--retire`` the same
-work runs on a ``LocalCluster``: new workers are started beside the old ones, and ``client.retire_workers`` removes those.
-Exit code 1 when work hung or had a wrong result.
+each kind came to its end, had a wrong result, ended with an error, which it names, or hung. With ``--retire`` it
+runs on a ``LocalCluster``: new workers start beside the old ones, which ``client.retire_workers`` removes. Exit code
+1 when work hung or had a wrong result.
 """
 
 from __future__ import annotations

@@ -233,6 +233,16 @@ class Bindings(SchedulerPlugin):
         if self._lineage.departed(worker) is None and (found := self._owner(worker)):
             self._lineage.leave(worker, *found)  # it crashed; its nanny may restart it
         self._follow([worker])
+        self._forget_empty()
+
+    def _forget_empty(self) -> None:
+        """Forget places to which no task is bound any more, and nodes that left."""
+        for place in [place for place, tasks in self._bound_to.items() if not tasks]:
+            del self._bound_to[place]
+        for name in [name for name, gang in self._gangs.items() if not any(gang.values())]:
+            del self._gangs[name]
+        for node in self._came.keys() - self.registry.nodes.keys():
+            del self._came[node]
 
     def joined(self, name: str) -> None:
         """Bind the tasks of a worker that its nanny has restarted, under another address, to it.
@@ -269,22 +279,17 @@ class Bindings(SchedulerPlugin):
 
     # -- tasks ---------------------------------------------------------------------------------------------------------
 
-    def update_graph(
-        self, scheduler: Scheduler, *, tasks: Iterable[Any], annotations: Mapping[str, Any], **facts: Any
-    ) -> None:
+    def update_graph(self, scheduler: Scheduler, *, annotations: Mapping[str, Mapping[Any, Any]], **facts: Any) -> None:
         """Note the workers that new tasks are bound to, and bind them to the successors of those that are gone.
 
         Parameters
         ----------
-        scheduler, tasks, annotations, **facts
+        scheduler, annotations, **facts
             As dask passes them, before it chooses workers for the tasks.
         """
-        if "workers" not in annotations and "restrictions" not in annotations:
-            return
-        for key in tasks:
-            ts = scheduler.tasks[key]
-            if ts.worker_restrictions or ts.host_restrictions:
-                self._bind(ts)
+        for annotation in ("workers", "restrictions"):
+            for key in annotations.get(annotation, ()):
+                self._bind(scheduler.tasks[key])
 
     def _bind(self, ts: TaskState) -> None:
         """Keep what a user bound a task to, and compute what dask is to read."""

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Literal
 
-from distributed import Future
+from distributed import Future, Status
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,6 +87,8 @@ class Story:
         empty = {node for node, names in self.there.items() if not names}
         tasks = self.cluster.scheduler.tasks
         settled = ("memory", "no-worker", "waiting")
+        workers = self.cluster.scheduler.workers
+        await wait_until(lambda: all(ws.status is Status.running for ws in workers.values()), LONG)
         await wait_until(lambda: all(f.key in tasks and tasks[f.key].state in settled for f in self.futures), LONG)
         stuck = {f.key for f, node in zip(self.futures, self.bound, strict=True) if node in empty}
         left = {f.key for f in self.futures if tasks[f.key].state != "memory"}
@@ -110,7 +112,7 @@ async def carry_out(actions: list[Submit | Change]) -> None:
         await story.ends()
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.lists(SUBMITS | SUBMITS | CHANGES, min_size=3, max_size=14))
 def test_each_task_whose_node_is_there_ends_and_the_others_are_named(actions: list[Submit | Change]) -> None:
     asyncio.run(carry_out(actions))

@@ -233,6 +233,22 @@ async def test_what_is_bound_is_forgotten_with_its_task(cluster: Cluster) -> Non
     del futures
     await wait_until(lambda: not cluster.scheduler.tasks)
     assert cluster.bindings.bound_to([cluster.address("a")]) == set()
+    await cluster.replace("ab", "cd")
+    assert not cluster.bindings._bound_to
+    assert not cluster.bindings._gangs
+
+
+async def test_a_task_that_is_submitted_again_among_others_stays_bound_to_what_was_asked(cluster: Cluster) -> None:
+    gone = cluster.address("a")
+    held = cluster.client.submit(until, "go", workers=["b"], pure=False)
+    first = cluster.client.submit(lambda _: where(), held, workers=[gone], key="first")
+    await cluster.state(first, "waiting")
+    await cluster.replace("a", "c")
+    second = cluster.client.submit(lambda *_: where(), first, workers=["n"], key="second")
+    await cluster.state(second, "waiting")
+    assert cluster.bindings.tasks[cluster.scheduler.tasks["first"]].workers == {gone}
+    await Event("go", client=cluster.client).set()
+    assert await first == "c"
 
 
 # -- calls -------------------------------------------------------------------------------------------------------------
