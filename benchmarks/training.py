@@ -2,9 +2,8 @@
 
 Work with LightGBM, XGBoost, P2P merges and rechunks, and ``client.run`` (extra ``test-libraries``) runs over and over,
 and the workers of the cluster are replaced at random moments of it, also by more or fewer. It prints how often work of
-each kind came to its end, had a wrong result, ended with an error, which it names, or hung. With ``--retire`` it
-runs on a ``LocalCluster``: new workers start beside the old ones, which ``client.retire_workers`` removes. Exit code
-1 when work hung or had a wrong result.
+each kind came to its end, had a wrong result, ended with an error, which it names, or hung. Exit code 1
+when work hung or had a wrong result.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import lightgbm
 import numpy as np
 import pandas as pd
 import xgboost.dask
-from distributed import Client, LocalCluster
+from distributed import Client
 
 from agentcluster import AgentCluster
 from benchmarks.common import titled
@@ -95,26 +94,11 @@ def agents() -> Iterator[tuple[Client, Swap]]:
         yield client, swap
 
 
-@contextmanager
-def retiring() -> Iterator[tuple[Client, Swap]]:
-    def swap(workers: int) -> None:
-        old = list(client.scheduler_info(n_workers=-1)["workers"])
-        cluster.scale(len(old) + workers)
-        client.wait_for_workers(len(old) + workers, timeout=60)
-        client.retire_workers(old)
-
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=1, memory_limit="2GiB", dashboard_address=None) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client, swap
-
-
-def measure(place: Any, swaps: int, kind: str, seed: int, same: bool) -> tuple[Counter[str], int]:
-    """Swap workers at random moments of work of a kind; return the outcomes of the work, and the number of swaps."""
-    moments, outcomes, done = random.Random(seed), Counter[str](), 0
+def measure(swaps: int, kind: str, seed: int, same: bool) -> Counter[str]:
+    """Swap workers at random moments of work of a kind; return how often the work had each outcome."""
+    moments, outcomes = random.Random(seed), Counter[str]()
     stop = threading.Event()
-    with place() as (client, swap), ThreadPoolExecutor(1) as threads:
+    with agents() as (client, swap), ThreadPoolExecutor(1) as threads:
         work = getattr(Work(client), kind)
 
         def go_on() -> None:
@@ -128,7 +112,6 @@ def measure(place: Any, swaps: int, kind: str, seed: int, same: bool) -> tuple[C
         for _ in range(swaps):
             time.sleep(moments.uniform(0, 1.5))
             swap(2 if same else moments.choice([1, 2, 3]))
-            done += 1
         stop.set()
         try:
             working.result(HUNG)
@@ -136,7 +119,7 @@ def measure(place: Any, swaps: int, kind: str, seed: int, same: bool) -> tuple[C
             outcomes["hung"] += 1
             client.cancel(list(client.futures), force=True)
             client.close()
-    return outcomes, done
+    return outcomes
 
 
 def main() -> int:
@@ -145,23 +128,20 @@ def main() -> int:
     parser.add_argument("--swaps", type=int, default=40, help="swaps for each kind of work")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--retire", action="store_true", help="use LocalCluster and client.retire_workers")
     asked = parser.parse_args()
     rows, bad = [], 0
     for kind in asked.kinds:
         half = asked.swaps // 2
-        found, swaps = Counter[str](), 0
-        for same, number in ((True, half), (False, asked.swaps - half)):
-            outcomes, done = measure(retiring if asked.retire else agents, number, kind, asked.seed, same)
-            found += outcomes
-            swaps += done
+        found = measure(half, kind, asked.seed, same=True)
+        found += measure(asked.swaps - half, kind, asked.seed, same=False)
         errors = {text: number for text, number in found.items() if text not in ("right", "wrong", "hung")}
-        rows.append((kind, *map(str, (swaps, found["right"], found["wrong"], found["hung"], sum(errors.values())))))
+        rows.append(
+            (kind, *map(str, (asked.swaps, found["right"], found["wrong"], found["hung"], sum(errors.values()))))
+        )
         bad += found["wrong"] + found["hung"]
         for text, number in errors.items():
             print(f"{kind}: {number} x {text}", file=sys.stderr)
-    where = "LocalCluster, retire_workers" if asked.retire else "AgentCluster, reprovision"
-    print(titled(f"Work under swaps: {where}", ("kind", "swaps", "right", "wrong", "hung", "errors"), rows))
+    print(titled("Work under swaps", ("kind", "swaps", "right", "wrong", "hung", "errors"), rows))
     return int(bad > 0)
 
 
