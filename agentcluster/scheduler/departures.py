@@ -18,14 +18,15 @@ import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
+from dask.typing import Key
 from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.metrics import monotonic, time
 from distributed.protocol.pickle import dumps
-from distributed.scheduler import TaskState, WorkerState
+from distributed.scheduler import TaskState, TaskStateState, WorkerState
 from distributed.stealing import WorkStealing
 
 from agentcluster.errors import ConfigError
@@ -220,7 +221,7 @@ class Bindings(SchedulerPlugin):
         self._lineage.succeed(self._leaving.pop(node, []), there)
         self._follow([node, *self._lineage.of_node(node)])
 
-    def remove_worker(self, scheduler: Scheduler, worker: str, **facts: Any) -> None:
+    def remove_worker(self, scheduler: Scheduler, worker: str, **facts: object) -> None:
         """Bind the tasks of a worker that is gone to its successors, if there are any.
 
         Parameters
@@ -236,7 +237,7 @@ class Bindings(SchedulerPlugin):
         self._forget_empty()
 
     def _forget_empty(self) -> None:
-        """Forget places to which no task is bound any more, and nodes that left."""
+        """Forget places to which no task is bound, and nodes that left."""
         for place in [place for place, tasks in self._bound_to.items() if not tasks]:
             del self._bound_to[place]
         for name in [name for name, gang in self._gangs.items() if not any(gang.values())]:
@@ -279,7 +280,9 @@ class Bindings(SchedulerPlugin):
 
     # -- tasks ---------------------------------------------------------------------------------------------------------
 
-    def update_graph(self, scheduler: Scheduler, *, annotations: Mapping[str, Mapping[Any, Any]], **facts: Any) -> None:
+    def update_graph(
+        self, scheduler: Scheduler, *, annotations: Mapping[str, Mapping[Key, object]], **facts: object
+    ) -> None:
         """Note the workers that new tasks are bound to, and bind them to the successors of those that are gone.
 
         Parameters
@@ -348,7 +351,7 @@ class Bindings(SchedulerPlugin):
                 return frozenset({again})
         return self._lineage.resolve(address, self._is_open, self._of_node)
 
-    def present(self, worker: Any) -> list[Any]:
+    def present(self, worker: object) -> Sequence[object]:
         """Return what a user means by a worker: itself, its successors if it has gone, or the workers of a node.
 
         Parameters
@@ -452,7 +455,7 @@ class Bindings(SchedulerPlugin):
 
     def _follow(self, places: Iterable[str]) -> None:
         """Bind the tasks that are bound to workers or nodes anew; give those that no worker has begun to theirs."""
-        ready: dict[Any, Any] = {}
+        ready: dict[Key, TaskStateState] = {}
         for ts in self.bound_to(places):
             changed = self._restrict(ts, self.tasks[ts])
             if changed and ts.state == "no-worker":
@@ -471,7 +474,7 @@ class Bindings(SchedulerPlugin):
 
 
 class _Joins(SchedulerPlugin):
-    """Tell of workers that join; in the scheduler once a task is bound, since nobody else asks."""
+    """Watch for workers that join; a plugin of the scheduler once a task is bound."""
 
     name = f"{BINDINGS}-joins"
 
@@ -493,17 +496,19 @@ class CallsInFlight:
     scheduler
         The scheduler, whose own methods are called.
     bindings
-        Know the workers that have gone, and those that take no calls any more.
+        Know the workers that have gone, and those that take no further calls.
     """
 
     def __init__(self, scheduler: Scheduler, bindings: Bindings) -> None:
         self.scheduler = scheduler
         self._bindings = bindings
         self._calls: dict[asyncio.Future[None], frozenset[str] | None] = {}
-        self._scatter: Callable[..., Awaitable[list[Any]]] = scheduler.scatter
-        self._broadcast: Callable[..., Awaitable[dict[str, Any]]] = scheduler.broadcast
+        self._scatter: Callable[..., Awaitable[list[Key]]] = scheduler.scatter
+        self._broadcast: Callable[..., Awaitable[dict[str, object]]] = scheduler.broadcast
 
-    async def scatter(self, data: Any, workers: Iterable[Any] | None, *args: Any, **kwargs: Any) -> list[Any]:
+    async def scatter(
+        self, data: object, workers: Iterable[object] | None, *args: object, **kwargs: object
+    ) -> list[Key]:
         """Call ``Scheduler.scatter``; of workers that have gone the successors get the data.
 
         Parameters
@@ -521,8 +526,8 @@ class CallsInFlight:
         return await self._tracked(self._scatter(data, workers, *args, **kwargs), None)
 
     async def broadcast(
-        self, *, msg: Mapping[str, Any], workers: Collection[str] | None = None, **how: Any
-    ) -> dict[str, Any]:
+        self, *, msg: Mapping[str, object], workers: Collection[str] | None = None, **how: object
+    ) -> dict[str, object]:
         """Call ``Scheduler.broadcast``, without the workers that are about to leave unless they are named.
 
         Parameters
@@ -595,9 +600,9 @@ class SendableResults:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
-        self._asked: dict[str, asyncio.Future[Collection[Any]]] = {}
+        self._asked: dict[str, asyncio.Future[Collection[Key]]] = {}
 
-    async def unsendable(self, address: str, keys: Collection[Any]) -> Collection[Any]:
+    async def unsendable(self, address: str, keys: Collection[Key]) -> Collection[Key]:
         """Return the keys whose results a worker cannot send; none when it does not answer.
 
         Parameters
@@ -607,7 +612,7 @@ class SendableResults:
         keys
             Keys of small results that it has.
         """
-        answer: asyncio.Future[Collection[Any]] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Collection[Key]] = asyncio.get_running_loop().create_future()
         self._asked[address] = answer
         try:
             async with asyncio.timeout(ASKED):
@@ -620,7 +625,7 @@ class SendableResults:
         finally:
             self._asked.pop(address, None)
 
-    def told(self, keys: Collection[Any], worker: str) -> None:
+    def told(self, keys: Collection[Key], worker: str) -> None:
         """Receive the answer of a worker.
 
         Parameters
@@ -649,10 +654,10 @@ class LateMessages(SchedulerPlugin):
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self._removed: dict[str, float] = {}
-        self._heartbeat: Callable[..., dict[str, Any]] = scheduler.handlers["heartbeat_worker"]
+        self._heartbeat: Callable[..., dict[str, object]] = scheduler.handlers["heartbeat_worker"]
         self._refresh_who_has: Callable[..., None] = scheduler.stream_handlers["request-refresh-who-has"]
 
-    def remove_worker(self, scheduler: Scheduler, worker: str, *, stimulus_id: str, **facts: Any) -> None:
+    def remove_worker(self, scheduler: Scheduler, worker: str, *, stimulus_id: str, **facts: object) -> None:
         """Note that a worker was removed.
 
         Parameters
@@ -677,7 +682,7 @@ class LateMessages(SchedulerPlugin):
         removed = self._removed.get(address)
         return removed is not None and address not in self.scheduler.workers and monotonic() < removed + LATE
 
-    def heartbeat_worker(self, *, address: str, **facts: Any) -> dict[str, Any]:
+    def heartbeat_worker(self, *, address: str, **facts: object) -> dict[str, object]:
         """Answer a heartbeat like ``Scheduler.heartbeat_worker``; a worker that was removed is not told to end.
 
         Parameters
@@ -694,7 +699,7 @@ class LateMessages(SchedulerPlugin):
             return {"status": "OK", "time": time(), "heartbeat-interval": LATE}
         return self._heartbeat(address=address, **facts)
 
-    def refresh_who_has(self, keys: Collection[Any], worker: str, stimulus_id: str) -> None:
+    def refresh_who_has(self, keys: Collection[Key], worker: str, stimulus_id: str) -> None:
         """Tell a worker where keys are, like the scheduler's handler; there is no connection to one that was removed.
 
         Parameters

@@ -3,8 +3,8 @@
 The only module that changes the scheduler's own state of workers. ``Scheduler.retire_workers`` polls once in 0.25 s or
 more when a worker holds 100 keys, has no deadline, does not wait for running tasks, and counts a worker as empty though
 a task has just ended there. :func:`evacuate` uses the same means (``acquire-replicas``, work stealing): a leaving
-worker is cordoned, gives away the tasks that it has not begun and others may run, gets time for the rest, takes none
-any more, and is removed in the same step of the event loop that finds no sole replica of a key on it.
+worker is cordoned, gives away the tasks that it has not begun and others may run, gets time for the rest, and is removed
+in the same step of the event loop that finds no sole replica of a key on it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from weakref import WeakSet
 
+from dask.typing import Key
 from distributed import Scheduler, Status
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.metrics import monotonic, time
@@ -221,7 +221,7 @@ class _Leaving:
         self.hand_over_tasks()
 
     def close(self) -> None:
-        """Let the workers begin no task any more; what is bound to them is bound to their successors."""
+        """Let the workers begin no further task; what is bound to them is bound to their successors."""
         self.closed = True
         for ws in self.present():
             if ws.status is not Status.closing_gracefully or ws not in self._told:
@@ -433,7 +433,7 @@ class _Leaving:
         tasks
             Tasks whose results only leaving workers hold.
         """
-        by_worker: defaultdict[str, dict[Any, TaskState]] = defaultdict(dict)
+        by_worker: defaultdict[str, dict[Key, TaskState]] = defaultdict(dict)
         for ts in tasks:
             if ts not in self._asked and ts.get_nbytes() < SMALL and ts.type not in PLAIN:
                 self._asked.add(ts)
