@@ -18,7 +18,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from dask.typing import Key
@@ -26,7 +26,7 @@ from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.metrics import monotonic, time
 from distributed.protocol.pickle import dumps
-from distributed.scheduler import TaskState, TaskStateState, WorkerState
+from distributed.scheduler import TaskState, WorkerState
 from distributed.stealing import WorkStealing
 
 from agentcluster.errors import ConfigError
@@ -455,7 +455,7 @@ class Bindings(SchedulerPlugin):
 
     def _follow(self, places: Iterable[str]) -> None:
         """Bind the tasks that are bound to workers or nodes anew; give those that no worker has begun to theirs."""
-        ready: dict[Key, TaskStateState] = {}
+        ready: dict[Key, Any] = {}
         for ts in self.bound_to(places):
             changed = self._restrict(ts, self.tasks[ts])
             if changed and ts.state == "no-worker":

@@ -3,8 +3,8 @@
 The only module that changes the scheduler's own state of workers. ``Scheduler.retire_workers`` polls once in 0.25 s or
 more when a worker holds 100 keys, has no deadline, does not wait for running tasks, and counts a worker as empty though
 a task has just ended there. :func:`evacuate` uses the same means (``acquire-replicas``, work stealing): a leaving
-worker is cordoned, gives away the tasks that it has not begun and others may run, gets time for the rest, and is removed
-in the same step of the event loop that finds no sole replica of a key on it.
+worker is cordoned, gives away the tasks that it has not begun and others may run, gets time for the rest, and is
+removed in the same step of the event loop that finds no sole replica of a key on it.
 """
 
 from __future__ import annotations
