@@ -435,7 +435,8 @@ class _Leaving:
         """
         by_worker: defaultdict[str, dict[Key, TaskState]] = defaultdict(dict)
         for ts in tasks:
-            if ts not in self._asked and ts.get_nbytes() < SMALL and ts.type not in PLAIN:
+            scattered = ts.run_spec is None  # it was sent before
+            if not scattered and ts not in self._asked and ts.get_nbytes() < SMALL and ts.type not in PLAIN:
                 self._asked.add(ts)
                 by_worker[min(ws.address for ws in holders(ts))][ts.key] = ts
         if by_worker:
