@@ -8,8 +8,8 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import click
 from rich.console import Console, Group, RenderableType
@@ -22,6 +22,7 @@ from agentcluster.cli.connection import AS_JSON, Connection, Facts, operates, pr
 from agentcluster.client.rollouts import parse_status, watch
 from agentcluster.errors import ConfigError
 from agentcluster.model import NodeProgress
+from agentcluster.modes.options import once
 from agentcluster.reports import Nodes, RolloutReport, shape_of
 from agentcluster.requests import RolloutPolicy, ScaleTarget
 from agentcluster.tables import count
@@ -36,8 +37,6 @@ INTERVAL = 0.1
 
 #: Most digits of a number of workers.
 DIGITS = 30
-
-T = TypeVar("T")
 
 NODES = click.option(
     "--nodes",
@@ -126,7 +125,7 @@ async def reprovision(
     """Replace the workers of nodes in place with those of MODE, such as auto-cpu, auto-gpu, mixed, uniform or none."""
     wanted = modes.parse(mode, config)
     if options:
-        own = _once("--option", map(_option, options))
+        own = once("--option", map(_option, options))
         if twice := sorted(own.keys() & wanted.config.keys()):
             raise ConfigError(f"option {twice[0]!r} of mode {mode!r} is given twice, in --config and as --option")
         wanted = modes.parse(mode, {**wanted.config, **own})
@@ -161,16 +160,6 @@ def _option(text: str) -> tuple[str, object]:
         return name, json.loads(value)
     except (ValueError, RecursionError):
         return name, value
-
-
-def _once(option: str, pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
-    """Return the values of an option by name; refuse a name that is given twice."""
-    found: dict[str, T] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ConfigError(f"{option} {name!r} is given twice, as {found[name]!r} and {value!r}; give one")
-        found[name] = value
-    return found
 
 
 async def _confirm_loss(there: Connection, terms: Mapping[str, Any]) -> None:
@@ -211,7 +200,7 @@ async def scale(
 ) -> None:
     """Scale the cluster to N workers, or to the amounts of the options; data of leaving workers is moved first."""
     nbytes = None if memory is None else parse_nbytes("--memory", memory)
-    kinds = _once("--kind", map(_kind, kind))
+    kinds = once("--kind", map(_kind, kind))
     if (n, cores, nbytes, on_nodes) == (None,) * 4 and not kinds:
         raise ConfigError("scale needs a target: a number of workers, --cores, --memory, --on-nodes or --kind")
     target = ScaleTarget(n, cores, nbytes, on_nodes, kinds)

@@ -47,7 +47,7 @@ from agentcluster.cli.standby import Standby
 from agentcluster.errors import AgentClusterError, ConfigError, one_line, suggest
 from agentcluster.model import Mode
 from agentcluster.modes import names, parse
-from agentcluster.modes.options import KEYWORDS, OptionPath
+from agentcluster.modes.options import KEYWORDS, OptionPath, once
 from agentcluster.requests import check_label, check_name
 from agentcluster.security import connection_args, credentials_of_options
 from agentcluster.units import parse_seconds, split_address
@@ -247,16 +247,15 @@ def _resources(text: str) -> dict[str, float]:
 
 def _labels(texts: Iterable[str]) -> dict[str, str]:
     """Parse labels of the node."""
-    found: dict[str, str] = {}
-    for text in texts:
+
+    def parsed(text: str) -> tuple[str, str]:
         key, equals, value = text.partition("=")
         if not key or not equals:
             raise ConfigError(f"--label {text!r}: give a key and a value, such as rack=a")
-        if key in found:
-            raise ConfigError(f"--label {key!r} is given twice, as {found[key]!r} and {value!r}; give one")
         check_label(key, value)
-        found[key] = value
-    return found
+        return key, value
+
+    return once("--label", map(parsed, texts))
 
 
 def _scheduler(options: Values) -> str | None:

@@ -19,9 +19,9 @@ import math
 import numbers
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 from distributed.utils import parse_ports
 
@@ -43,6 +43,8 @@ MOST_WORKERS = 10_000
 
 #: Greatest number of threads of a worker, or of anything else that is counted.
 MOST = 1_000_000
+
+T = TypeVar("T")
 
 #: Most characters of a port.
 PORT_DIGITS = 5
@@ -146,6 +148,29 @@ class OptionPath:
         more = f" and any keyword of {cls}" if cls else ""
         hint = f"did you mean {close[0]!r}? Allowed" if close else "allowed"
         return ConfigError(f"{self}: unknown option {key!r}; {hint}: {listed}{more}", key=self.at(key).key)
+
+
+def once(option: str, pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """Return the values of an option of a command by name.
+
+    Parameters
+    ----------
+    option
+        The option.
+    pairs
+        Names and values, as they were given.
+
+    Raises
+    ------
+    ConfigError
+        For a name that is given twice.
+    """
+    found: dict[str, T] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ConfigError(f"{option} {name!r} is given twice, as {found[name]!r} and {value!r}; give one")
+        found[name] = value
+    return found
 
 
 def shown(value: object) -> str:

@@ -366,6 +366,8 @@ def beyond_limits(nodes: Sequence[NodeCapacity], bounds: Bounds) -> frozenset[st
         Names of the workers; none that the others have too little memory to take the data of.
     """
     running = {name: worker for node in nodes for name, worker in node.workers.items()}
+    if not any(map(any, _excess([worker.spec for worker in running.values()], bounds))):
+        return frozenset()  # as nearly always: nothing else is computed
     data = sum(worker.nbytes for worker in running.values())
     stay = dict(running)
     for name in sorted(running, key=lambda name: (sum(running[name].tasks.values()), running[name].nbytes)):

@@ -27,10 +27,9 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.metrics import monotonic, time
 from distributed.protocol.pickle import dumps
 from distributed.scheduler import TaskState, WorkerState
-from distributed.stealing import WorkStealing
 
 from agentcluster.errors import ConfigError
-from agentcluster.scheduler.planning.change import Lineage
+from agentcluster.scheduler.planning.change import Departed, Lineage
 from agentcluster.scheduler.planning.nodes import Registry
 from agentcluster.wire import tell_unsendable
 
@@ -344,12 +343,12 @@ class Bindings(SchedulerPlugin):
         frozenset of str
             Addresses; empty when the worker has gone and nothing came in its place.
         """
-        departed = self._lineage.departed(address)
-        if departed is not None and not departed.successors:
-            again = self.scheduler.aliases.get(departed.name)
-            if again is not None and self._is_open(again):
-                return frozenset({again})
-        return self._lineage.resolve(address, self._is_open, self._of_node)
+        return self._lineage.resolve(address, self._is_open, self._in_place_of)
+
+    def _in_place_of(self, departed: Departed) -> list[str]:
+        """Return the workers that stand in for one without successors: itself, restarted, or all of its node."""
+        again = self.scheduler.aliases.get(departed.name)
+        return [again] if again is not None and self._is_open(again) else self._of_node(departed.node)
 
     def present(self, worker: object) -> Sequence[object]:
         """Return what a user means by a worker: itself, its successors if it has gone, or the workers of a node.
@@ -454,23 +453,13 @@ class Bindings(SchedulerPlugin):
         return any(each.state in UNFINISHED for tasks in others for each in tasks)
 
     def _follow(self, places: Iterable[str]) -> None:
-        """Bind the tasks that are bound to workers or nodes anew; give those that no worker has begun to theirs."""
+        """Bind the tasks that are bound to workers or nodes anew, and start those that wait for a worker."""
         ready: dict[Key, Any] = {}
         for ts in self.bound_to(places):
-            changed = self._restrict(ts, self.tasks[ts])
-            if changed and ts.state == "no-worker":
+            if self._restrict(ts, self.tasks[ts]) and ts.state == "no-worker":
                 ready[ts.key] = "processing"
-            elif changed and ts.state == "processing" and not ts.loose_restrictions:
-                self._hand_over(ts)
         if ready:
             self.scheduler.transitions(ready, f"{BINDINGS}-follow")
-
-    def _hand_over(self, ts: TaskState) -> None:
-        """Move a task that its worker has not begun to one that it is bound to now, by work stealing."""
-        stealing: WorkStealing | None = self.scheduler.extensions.get("stealing")
-        bound = [ws for address in ts.worker_restrictions or () if (ws := self.scheduler.workers.get(address))]
-        if stealing is not None and bound and ts.processing_on is not None and ts.processing_on not in bound:
-            stealing.move_task_request(ts, ts.processing_on, min(bound, key=lambda ws: len(ws.processing)))
 
 
 class _Joins(SchedulerPlugin):

@@ -223,12 +223,11 @@ class _Leaving:
     def close(self) -> None:
         """Let the workers begin no further task; what is bound to them is bound to their successors."""
         self.closed = True
-        for ws in self.present():
-            if ws.status is not Status.closing_gracefully or ws not in self._told:
-                # On both sides at once, as Scheduler.retire_workers does, so that nothing is sent there in between.
-                self.scheduler.handle_worker_status_change(Status.closing_gracefully, ws, self.stimulus_id)
-                self._set_status(ws, Status.closing_gracefully)
-                self._told.add(ws)
+        for ws in self.present() - self._told:
+            # On both sides at once, as Scheduler.retire_workers does, so that nothing is sent there in between.
+            self.scheduler.handle_worker_status_change(Status.closing_gracefully, ws, self.stimulus_id)
+            self._set_status(ws, Status.closing_gracefully)
+            self._told.add(ws)
         self.bindings.cordon(self.present())
         self.hand_over_tasks()
 

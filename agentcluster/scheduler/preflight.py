@@ -248,16 +248,13 @@ def bound_tasks(scheduler: Scheduler, changes: Mapping[str, NodeChange]) -> dict
         Key of a task -> its description, with its restriction. Tasks that are bound to a worker whose node has workers
         afterwards are not among them.
     """
-    going = {worker for each in changes.values() for worker in each.old}
-    staying = [ws for ws in scheduler.workers.values() if str(ws.name) not in going]
-    emptied = {worker for each in changes.values() if not each.keep and not each.add for worker in each.old}
-    bindings, nodes = _bindings(scheduler), [name for name, each in changes.items() if not each.keep and not each.add]
-    tasks = list(bindings.bound_to([*nodes, *(ws.address for ws in workers_named(scheduler, emptied))]))
-    offers = [ws.resources for ws in staying] + [spec.resources for each in changes.values() for spec in each.add]
+    emptied = {name: each for name, each in changes.items() if not each.keep and not each.add}
+    gone = {ws.address for each in emptied.values() for ws in workers_named(scheduler, each.old)}
+    bindings = _bindings(scheduler)
+    tasks = list(bindings.bound_to([*emptied, *gone]))
     if _resources_leave(scheduler, changes):
         tasks += scheduler.tasks.values()
-    succeeded = {ws.address for ws in workers_named(scheduler, going - emptied)}
-    return _without_worker(bindings, tasks, offers, succeeded.union(ws.address for ws in staying))
+    return _without_worker(bindings, tasks, _offers_after(scheduler, changes), scheduler.workers.keys() - gone)
 
 
 def _without_worker(
@@ -278,11 +275,16 @@ def _without_worker(
 
 def _resources_leave(scheduler: Scheduler, changes: Mapping[str, NodeChange]) -> bool:
     """Return whether leaving workers offer resources that no worker offers afterwards, or did and have left."""
+    after = _offers_after(scheduler, changes)
     old = [change.node.offers(spec) for change in changes.values() for spec in change.remove.values()]
-    new = [change.node.offers(spec) for change in changes.values() for spec in change.add]
+    return any(not any(all(offer.get(k, 0) >= v for k, v in offers.items()) for offer in after) for offers in old)
+
+
+def _offers_after(scheduler: Scheduler, changes: Mapping[str, NodeChange]) -> list[Mapping[str, float]]:
+    """Return the resources of each worker that there is after changes."""
     going = {worker for each in changes.values() for worker in each.old}
-    new += [dict(ws.resources) for ws in scheduler.workers.values() if str(ws.name) not in going]
-    return any(not any(all(offer.get(k, 0) >= v for k, v in offers.items()) for offer in new) for offers in old)
+    staying = [ws.resources for ws in scheduler.workers.values() if str(ws.name) not in going]
+    return [*staying, *(each.node.offers(spec) for each in changes.values() for spec in each.add)]
 
 
 def _bindings(scheduler: Scheduler) -> Bindings:

@@ -101,3 +101,11 @@ MORE = st.lists(
     min_size=2,
     max_size=2,
 )
+
+
+def check_sentence(said: str, about: str, argument: str, value: object, *also: str) -> None:
+    """Hold that an error is one sentence, and names the argument, the value, a part of it, or one of `also`."""
+    assert said, about
+    assert "\n" not in said, about
+    shown = [repr(value)[:15], *map(repr, value if isinstance(value, dict | list) else ())]
+    assert argument in said or any(each in said for each in (*shown, *also)), (about, said)

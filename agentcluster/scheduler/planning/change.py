@@ -277,7 +277,7 @@ class Lineage:
         return [address for address, departed in self._departed.items() if departed.node == node]
 
     def resolve(
-        self, address: str, is_open: Callable[[str], bool], of_node: Callable[[str], Iterable[str]]
+        self, address: str, is_open: Callable[[str], bool], in_place_of: Callable[[Departed], Iterable[str]]
     ) -> frozenset[str]:
         """Return the workers that tasks bound to an address may run on.
 
@@ -287,14 +287,14 @@ class Lineage:
             Address that a task is bound to.
         is_open
             Returns whether there is a worker at an address that takes tasks.
-        of_node
-            Returns the addresses of the workers that a node has.
+        in_place_of
+            Returns the addresses of the workers that stand in for one that has no successors.
 
         Returns
         -------
         frozenset of str
-            The worker itself while it is open; else its successors, theirs where those left too; else the open workers
-            of its node. Empty when there are none.
+            The worker itself while it is open; else its successors, theirs where those left too; else those open ones
+            that stand in for it. Empty when there are none.
         """
         found: set[str] = set()
         seen: set[str] = set()
@@ -309,5 +309,5 @@ class Lineage:
             elif departed := self._departed.get(each):
                 left += departed.successors
         if not found and (first := self._departed.get(address)):
-            found.update(filter(is_open, of_node(first.node)))
+            found.update(filter(is_open, in_place_of(first)))
         return frozenset(found)

@@ -51,7 +51,7 @@ def test_pairs_are_even_and_in_order(old: int, new: int) -> None:
 
 
 def resolved(lineage: Lineage, address: str, there: Sequence[str], node: Sequence[str] = ()) -> set[str]:
-    return set(lineage.resolve(address, there.__contains__, lambda name: node))
+    return set(lineage.resolve(address, there.__contains__, lambda departed: node))
 
 
 def test_a_task_follows_its_worker() -> None:
